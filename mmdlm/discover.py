@@ -1,0 +1,141 @@
+"""Names in a folder, and the class in that file.
+
+A folder of ours holds one base class and files that derive from it; this finds them, so nothing
+has to be registered anywhere. Files are read, not imported, until a class is asked for.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+# The base class of each folder, in the small file that describes the kind of thing it holds.
+BASES = {
+    "encoders": "encoders.encoder.Encoder",
+    "adapters": "adapters.adapter.Adapter",
+    "mmdlm.backbones": "mmdlm.backbones.family.Family",
+    "mmdlm.decoding": "mmdlm.decoding.strategy.Strategy",
+    "mmdlm.objectives": "mmdlm.objectives.objective.Objective",
+    "mmdlm.data": "mmdlm.data.dataset.Dataset",
+    "mmdlm.simulators": "mmdlm.simulators.simulator.Simulator",
+}
+
+
+def names(package: str, base: type | None = None) -> list[str]:
+    """Modules of the package that define a public class deriving from the base, sorted.
+
+    Args:
+        package: dotted name, such as "mmdlm.decoding".
+        base: the class to derive from; by default the one of that folder.
+
+    Raises:
+        ValueError: no such package, or one of unknown kind with no base given.
+    """
+    return sorted(_classes_by_module(package, _base_name(package, base)))
+
+
+def classes(package: str, base: type | None = None) -> dict[str, type]:
+    """Every public class of the package deriving from the base, by class name, sorted.
+
+    Imports each file that holds one.
+
+    Args:
+        package: dotted name, such as "mmdlm.decoding".
+        base: the class to derive from; by default the one of that folder.
+    """
+    found = _classes_by_module(package, _base_name(package, base))
+    pairs = sorted((name, module) for module, held in found.items() for name in held)
+    return {name: _load(package, module, name) for name, module in pairs}
+
+
+def find(package: str, name: str, base: type | None = None) -> type:
+    """The class of that name, or the class in the file of that name.
+
+    Args:
+        package: dotted name, such as "mmdlm.decoding".
+        name: "dual_cache" and "DualCache" both mean the class DualCache; capitals, "_" and "-"
+            are not told apart.
+        base: the class to derive from; by default the one of that folder.
+
+    Raises:
+        ValueError: nothing, or more than one class, has that name.
+    """
+    found = _classes_by_module(package, _base_name(package, base))
+    wanted = _squash(name)
+    exact = [(m, c) for m, held in found.items() for c in held if _squash(c) == wanted]
+    matches = exact or [(m, c) for m, held in found.items() for c in held if _squash(m) == wanted]
+    if len(matches) == 1:
+        return _load(package, *matches[0])
+    if matches:
+        choices = ", ".join(f"{c} ({m}.py)" for m, c in matches)
+        raise ValueError(f"{package}: {name!r} stands for several classes, {choices}; name one")
+    known = sorted({*found, *(c for held in found.values() for c in held)})
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    raise ValueError(f"{package} has no {name!r}; {hint}known: {', '.join(sorted(found))}")
+
+
+def _squash(name: str) -> str:
+    return name.replace("_", "").replace("-", "").lower()
+
+
+def _base_name(package: str, base: type | None) -> str:
+    if base is not None:
+        return base.__name__
+    if package not in BASES:
+        near = difflib.get_close_matches(package, BASES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"discover: {package!r} has no base class of its own; {hint}"
+            f"known: {', '.join(BASES)}; for another package give base="
+        )
+    return BASES[package].rpartition(".")[2]
+
+
+@cache
+def _classes_by_module(package: str, base: str) -> dict[str, tuple[str, ...]]:
+    """Public classes per module that derive from the class called `base`, also in several steps."""
+    parents: dict[str, dict[str, set[str]]] = {}
+    for path in sorted(_folder(package).glob("*.py")):
+        parents[path.stem] = {
+            node.name: {_last_name(parent) for parent in node.bases}
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.ClassDef)
+        }
+    derived, grew = {base}, True
+    while grew:
+        more = {c for held in parents.values() for c, above in held.items() if above & derived}
+        grew = not more <= derived
+        derived |= more
+    public = {
+        module: tuple(c for c in held if c in derived and c != base and not c.startswith("_"))
+        for module, held in parents.items()
+    }
+    return {module: held for module, held in public.items() if held}
+
+
+def _folder(package: str) -> Path:
+    try:
+        spec = importlib.util.find_spec(package)
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"discover: there is no package {package!r}; known: {', '.join(BASES)}")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _last_name(node: ast.expr) -> str:
+    """What a base class is called in `class A(module.Base[T])`: "Base"."""
+    if isinstance(node, ast.Subscript):
+        return _last_name(node.value)
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _load(package: str, module: str, name: str) -> type:
+    return getattr(importlib.import_module(f"{package}.{module}"), name)
