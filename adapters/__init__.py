@@ -1,0 +1,1 @@
+"""Features to the backbone's width, values to tokens; one adapter per file, none imported here."""

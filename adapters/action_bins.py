@@ -1,0 +1,106 @@
+"""Uniform bins between continuous robot actions and token ids (RT-2, OpenVLA, Dream-VLA)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class ActionBins:
+    """Turns normalised actions into one token id per number, and back to bin centres.
+
+    `bins` edges are spread evenly from `low` to `high`; a number becomes the count d of edges at or
+    below it, 1 to `bins`. Between edges lie `bins - 1` centres, so the last two ids (d = bins - 1
+    and d = bins, the number `high` itself) decode to the same centre. Ids are contiguous; the
+    published models count downwards, `last_id` being the lowest number.
+
+    Source: DreamLM/Dream-VLX: vla/prismatic/vla/action_tokenizer.py (as in moojink/openvla-oft).
+    There id = N - d, hence last_id = N - 1: 151922 for Dream-VLA, 31999 for OpenVLA.
+
+    Args:
+        bins: number of ids.
+        low: smallest number; what is below is clipped.
+        high: largest number; what is above is clipped.
+        last_id: largest id; `bins - 1` when not given, so that ids start at 0.
+        reverse: whether ids fall as numbers rise, as in the published models.
+    """
+
+    def __init__(
+        self,
+        bins: int = 256,
+        low: float = -1.0,
+        high: float = 1.0,
+        last_id: int | None = None,
+        reverse: bool = True,
+    ) -> None:
+        last_id = bins - 1 if last_id is None else last_id
+        if bins < 2 or not low < high:
+            raise ValueError(
+                f"ActionBins: {bins} bins from {low} to {high}; expected 2+, low < high"
+            )
+        if last_id < bins - 1:
+            raise ValueError(f"ActionBins: last_id {last_id} leaves no room for {bins} ids from 0")
+        self.bins, self.low, self.high, self.reverse = bins, float(low), float(high), reverse
+        self._edges = np.linspace(low, high, bins)
+        self.centers = (self._edges[:-1] + self._edges[1:]) / 2  # [bins - 1] float64, ascending
+        self.ids = range(last_id - bins + 1, last_id + 1)
+
+    def encode(self, actions: Tensor | np.ndarray) -> Tensor | np.ndarray:
+        """Token ids of normalised actions, row after row.
+
+        Args:
+            actions: float [... K A]; numbers outside [low, high] are clipped.
+        Returns:
+            [... K*A] int64, a tensor for a tensor and an array for an array.
+        Raises:
+            ValueError: a number is NaN or infinite, or there is no [K A] to flatten.
+        """
+        if actions.ndim < 2:
+            raise ValueError(
+                f"ActionBins: actions have shape {list(actions.shape)}, expected [... K A]"
+            )
+        values = torch.as_tensor(actions).to(torch.float64)  # float32 edges move numbers by a bin
+        if not bool(values.isfinite().all()):
+            raise ValueError(
+                "ActionBins: actions hold NaN or infinity; drop the frame or repair it"
+            )
+        edges = torch.as_tensor(self._edges, device=values.device)
+        digits = torch.bucketize(values.clamp(self.low, self.high), edges, right=True)
+        ids = (self.ids.stop - digits if self.reverse else self.ids.start - 1 + digits).flatten(-2)
+        return ids if isinstance(actions, Tensor) else ids.numpy()
+
+    def decode(
+        self, ids: Tensor | np.ndarray, K: int, A: int, strict: bool = False
+    ) -> Tensor | np.ndarray:
+        """Bin centres of token ids.
+
+        Args:
+            ids: [... K*A] int64.
+            K: actions per chunk.
+            A: action size.
+            strict: raise for an id that is no action. Otherwise it is clipped to the nearest end
+                as in the published models: a wrong token then becomes an extreme action.
+        Returns:
+            [... K A] float32 in (low, high), a tensor for a tensor and an array for an array.
+        Raises:
+            ValueError: the count of ids is not K*A, or `strict` and an id is outside `self.ids`.
+        """
+        tokens = torch.as_tensor(ids)
+        if tokens.ndim < 1 or tokens.shape[-1] != K * A or tokens.is_floating_point():
+            raise ValueError(
+                f"ActionBins: ids are {tokens.dtype} {list(tokens.shape)}, expected integers "
+                f"[... {K * A}] for {K} actions of size {A}"
+            )
+        if strict:
+            outside = tokens[(tokens < self.ids.start) | (tokens >= self.ids.stop)]
+            if outside.numel():
+                raise ValueError(
+                    f"ActionBins: {outside.numel()} ids are no actions, the first is "
+                    f"{int(outside[0])}; actions are {self.ids.start} to {self.ids.stop - 1}; "
+                    "restrict the logits to these columns while decoding"
+                )
+        digits = self.ids.stop - tokens if self.reverse else tokens - self.ids.start + 1
+        centers = torch.as_tensor(self.centers, device=tokens.device, dtype=torch.float32)
+        values = centers[(digits - 1).clamp(0, self.bins - 2)].unflatten(-1, (K, A))
+        return values if isinstance(ids, Tensor) else values.numpy()

@@ -1,0 +1,49 @@
+"""The LLaVA projector: linear layers with GELU between them."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from adapters.adapter import Adapter
+from encoders.features import Features
+
+
+class MLP(Adapter):
+    """Projects every token by itself: Linear, then (exact GELU, Linear) for each further layer.
+
+    Two layers are the `mlp2x_gelu` projector of LLaVA, LaViDa and LLaDA-V
+    (jacklishufan/LaViDa: llava/model/multimodal_projector/builder.py).
+
+    Args:
+        in_dim: encoder width E.
+        out_dim: backbone width D; the hidden layers have it too.
+        layers: number of linear layers.
+    """
+
+    # Ours to published, for two layers.
+    KEYS: ClassVar[dict[str, str]] = {
+        "layers.0.weight": "model.mm_projector.0.weight",
+        "layers.0.bias": "model.mm_projector.0.bias",
+        "layers.2.weight": "model.mm_projector.2.weight",
+        "layers.2.bias": "model.mm_projector.2.bias",
+    }
+
+    def __init__(self, in_dim: int, out_dim: int, layers: int = 2) -> None:
+        super().__init__(in_dim, out_dim)
+        if layers < 1:
+            raise ValueError(f"MLP: layers={layers}, expected at least 1")
+        modules: list[nn.Module] = [nn.Linear(in_dim, out_dim)]
+        for _ in range(layers - 1):
+            modules += [nn.GELU(), nn.Linear(out_dim, out_dim)]
+        self.layers = nn.Sequential(*modules)
+
+    def forward(self, features: Features, query: Tensor | None = None) -> Features:
+        """The same tokens at width D; mask and grid stay.
+
+        Args:
+            features: tokens [B N E].
+            query: not read.
+        """
+        return Features(self.layers(features.tokens), features.mask, features.grid)

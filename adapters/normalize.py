@@ -1,0 +1,190 @@
+"""Brings actions and robot state to a common range and back, with statistics of the data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EPS = 1e-8
+# What each mode needs. "quantile" is named bounds_q99 and "zscore" normal in the published code.
+NEEDS = {
+    "quantile": ("q01", "q99"),
+    "bounds": ("min", "max"),
+    "zscore": ("mean", "std"),
+    "identity": (),
+}
+
+
+class Normalizer:
+    """Normalises vectors of one feature and takes them back to robot units.
+
+    With low, high = q01, q99 ("quantile") or min, max ("bounds") and range = high - low + 1e-8:
+    y = clip(2 (x - low) / range - 1, -1, 1), and back x = (y + 1) / 2 range + low, not clipped.
+    "zscore" is (x - mean) / (std + 1e-8). Dimensions outside the mask (a gripper that opens or
+    closes) pass unchanged.
+
+    Source: DreamLM/Dream-VLX: vla/prismatic (as in moojink/openvla-oft).
+
+    Args:
+        statistics: a list per dimension under "mean", "std", "min", "max", "q01", "q99", and maybe
+            "mask"; the mode says which are needed.
+        mode: "quantile", "bounds", "zscore" or "identity".
+        mask: True for each dimension to normalise; `statistics["mask"]`, else all, when not given.
+        zero_constant: whether dimensions that never moved in the data (min == max) normalise to 0
+            under "quantile" and "bounds", as in the published training code; the published
+            policies do not do so at inference.
+    Raises:
+        KeyError: statistics that the mode needs are missing.
+        ValueError: the mode is unknown, or lists differ in length or hold NaN.
+    """
+
+    def __init__(
+        self,
+        statistics: dict[str, Any],
+        mode: str = "quantile",
+        mask: list[bool] | None = None,
+        zero_constant: bool = True,
+    ) -> None:
+        if mode not in NEEDS:
+            raise ValueError(f"Normalizer: mode is {mode!r}, expected one of {list(NEEDS)}")
+        missing = [name for name in NEEDS[mode] if name not in statistics]
+        if missing:
+            raise KeyError(
+                f"Normalizer: mode {mode!r} needs {missing}, but the statistics hold "
+                f"{sorted(statistics)}; compute them from the data (Episodes.statistics) or choose "
+                f"another of the modes {list(NEEDS)}"
+            )
+        self.mode, self.zero_constant, self.statistics = mode, zero_constant, dict(statistics)
+        mask = statistics.get("mask") if mask is None else mask
+        self._mask = None if mask is None else torch.as_tensor(mask, dtype=torch.bool)
+        self._values = {
+            name: torch.as_tensor(statistics[name], dtype=torch.float64)
+            for name in {*NEEDS[mode], *({"min", "max"} & set(statistics))}
+        }
+        sizes = {name: value.numel() for name, value in self._values.items()}
+        if self._mask is not None:
+            sizes["mask"] = self._mask.numel()
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"Normalizer: statistics have sizes {sizes}, expected one common size")
+        for name, value in self._values.items():
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"Normalizer: statistics {name!r} hold NaN or infinity")
+        self.size: int | None = next(iter(sizes.values()), None)  # None: identity takes any
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Normalised values.
+
+        Args:
+            x: [... S] in robot units.
+        Returns:
+            [... S] in [-1, 1] ("quantile", "bounds"), of the type of `x`; float32 for integers.
+        Raises:
+            ValueError: the last axis does not fit the statistics.
+        """
+        x = self._checked(x)
+        if self.mode == "identity":
+            return x
+        if self.mode == "zscore":
+            mean, std = self._pair(x)
+            return self._where(x, (x - mean) / (std + EPS))
+        low, high = self._pair(x)
+        y = self._where(x, (2 * (x - low) / (high - low + EPS) - 1).clamp(-1, 1))
+        still = self._still()
+        return y if still is None else torch.where(still.to(x.device), torch.zeros_like(y), y)
+
+    def unnormalize(self, y: Tensor) -> Tensor:
+        """Values in robot units; the exact inverse of `normalize` for values inside the bounds.
+
+        Args:
+            y: [... S] normalised; not clipped.
+        Raises:
+            ValueError: the last axis does not fit the statistics.
+        """
+        y = self._checked(y)
+        if self.mode == "identity":
+            return y
+        if self.mode == "zscore":
+            mean, std = self._pair(y)
+            return self._where(y, y * (std + EPS) + mean)
+        low, high = self._pair(y)
+        return self._where(y, 0.5 * (y + 1) * (high - low + EPS) + low)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What statistics.json keeps beside the weights; `from_dict` takes it back."""
+        mask = None if self._mask is None else self._mask.tolist()
+        return {
+            "mode": self.mode,
+            "mask": mask,
+            "zero_constant": self.zero_constant,
+            "statistics": self.statistics,
+        }
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> Normalizer:
+        """The normaliser that `to_dict` described.
+
+        Raises:
+            KeyError: an entry is missing; nothing is passed through unnormalised in silence.
+        """
+        if "statistics" not in saved or "mode" not in saved:
+            raise KeyError(
+                f"Normalizer: expected the entries 'mode' and 'statistics', found {sorted(saved)}; "
+                "published dataset_statistics.json files are read with adapters.normalize.choose"
+            )
+        return cls(
+            saved["statistics"],
+            saved["mode"],
+            saved.get("mask"),
+            saved.get("zero_constant", True),
+        )
+
+    def _pair(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = NEEDS[self.mode]
+        return tuple(self._values[name].to(like.device, like.dtype) for name in (first, second))
+
+    def _where(self, untouched: Tensor, changed: Tensor) -> Tensor:
+        if self._mask is None:
+            return changed
+        return torch.where(self._mask.to(changed.device), changed, untouched)
+
+    def _still(self) -> Tensor | None:
+        """Dimensions that never moved, which the formula would blow up to one of the ends."""
+        if not self.zero_constant or not {"min", "max"} <= set(self._values):
+            return None
+        return self._values["min"] == self._values["max"]
+
+    def _checked(self, x: Tensor) -> Tensor:
+        x = torch.as_tensor(x)
+        if self.size is not None and (x.ndim == 0 or x.shape[-1] != self.size):
+            raise ValueError(
+                f"Normalizer: values have shape {list(x.shape)}, but the statistics describe "
+                f"{self.size} dimensions; use the statistics of this robot and feature"
+            )
+        return x if x.is_floating_point() else x.to(torch.float32)
+
+
+def choose(statistics: dict[str, Any], feature: str, dataset: str | None = None) -> dict[str, Any]:
+    """The statistics of one feature out of a published dataset_statistics.json.
+
+    Args:
+        statistics: {data set: {"action": {...}, "proprio": {...}}}, as read from the file.
+        feature: "action" or "proprio".
+        dataset: data set; its name with "_no_noops" is tried too. May be left out if there is one.
+    Raises:
+        KeyError: no such data set or feature; the message says which exist.
+    """
+    known = sorted(statistics)
+    if dataset is None:
+        if len(known) != 1:
+            raise KeyError(f"statistics hold the data sets {known}; say which one (dataset=...)")
+        dataset = known[0]
+    name = dataset if dataset in statistics else f"{dataset}_no_noops"
+    if name not in statistics:
+        raise KeyError(f"no statistics of data set {dataset!r}; the file holds {known}")
+    if feature not in statistics[name]:
+        raise KeyError(
+            f"no statistics of {feature!r} in {name!r}; it holds {sorted(statistics[name])}"
+        )
+    return statistics[name][feature]

@@ -1,0 +1,54 @@
+"""Fewer picture tokens without losing any: neighbours are joined along the width."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from adapters.adapter import Adapter
+from adapters.mlp import MLP
+from encoders.features import Features
+
+
+class PixelShuffle(Adapter):
+    """Joins factor x factor neighbours of the grid into one token, then projects.
+
+    Source: space-to-depth of OpenGVLab/InternVL: internvl_chat (there with a factor of 2).
+
+    Args:
+        in_dim: encoder width E.
+        out_dim: backbone width D.
+        factor: the grid's sides shrink by this.
+        layers: linear layers of the projector.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, factor: int = 2, layers: int = 2) -> None:
+        super().__init__(in_dim, out_dim)
+        if factor < 1:
+            raise ValueError(f"PixelShuffle: factor={factor}, expected at least 1")
+        self.factor = factor
+        self.project = MLP(in_dim * factor**2, out_dim, layers)
+
+    def forward(self, features: Features, query: Tensor | None = None) -> Features:
+        """Tokens [B N/factor^2 D]; a joined token is real if any of its parts is.
+
+        Args:
+            features: tokens [B N E] with a grid whose sides the factor divides.
+            query: not read.
+        Raises:
+            ValueError: there is no such grid.
+        """
+        grid, f = features.grid, self.factor
+        if grid is None or grid[0] % f or grid[1] % f:
+            raise ValueError(
+                f"PixelShuffle: grid is {grid}, expected sides divisible by factor={f}; "
+                "choose a patch size that gives one"
+            )
+        size = {"y": grid[0] // f, "x": grid[1] // f, "a": f, "b": f}
+        # What stands at False may be anything, and a joined token can be real in part.
+        tokens = torch.where(features.mask[:, :, None], features.tokens, 0)
+        tokens = rearrange(tokens, "n (y a x b) e -> n (y x) (a b e)", **size)
+        mask = rearrange(features.mask, "n (y a x b) -> n (y x) (a b)", **size).any(-1)
+        joined = Features(tokens, mask, (size["y"], size["x"]))
+        return self.project(joined)

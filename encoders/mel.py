@@ -1,0 +1,129 @@
+"""Whisper's audio front end: mono samples at 16 kHz, then log-mel frames, 100 per second."""
+
+from __future__ import annotations
+
+import functools
+import math
+from fractions import Fraction
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchaudio.functional import resample
+from torchaudio.transforms import MelSpectrogram
+
+RATE = 16_000  # Hz
+HOP = 160  # samples per frame
+SHORTEST = 0.025  # seconds, one analysis window of 400 samples
+LOUDEST = 4.0  # decoders overshoot [-1, 1] a little; more than this is another unit
+
+
+def waveform(item: Any, longest: float | None = None) -> Tensor:
+    """Mono samples, float32 [T] at 16 kHz on the CPU, from (samples, rate).
+
+    Channels are averaged. Silence is let through: it gives the features of silence.
+
+    Args:
+        item: samples [T], [C T] or [T C] (the shorter side is taken for the channels), float in
+            [-1, 1] or int16, with their rate in Hz.
+        longest: seconds that still fit; None for no limit.
+
+    Raises:
+        TypeError: not a pair of samples and rate, or integers other than int16.
+        ValueError: empty, too short, too long, not finite, not in [-1, 1], or a rate <= 0.
+    """
+    try:
+        samples, rate = item
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"audio is {type(item).__name__}, expected (samples, rate), such as "
+            "soundfile.read gives"
+        ) from None
+    wave = torch.as_tensor(samples).detach().cpu()
+    if wave.dtype == torch.int16:
+        wave = wave.float() / 32768
+    if not wave.is_floating_point():
+        raise TypeError(f"audio is {wave.dtype}, expected float in [-1, 1] or int16")
+    if wave.ndim not in (1, 2):
+        raise ValueError(f"audio is {list(wave.shape)}, expected [T], [C T] or [T C]")
+    if not isinstance(rate, Real):
+        raise TypeError(f"audio rate is {type(rate).__name__}, expected a number of Hz")
+    if not (math.isfinite(rate) and rate > 0):
+        raise ValueError(f"audio rate is {rate}, expected Hz > 0")
+    if wave.numel() == 0:
+        raise ValueError(f"audio is empty {list(wave.shape)}; skip the clip")
+    wave = wave.float()
+    if wave.ndim == 2:
+        wave = wave.mean(dim=int(wave.shape[0] > wave.shape[1]))  # [T]
+    seconds = len(wave) / rate
+    if seconds < SHORTEST:
+        raise ValueError(
+            f"audio lasts {seconds * 1000:.1f} ms ({len(wave)} samples at {rate} Hz), expected at "
+            f"least {SHORTEST * 1000:.0f} ms; pad it with silence or skip it"
+        )
+    if longest is not None and seconds > longest:
+        raise ValueError(
+            f"audio lasts {seconds:.2f} s, the encoder takes at most {longest:.2f} s; nothing is "
+            "cut silently: split the clip into windows and join the answers"
+        )
+    peak = wave.abs().max().item()  # NaN if any sample is
+    if not math.isfinite(peak):
+        bad = int((~wave.isfinite()).sum())
+        raise ValueError(f"audio has {bad} NaN or infinite samples of {len(wave)}")
+    if peak > LOUDEST:
+        raise ValueError(
+            f"audio reaches {peak:.6g}, expected [-1, 1]; divide 16-bit values by 32768"
+        )
+    if rate == RATE:
+        return wave
+    # The kernel grows with the reduced ratio: 44101 Hz would need gigabytes for 4 parts in 10^6.
+    ratio = Fraction(RATE / rate).limit_denominator(1000)
+    return resample(wave, ratio.denominator, ratio.numerator)
+
+
+@functools.cache
+def _spectrogram(mels: int) -> MelSpectrogram:
+    # Built at first use: an encoder made on the meta device must still have real filters.
+    with torch.device("cpu"):
+        return MelSpectrogram(
+            RATE, n_fft=400, hop_length=HOP, n_mels=mels, norm="slaney", mel_scale="slaney"
+        )
+
+
+class LogMel:
+    """Whisper's log-mel frames of one clip.
+
+    A plain callable and no module: its filters stay on the CPU and out of checkpoints.
+    Constants: openai/whisper: whisper/audio.py.
+
+    Args:
+        mels: bands between 0 and 8000 Hz; 80, or 128 for large-v3.
+        seconds: window to which clips are filled with zeros, a whole number of frames; None keeps
+            each clip's length.
+    """
+
+    def __init__(self, mels: int = 80, seconds: float | None = 30.0) -> None:
+        if seconds is not None and (seconds <= 0 or round(seconds * RATE) % HOP):
+            raise ValueError(f"LogMel: seconds is {seconds}, expected a positive multiple of 0.01")
+        self.mels = mels
+        self.samples = None if seconds is None else round(seconds * RATE)
+
+    def __call__(self, wave: Tensor) -> Tensor:
+        """Frames, float32 [mels T], within 2 of their loudest value.
+
+        Args:
+            wave: [T] float32 at 16 kHz; without a window it is filled up to whole frames.
+
+        Raises:
+            ValueError: the clip is longer than the window, or too short for one analysis window.
+        """
+        target = self.samples or math.ceil(len(wave) / HOP) * HOP
+        if target < SHORTEST * RATE:
+            raise ValueError(f"LogMel: clip has {len(wave)} samples, expected at least 400")
+        if len(wave) > target:
+            raise ValueError(f"LogMel: clip has {len(wave)} samples, the window holds {target}")
+        power = _spectrogram(self.mels)(F.pad(wave, (0, target - len(wave))))[:, :-1]  # [mels T]
+        frames = power.clamp(min=1e-10).log10()
+        return (frames.clamp(min=frames.max() - 8) + 4) / 4

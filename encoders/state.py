@@ -1,0 +1,91 @@
+"""Robot state encoder: a vector of joint angles, gripper and object positions to tokens."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from encoders.encoder import Encoder
+from encoders.features import Features
+
+
+class StateEncoder(Encoder):
+    """Encodes an already normalised state vector with a two-layer perceptron.
+
+    Args:
+        size: length S of the state vector.
+        dim: token width E.
+        tokens: number of tokens N given per state.
+        hidden: width of the hidden layer.
+    """
+
+    kind = "state"
+
+    def __init__(self, size: int, dim: int = 192, tokens: int = 1, hidden: int = 256) -> None:
+        super().__init__()
+        if min(size, dim, tokens, hidden) < 1:
+            raise ValueError(
+                f"StateEncoder: size={size}, dim={dim}, tokens={tokens}, hidden={hidden}; "
+                "expected each to be at least 1"
+            )
+        self.size, self.dim, self.tokens = size, dim, tokens
+        self.layers = nn.Sequential(
+            nn.Linear(size, hidden), nn.GELU(), nn.Linear(hidden, tokens * dim)
+        )
+
+    def prepare(self, item: Any) -> Tensor:
+        """The state vector as a tensor.
+
+        Args:
+            item: S numbers, already normalised (see adapters.normalize).
+        Returns:
+            [S] float32 on the CPU.
+        Raises:
+            ValueError: another length, or NaN or infinite entries.
+        """
+        state = item.detach().cpu().numpy() if isinstance(item, Tensor) else np.asarray(item)
+        if state.shape != (self.size,):
+            raise ValueError(
+                f"StateEncoder: state is {list(state.shape)}, expected [{self.size}]; "
+                "is it the same robot and simulator the model was trained on?"
+            )
+        if state.dtype.kind not in "fiu":
+            raise ValueError(f"StateEncoder: state dtype is {state.dtype}, expected numbers")
+        if not np.isfinite(state).all():
+            bad = np.flatnonzero(~np.isfinite(state)).tolist()
+            raise ValueError(f"StateEncoder: state is not finite at {bad}; check the sensor")
+        return torch.from_numpy(state.astype(np.float32))
+
+    def forward(self, items: list[Tensor]) -> Features:
+        """Tokens [B N E], all real, of B prepared states [S] (a [B S] tensor is taken as well).
+
+        Raises:
+            ValueError: no states, or one of another shape.
+        """
+        if len(items) == 0:
+            raise ValueError("StateEncoder: no states; pass at least one prepared state")
+        for index, item in enumerate(items):
+            if item.shape != (self.size,):
+                raise ValueError(
+                    f"StateEncoder: state {index} is {list(item.shape)}, expected [{self.size}]"
+                )
+        weight = self.layers[0].weight
+        states = items if isinstance(items, Tensor) else torch.stack(items)  # [B S]
+        out = self.layers(states.to(weight.device, weight.dtype))
+        tokens = rearrange(out, "B (N E) -> B N E", N=self.tokens)
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return Features(tokens, mask)
+
+    @classmethod
+    def tiny(cls) -> Self:
+        """An encoder of 4 numbers to 2 tokens of width 32."""
+        return cls(4, dim=32, tokens=2, hidden=16)
+
+    @staticmethod
+    def example(seed: int = 0) -> np.ndarray:
+        """A random [4] float32 state, the size `tiny()` takes."""
+        return np.random.default_rng(seed).standard_normal(4).astype(np.float32)

@@ -1,0 +1,359 @@
+"""Image encoder: any timm vision transformer, or a small one with a convolutional stem."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import timm
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from timm.layers import LayerNorm2d, PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from encoders.encoder import Encoder
+from encoders.features import Features
+
+
+class ConvStem(nn.Module):
+    """Cuts an image into tokens by convolutions (arXiv 2106.14881), the later ones residual.
+
+    Norms run over the channels of one place: statistics over the picture (groups, batch) would mix
+    its ground into its objects, and its neighbours in the batch into the picture.
+    The signature is the one timm's `VisionTransformer` calls its `embed_layer` with.
+
+    Args:
+        img_size: image rows and columns.
+        patch_size: total stride, a power of two.
+        in_chans: image channels.
+        embed_dim: width of the tokens.
+        bias: whether the convolutions have a bias.
+        options: further options of timm's embed layers; none has an effect here.
+    """
+
+    def __init__(
+        self,
+        img_size: int,
+        patch_size: int,
+        in_chans: int = 3,
+        embed_dim: int = 192,
+        bias: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        count = int(math.log2(patch_size))
+        self.patch_size = (patch_size, patch_size)
+        self.img_size = (img_size, img_size)
+        self.grid_size = (img_size // patch_size,) * 2
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        # Widths double with each halving of the side: 32, 64, 128, then 192 for patches of 8.
+        widths = [max(8, embed_dim * 2 ** (step + 2) // (3 * 2**count)) for step in range(count)]
+        layers: list[nn.Module] = [nn.Conv2d(in_chans, widths[0], 5, 2, 2, bias=bias)]
+        for narrow, wide in zip(widths, [*widths[1:], embed_dim], strict=True):
+            stride = 1 if len(layers) // 2 == count - 1 else 2
+            layers += [nn.GELU(), _Residual(narrow, wide, stride, bias)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Tokens [B N E], row-major, of images [B C Y X]."""
+        return self.layers(image).flatten(2).transpose(1, 2)  # [B N E]
+
+
+class _Residual(nn.Module):
+    """Two 3x3 convolutions beside a 1x1 shortcut; the first may stride."""
+
+    def __init__(self, narrow: int, wide: int, stride: int, bias: bool) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(narrow, wide, 3, stride, 1, bias=bias)
+        self.norm = LayerNorm2d(wide)
+        self.second = nn.Conv2d(wide, wide, 3, 1, 1, bias=bias)
+        self.shortcut = nn.Conv2d(narrow, wide, 1, stride, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut(x) + self.second(functional.gelu(self.norm(self.first(x))))
+
+
+class ViT(Encoder):
+    """Encodes square images with a timm vision transformer, one token per patch.
+
+    Without `name` a small transformer is built to be trained from scratch (defaults: 64x64 pixels,
+    64 tokens of width 192). With `name` the sizes are the named model's; those given override it.
+
+    Args:
+        name: timm model, e.g. vit_so400m_patch14_siglip_384; see timm.list_models("vit*").
+        size: image side in pixels (64).
+        patch: patch side in pixels (8); a remainder at the right and bottom edge is not read.
+        dim: token width E (192).
+        depth: number of blocks before `layers` cuts them (2).
+        heads: attention heads (6).
+        mlp_ratio: width of each block's hidden layer over E (4).
+        act: activation of the blocks, gelu (exact) or gelu_tanh. The published SigLIP so400m
+            towers use gelu_tanh although timm names the exact one for them.
+        stem: conv (stride-2 convolutions, trains faster from scratch) or patch; default conv
+            without `name`, patch with it.
+        mean: per channel, subtracted from pixels in [0, 1]; default the named model's, else 0.5.
+        std: per channel, divides after `mean`; default the named model's, else 0.5.
+        pretrained: download timm's weights for `name`.
+        layers: keep only the first so many blocks and give their output BEFORE the final norm;
+            None runs all blocks and the final norm. LaViDa and LLaDA-V keep 26 of SigLIP's 27
+            (jacklishufan/LaViDa: llava/model/multimodal_encoder/siglip_encoder.py).
+    """
+
+    kind = "image"
+
+    # Ours to published (Hugging Face SigLIP names); `{i}` is the block. A tuple is concatenated
+    # along the first axis. The position table is [N E] there and [1 N E] here. The pooling head
+    # (`vision_model.head.*`) has no counterpart, nor has post_layernorm when `layers` is set.
+    KEYS: ClassVar[dict[str, str | tuple[str, ...]]] = {
+        "vit.patch_embed.proj.weight": "vision_model.embeddings.patch_embedding.weight",
+        "vit.patch_embed.proj.bias": "vision_model.embeddings.patch_embedding.bias",
+        "vit.pos_embed": "vision_model.embeddings.position_embedding.weight",
+        **{
+            f"vit.blocks.{{i}}.{ours}.{part}": f"vision_model.encoder.layers.{{i}}.{theirs}.{part}"
+            for ours, theirs in (
+                ("norm1", "layer_norm1"),
+                ("norm2", "layer_norm2"),
+                ("attn.proj", "self_attn.out_proj"),
+                ("mlp.fc1", "mlp.fc1"),
+                ("mlp.fc2", "mlp.fc2"),
+            )
+            for part in ("weight", "bias")
+        },
+        **{
+            f"vit.blocks.{{i}}.attn.qkv.{part}": (
+                f"vision_model.encoder.layers.{{i}}.self_attn.q_proj.{part}",
+                f"vision_model.encoder.layers.{{i}}.self_attn.k_proj.{part}",
+                f"vision_model.encoder.layers.{{i}}.self_attn.v_proj.{part}",
+            )
+            for part in ("weight", "bias")
+        },
+        "vit.norm.weight": "vision_model.post_layernorm.weight",
+        "vit.norm.bias": "vision_model.post_layernorm.bias",
+    }
+
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        size: int | None = None,
+        patch: int | None = None,
+        dim: int | None = None,
+        depth: int | None = None,
+        heads: int | None = None,
+        mlp_ratio: float | None = None,
+        act: Literal["gelu", "gelu_tanh"] | None = None,
+        stem: Literal["conv", "patch"] | None = None,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
+        pretrained: bool = False,
+        layers: int | None = None,
+    ) -> None:
+        super().__init__()
+        if pretrained and name is None:
+            raise ValueError("ViT: pretrained=True without a name; pass name=, a timm model")
+        sizes = {
+            "img_size": size,
+            "patch_size": patch,
+            "embed_dim": dim,
+            "depth": depth,
+            "num_heads": heads,
+            "mlp_ratio": mlp_ratio,
+            "act_layer": act,
+        }
+        given = {option: value for option, value in sizes.items() if value is not None}
+        if name is None:
+            self.vit = _small(given, stem or "conv")
+        else:
+            self.vit = _named(name, pretrained, given, stem or "patch")
+        self._cut(layers)
+        self.size = self.vit.patch_embed.img_size[0]
+        self.grid: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
+        self.dim = self.vit.embed_dim
+        published = getattr(self.vit, "pretrained_cfg", {}) if name else {}
+        self._set_pixels(mean or published.get("mean"), std or published.get("std"))
+
+    def _cut(self, layers: int | None) -> None:
+        """Drops the blocks after the first `layers`, and with them the final norm."""
+        if layers is None:
+            return
+        depth = len(self.vit.blocks)
+        if not 1 <= layers <= depth:
+            raise ValueError(f"ViT: layers={layers} of a tower with {depth}; expected 1 to {depth}")
+        # Deleted, not skipped: unused weights would cost memory and trip distributed training.
+        self.vit.blocks = self.vit.blocks[:layers]
+        self.vit.norm = nn.Identity()
+
+    def _set_pixels(self, mean: Any, std: Any) -> None:
+        mean = tuple(float(value) for value in mean or (0.5, 0.5, 0.5))
+        std = tuple(float(value) for value in std or (0.5, 0.5, 0.5))
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(f"ViT: mean={mean}, std={std}; expected three numbers each, std > 0")
+        self.mean, self.std = mean, std
+        # In units of uint8, so that with 0.5 black and white are exactly -1 and 1. The device is
+        # named because the model may be built inside `torch.device("meta")`.
+        self._middle = torch.tensor([255 * m for m in mean], device="cpu")
+        self._range = torch.tensor([255 * s for s in std], device="cpu")
+
+    def prepare(self, item: Any) -> Tensor:
+        """Normalised pixels of one image, resized (bicubic) without keeping its aspect.
+
+        Args:
+            item: path, PIL image, or [Y X 3] / [3 Y X] / [Y X] array or tensor, uint8 in 0..255
+                or float in 0..1. Transparent pixels are shown on white.
+        Returns:
+            [3 size size] float32 on the CPU.
+        Raises:
+            ValueError: not such an image, or values that are not finite or out of range.
+        """
+        side = self.size
+        if isinstance(item, np.ndarray) and item.shape == (side, side, 3) and item.dtype == "uint8":
+            pixels = torch.from_numpy(np.ascontiguousarray(item))  # [Y X C]
+        elif isinstance(item, str | Path):
+            try:
+                with Image.open(item) as image:
+                    pixels = self._resized(ImageOps.exif_transpose(image))
+            except (UnidentifiedImageError, SyntaxError, EOFError) as error:
+                raise ValueError(f"ViT: {item} is not an image that can be read") from error
+        elif isinstance(item, Image.Image):
+            pixels = self._resized(item)
+        elif isinstance(item, np.ndarray | Tensor):
+            pixels = self._resized(Image.fromarray(_to_uint8(item)))
+        else:
+            raise TypeError(
+                f"ViT: image is a {type(item).__name__}; "
+                "expected a path, PIL image, array or tensor"
+            )
+        normalised = pixels.float().sub_(self._middle).div_(self._range)
+        return normalised.permute(2, 0, 1).contiguous()  # [C Y X]
+
+    def _resized(self, image: Image.Image) -> Tensor:
+        """[Y X 3] uint8 of any 8-bit image."""
+        if image.mode[0] in "IF":
+            raise ValueError(
+                f"ViT: image mode is {image.mode}, whose range is not fixed; "
+                "expected 8 bits per channel, read it with mmdlm.media.read_image"
+            )
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+        if image.size != (self.size, self.size):
+            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(image))  # [Y X C]
+
+    def forward(self, items: list[Tensor]) -> Features:
+        """One token per patch, row-major: tokens [B N E] on the `grid`, all real.
+
+        Args:
+            items: B prepared images [3 size size]; a [B 3 size size] tensor is taken as well.
+        Raises:
+            ValueError: no images, or one of another shape.
+        """
+        if len(items) == 0:
+            raise ValueError("ViT: no images; pass at least one prepared image")
+        shape = (3, self.size, self.size)
+        for index, item in enumerate(items):
+            if item.shape != shape:
+                raise ValueError(
+                    f"ViT: image {index} is {list(item.shape)}, expected {list(shape)}; "
+                    "pass each image through prepare first"
+                )
+        weight = next(self.vit.parameters())
+        images = items if isinstance(items, Tensor) else torch.stack(items)  # [B C Y X]
+        tokens = self.vit.forward_features(images.to(weight.device, weight.dtype))
+        tokens = tokens[:, self.vit.num_prefix_tokens :]  # [B N E]
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return Features(tokens, mask, self.grid)
+
+    @classmethod
+    def tiny(cls) -> Self:
+        """A 16x16-pixel encoder of 4 tokens of width 32."""
+        return cls(size=16, patch=8, dim=32, depth=1, heads=2)
+
+    @staticmethod
+    def example(seed: int = 0) -> np.ndarray:
+        """A random [20 24 3] uint8 image."""
+        return np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+
+
+def _small(given: dict[str, Any], stem: str) -> VisionTransformer:
+    """A timm transformer without class token, pooling or head, sized by `given`."""
+    sizes = {"img_size": 64, "patch_size": 8, "embed_dim": 192, "depth": 2, "num_heads": 6, **given}
+    size, patch, dim, heads = (
+        sizes[key] for key in ("img_size", "patch_size", "embed_dim", "num_heads")
+    )
+    if dim % heads:
+        raise ValueError(f"ViT: dim={dim} is not a multiple of heads={heads}")
+    if size < patch:
+        raise ValueError(f"ViT: size={size} is smaller than patch={patch}")
+    vit = VisionTransformer(
+        **sizes,
+        embed_layer=_embed_layer(stem, size, patch),
+        class_token=False,
+        global_pool="",
+        num_classes=0,
+    )
+    if vit.patch_embed.num_patches <= 256:
+        # The fused kernel saves memory that so few tokens do not need, and on a CPU its bfloat16
+        # backward takes four times as long as in float32: a training step here drops by 27 %.
+        for block in vit.blocks:
+            block.attn.fused_attn = False
+    return vit
+
+
+def _named(name: str, pretrained: bool, given: dict[str, Any], stem: str) -> nn.Module:
+    """The timm model `name` without pooling and head."""
+    if not timm.is_model(name.split(".")[0]):
+        near = timm.list_models(f"*{name.split('.')[0][:12]}*")[:5] or timm.list_models("vit*")[:5]
+        raise ValueError(f"ViT: timm has no model {name!r}; near: {', '.join(near)}")
+    if stem == "conv":
+        raise ValueError("ViT: stem='conv' with a name; a named model keeps its own patch cut")
+    vit = timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="", **given)
+    missing = [part for part in ("blocks", "patch_embed", "norm") if not hasattr(vit, part)]
+    if missing:
+        raise ValueError(
+            f"ViT: {name} is a {type(vit).__name__} without {', '.join(missing)}; "
+            "expected a vision transformer, see timm.list_models('vit*')"
+        )
+    return vit
+
+
+def _embed_layer(stem: str, size: int, patch: int) -> type[nn.Module]:
+    """The class that cuts images into tokens."""
+    if stem == "patch":
+        return PatchEmbed
+    if stem != "conv":
+        raise ValueError(f"ViT: stem={stem!r}; expected 'conv' or 'patch'")
+    if patch < 2 or patch & (patch - 1) or size % patch:
+        raise ValueError(
+            f"ViT: stem='conv' with size={size} and patch={patch}; expected patch a power of two "
+            "and size a multiple of it, or stem='patch'"
+        )
+    return ConvStem
+
+
+def _to_uint8(item: np.ndarray | Tensor) -> np.ndarray:
+    """[Y X 3] uint8 from an array in either channel order, uint8 in 0..255 or float in 0..1."""
+    array = item.detach().cpu().numpy() if isinstance(item, Tensor) else item
+    if array.ndim == 2:
+        array = np.repeat(array[:, :, None], 3, axis=2)  # [Y X C]
+    if array.ndim == 3 and array.shape[2] != 3 and array.shape[0] == 3:
+        array = array.transpose(1, 2, 0)  # [Y X C]
+    if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
+        raise ValueError(
+            f"ViT: image is {list(item.shape)}, expected [Y X 3], [3 Y X] or [Y X] with Y, X > 0"
+        )
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    if array.dtype.kind != "f":
+        raise ValueError(f"ViT: image dtype is {array.dtype}, expected uint8 or float in 0..1")
+    low, high = float(array.min()), float(array.max())
+    if not (low >= 0 and high <= 1):  # written so that NaN fails too
+        raise ValueError(
+            f"ViT: float image spans {low:g} to {high:g}, expected 0 to 1; divide by 255 first?"
+        )
+    return np.ascontiguousarray(np.rint(array * 255).astype(np.uint8))

@@ -1,0 +1,227 @@
+"""Whisper's encoder (arXiv 2212.04356): log-mel frames to 50 tokens per second of audio."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from encoders.encoder import Encoder
+from encoders.features import Features
+from encoders.mel import HOP, RATE, LogMel, waveform
+
+# Windowed clips carry this many frames past their end: an analysis window of 400 samples centred
+# there can still reach into the clip, so these frames are not yet silence.
+TAIL = 2
+
+
+class WhisperEncoder(Encoder):
+    """Tokens of speech or sound, 50 per second, in the architecture of Whisper.
+
+    With `seconds` every clip is filled with silence to one window and attends to all of it, as the
+    published weights were trained; only afterwards the silence is masked. Without, a clip is
+    encoded at its own length, which is cheaper, and is the choice for training from scratch. Either
+    way a clip in a batch gets the tokens it gets alone.
+
+    Args:
+        dim: width E; even and divisible by `heads`.
+        layers: transformer blocks.
+        heads: attention heads.
+        mels: mel bands of the input.
+        seconds: window of the published weights (30), or None.
+        hidden: width inside the feed-forward part; None for four times `dim`.
+        positions: rows of the position table; 50 per second that a clip may last.
+    """
+
+    kind: ClassVar[str] = "audio"
+    KEYS: ClassVar[dict[str, str]] = {
+        "model.encoder.conv1.weight": "conv1.weight",
+        "model.encoder.conv1.bias": "conv1.bias",
+        "model.encoder.conv2.weight": "conv2.weight",
+        "model.encoder.conv2.bias": "conv2.bias",
+        "model.encoder.embed_positions.weight": "positions",
+        "model.encoder.layers.{i}.self_attn_layer_norm.weight": "blocks.{i}.norm1.weight",
+        "model.encoder.layers.{i}.self_attn_layer_norm.bias": "blocks.{i}.norm1.bias",
+        "model.encoder.layers.{i}.self_attn.q_proj.weight": "blocks.{i}.q.weight",
+        "model.encoder.layers.{i}.self_attn.q_proj.bias": "blocks.{i}.q.bias",
+        "model.encoder.layers.{i}.self_attn.k_proj.weight": "blocks.{i}.k.weight",
+        "model.encoder.layers.{i}.self_attn.v_proj.weight": "blocks.{i}.v.weight",
+        "model.encoder.layers.{i}.self_attn.v_proj.bias": "blocks.{i}.v.bias",
+        "model.encoder.layers.{i}.self_attn.out_proj.weight": "blocks.{i}.out.weight",
+        "model.encoder.layers.{i}.self_attn.out_proj.bias": "blocks.{i}.out.bias",
+        "model.encoder.layers.{i}.final_layer_norm.weight": "blocks.{i}.norm2.weight",
+        "model.encoder.layers.{i}.final_layer_norm.bias": "blocks.{i}.norm2.bias",
+        "model.encoder.layers.{i}.fc1.weight": "blocks.{i}.up.weight",
+        "model.encoder.layers.{i}.fc1.bias": "blocks.{i}.up.bias",
+        "model.encoder.layers.{i}.fc2.weight": "blocks.{i}.down.weight",
+        "model.encoder.layers.{i}.fc2.bias": "blocks.{i}.down.bias",
+        "model.encoder.layer_norm.weight": "norm.weight",
+        "model.encoder.layer_norm.bias": "norm.bias",
+    }
+
+    def __init__(
+        self,
+        dim: int = 384,
+        layers: int = 4,
+        heads: int = 6,
+        mels: int = 80,
+        seconds: float | None = 30.0,
+        hidden: int | None = None,
+        positions: int = 1500,
+    ) -> None:
+        super().__init__()
+        if dim % heads or dim % 2 or dim < 4:
+            raise ValueError(
+                f"WhisperEncoder: dim is {dim}, expected an even multiple of heads ({heads})"
+            )
+        self.dim, self.mels, self.seconds = dim, mels, seconds
+        self.window = None if seconds is None else round(seconds * RATE) // HOP  # frames
+        if self.window is not None and self.window > 2 * positions:
+            raise ValueError(
+                f"WhisperEncoder: seconds={seconds} needs {math.ceil(self.window / 2)} positions, "
+                f"got positions={positions}"
+            )
+        self.longest = positions * 2 * HOP / RATE if seconds is None else seconds  # seconds
+        self.log_mel = LogMel(mels, seconds)
+        self.conv1 = nn.Conv1d(mels, dim, 3, padding=1)
+        self.conv2 = nn.Conv1d(dim, dim, 3, stride=2, padding=1)
+        self.register_buffer("positions", sinusoids(positions, dim))
+        self.blocks = nn.ModuleList(_Block(dim, heads, hidden or 4 * dim) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+
+    def prepare(self, item: Any) -> Tensor:
+        """Log-mel frames, float32 [mels T], of (samples, rate).
+
+        With a window, two frames past the end of the clip come along.
+
+        Raises:
+            TypeError: the item is not a pair of samples and rate.
+            ValueError: see `encoders.mel.waveform`; among others, the clip is longer than fits.
+        """
+        # Resampling rounds the number of samples up, perhaps to one past the window.
+        wave = waveform(item, longest=self.longest)[: round(self.longest * RATE)]
+        if self.window is None:
+            return self.log_mel(wave)
+        frames = math.ceil(len(wave) / HOP)
+        return F.pad(self.log_mel(wave), (0, TAIL))[:, : frames + TAIL]
+
+    def forward(self, items: list[Tensor]) -> Features:
+        """Features of prepared clips, tokens [B N E], cut to the longest clip of the batch.
+
+        Args:
+            items: log-mel frames [mels T] each, as `prepare` gives them.
+        """
+        frames = self._frames(items)
+        for state in self._states(items, frames):
+            last = state
+        lengths = (frames - 1) // 2 + 1
+        last = last[:, : int(lengths.max())]  # [B N E]
+        at = torch.arange(last.shape[1], device=last.device)
+        return Features(last, at < lengths.to(last.device)[:, None])
+
+    def states(self, items: list[Tensor]) -> list[Tensor]:
+        """What each layer gives, [B N E] each: 0 the stem, i layer i, the last one normalised.
+
+        N is the whole window, or the longest clip without one; nothing is cut or masked. Without a
+        window, what stands past the end of a shorter clip must not be read.
+        """
+        return list(self._states(items, self._frames(items)))
+
+    @classmethod
+    def tiny(cls) -> Self:
+        """Two layers of width 64 with random weights, for clips of up to four seconds."""
+        return cls(dim=64, layers=2, heads=4, seconds=None, positions=200)
+
+    @staticmethod
+    def example(seed: int = 0) -> tuple[np.ndarray, int]:
+        """A chord in noise, 0.5 to 1 second at 16 kHz."""
+        rng = np.random.default_rng(seed)
+        time = np.arange(rng.integers(8000, 16000)) / RATE
+        tones = [np.sin(2 * np.pi * hertz * time) for hertz in rng.uniform(100, 2000, 3)]
+        noise = rng.standard_normal(len(time))
+        return (0.2 * np.sum(tones, axis=0) + 0.02 * noise).astype(np.float32), RATE
+
+    def _frames(self, items: list[Tensor]) -> Tensor:
+        """Frames of each clip itself, int64 [B]."""
+        if not items:
+            raise ValueError("WhisperEncoder: no clips, expected at least one")
+        tail = 0 if self.window is None else TAIL
+        most = self.window or 2 * len(self.positions)
+        for index, mel in enumerate(items):
+            if mel.ndim != 2 or len(mel) != self.mels or not 0 < mel.shape[1] - tail <= most:
+                raise ValueError(
+                    f"WhisperEncoder: clip {index} is {list(mel.shape)}, expected [{self.mels} T] "
+                    f"with {1 + tail} to {most + tail} frames; pass what prepare() gives"
+                )
+        return torch.tensor([mel.shape[1] - tail for mel in items])
+
+    def _batch(self, items: list[Tensor]) -> Tensor:
+        """Frames [B mels T], filled with silence to the window or with zeros to the longest."""
+        items = [mel.to(self.conv1.weight) for mel in items]
+        if self.window is None:
+            return rearrange(pad_sequence([mel.T for mel in items], True), "b t c -> b c t")
+        batch = []
+        for mel in items:
+            # Digital silence after the -8 floor and (x + 4) / 4 of the front end.
+            silence = (mel.max() - 2).clamp(min=-1.5)
+            clip = mel[:, : self.window]
+            rest = silence.expand(self.mels, self.window - clip.shape[1])
+            batch.append(torch.cat([clip, rest], dim=1))
+        return torch.stack(batch)
+
+    def _states(self, items: list[Tensor], frames: Tensor) -> Iterator[Tensor]:
+        x = F.gelu(self.conv1(self._batch(items)))  # [B E T]
+        keys = None
+        if self.window is None and frames.min() < frames.max():
+            frames = frames.to(x.device)[:, None]
+            at = torch.arange(x.shape[2], device=x.device)
+            # Alone, the second convolution would see zeros past the end, not conv1's bias.
+            x = x * (at < frames)[:, None]
+            keys = (at[::2] < frames)[:, None, None]  # [B 1 1 N]
+        x = rearrange(F.gelu(self.conv2(x)), "b e n -> b n e")  # [B N E]
+        x = x + self.positions[: x.shape[1]]
+        for block in self.blocks:
+            yield x
+            x = block(x, keys)
+        yield self.norm(x)
+
+
+class _Block(nn.Module):
+    """Pre-norm attention and feed-forward part; keys have no bias, as in Whisper."""
+
+    def __init__(self, dim: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(dim)
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim, bias=False)
+        self.v = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.up = nn.Linear(dim, hidden)
+        self.down = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
+        y = self.norm1(x)
+        q, k, v = (
+            rearrange(part(y), "b n (h e) -> b h n e", h=self.heads)
+            for part in (self.q, self.k, self.v)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+        x = x + self.out(rearrange(y, "b h n e -> b n (h e)"))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+def sinusoids(length: int, dim: int) -> Tensor:
+    """Fixed positions, float32 [length dim]: sines, then cosines, periods up to 10000 (Whisper)."""
+    half = dim // 2
+    speeds = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half))
+    angles = torch.arange(length)[:, None] * speeds
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
