@@ -1,0 +1,1 @@
+"""The one transformer, its key/value buffers, and one file per published family."""

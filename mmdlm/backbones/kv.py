@@ -1,0 +1,77 @@
+"""Keys and values of a whole canvas: allocated once, rewritten row by row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Rows = slice | Tensor
+"""Canvas rows: a slice, or int64 [B M] with one list per batch row."""
+
+
+class KV:
+    """Full-length key/value buffers with one operation: rewrite some rows, attend to the rest.
+
+    Keys are stored after rotary, so a cached key is never rotated again. A cache policy is a
+    choice of rows to rewrite; nothing is concatenated, cropped or copied per step.
+
+    Args:
+        layers: number of transformer layers.
+        batch: B.
+        heads: key/value heads.
+        length: canvas length L.
+        head_dim: width of a head.
+        device: where the buffers live.
+        dtype: type of the buffers.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        heads: int,
+        length: int,
+        head_dim: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        shape = (layers, batch, heads, length, head_dim)
+        # Zeros, not empty: a row that was never written may be attended under a mask, and
+        # 0 x NaN would poison the sum.
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = length
+        self.end = length
+        """Rows [0, end) are attended; the loop lowers it while later rows are not yet valid."""
+
+    def write(self, layer: int, keys: Tensor, values: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """All keys and values of a layer after the given rows were rewritten.
+
+        Args:
+            layer: index of the layer.
+            keys: [B heads M head_dim], already rotated.
+            values: [B heads M head_dim].
+            rows: the M canvas rows they belong to.
+        Returns:
+            two views [B heads end head_dim] of the buffers.
+        """
+        if isinstance(rows, slice):
+            self.keys[layer][:, :, rows] = keys.to(self.keys.dtype)
+            self.values[layer][:, :, rows] = values.to(self.values.dtype)
+        else:
+            at = rows[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+            self.keys[layer].scatter_(2, at, keys.to(self.keys.dtype))
+            self.values[layer].scatter_(2, at, values.to(self.values.dtype))
+        return self.keys[layer][:, :, : self.end], self.values[layer][:, :, : self.end]
+
+
+def take(x: Tensor, rows: Rows | None) -> Tensor:
+    """The chosen rows of [B L ...]: [B M ...]; all of them for None."""
+    if rows is None:
+        return x
+    if isinstance(rows, slice):
+        return x[:, rows]
+    if x.ndim == 2:
+        return x.gather(1, rows)
+    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))

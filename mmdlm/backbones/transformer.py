@@ -1,0 +1,365 @@
+"""The one bidirectional transformer every family runs on.
+
+A pre-norm decoder block without a causal mask; families differ by the switches of
+`TransformerConfig` only. Maths: RMSNorm, optional norm of queries and keys, rotate-half rotary
+embedding, grouped-query attention, SwiGLU (ML-GSAI/LLaDA, HKUNLP/Dream modelling files).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmdlm.backbones.kv import KV, Rows, take
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes and switches of a backbone.
+
+    Args:
+        width: D.
+        layers: number of blocks.
+        heads: query heads.
+        kv_heads: key/value heads; `heads` must be a multiple of it. None: as many as heads.
+        head_dim: width of one head. None: width / heads.
+        inner: width inside the MLP.
+        vocab: rows V of the embedding and of the head; 0 only until a tokenizer is known.
+        eps: added to the mean square in RMSNorm.
+        theta: rotary base.
+        theta_scale: factor on the base for contexts beyond the trained ones (LongLLaDA, NTK).
+        rotary: fraction of each head that is rotated.
+        rotary_float32: rotate in float32 (LLaDA) instead of in the activations' type (Qwen-like).
+        qkv_bias: biases on queries, keys and values.
+        bias: biases on every other linear layer, head included.
+        norm_bias: biases on the norms.
+        qk_norm: no norm of queries and keys, one per head, or one over all heads together.
+        tied: the head is the embedding.
+        embed_scale: factor on the embeddings.
+        logit_scale: factor on the logits.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    inner: int
+    vocab: int = 0
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    eps: float = 1e-6
+    theta: float = 10_000.0
+    theta_scale: float = 1.0
+    rotary: float = 1.0
+    rotary_float32: bool = False
+    qkv_bias: bool = False
+    bias: bool = False
+    norm_bias: bool = False
+    qk_norm: Literal["none", "head", "whole"] = "none"
+    tied: bool = False
+    embed_scale: float = 1.0
+    logit_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.heads % self.keys_heads:
+            raise ValueError(f"{self.heads} query heads cannot share {self.keys_heads} key heads")
+        if self.head_dim is None and self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of {self.heads} heads")
+
+    @property
+    def keys_heads(self) -> int:
+        """Key/value heads in use."""
+        return self.kv_heads or self.heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head in use."""
+        return self.head_dim or self.width // self.heads
+
+
+class RMSNorm(nn.Module):
+    """x / root mean square, in float32, cast back, then times the weight."""
+
+    def __init__(self, width: int, eps: float, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[... width], same type as the input."""
+        h = x.float()
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        h = h.to(x.dtype) * self.weight.to(x.dtype)
+        return h if self.bias is None else h + self.bias
+
+
+class Rotary(nn.Module):
+    """Cosines and sines of absolute positions for the rotated part of a head."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.dim = int(config.head_width * config.rotary)
+        self.base = config.theta * config.theta_scale
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Two float32 tensors [B 1 M dim] for positions [B M]."""
+        step = torch.arange(0, self.dim, 2, device=positions.device, dtype=torch.float32)
+        # In the published order of operations: base ** -x differs in the last bit, which thousands
+        # of positions make visible.
+        frequency = 1.0 / self.base ** (step / self.dim)
+        angles = positions[..., None].float() * frequency  # [B M dim/2]
+        angles = torch.cat([angles, angles], -1)[:, None]  # [B 1 M dim]
+        return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, float32: bool) -> Tensor:
+    """Rotated queries or keys [B H M hd]; channels beyond the rotary width pass through."""
+    dim = cos.shape[-1]
+    head, rest = x[..., :dim], x[..., dim:]
+    if float32:
+        head = head.float()
+    else:
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    low, high = head.chunk(2, -1)
+    head = (head * cos + torch.cat([-high, low], -1) * sin).to(x.dtype)
+    return torch.cat([head, rest], -1) if rest.shape[-1] else head
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: int) -> Tensor:
+    """Softmax attention [B H R hd]; each key head serves `group` consecutive query heads.
+
+    Args:
+        q: [B H R hd].
+        k: [B KV M hd].
+        v: [B KV M hd].
+        mask: bool [B 1 R M], True = attend; None for all.
+        group: H / KV.
+    """
+    half = q.dtype == torch.bfloat16 and q.device.type == "cpu"
+    if not (half and q.requires_grad):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=group > 1)
+    # The fused CPU kernel's bfloat16 backward takes three times as long as these three lines.
+    if group > 1:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with one fused projection for queries, keys and values."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.heads, config.keys_heads
+        self.head_dim = config.head_width
+        self.float32 = config.rotary_float32
+        self.q_size, self.kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.qkv = nn.Linear(
+            config.width, self.q_size + 2 * self.kv_size, bias=config.qkv_bias or config.bias
+        )
+        self.o = nn.Linear(self.q_size, config.width, bias=config.bias)
+        self.per_head = config.qk_norm == "head"
+        self.q_norm = self.k_norm = None
+        if config.qk_norm != "none":
+            q_width = self.head_dim if self.per_head else self.q_size
+            k_width = self.head_dim if self.per_head else self.kv_size
+            self.q_norm = RMSNorm(q_width, config.eps, config.norm_bias)
+            self.k_norm = RMSNorm(k_width, config.eps, config.norm_bias)
+
+    def project(self, x: Tensor, read: Rows | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the read rows, keys and values of all: [B H R hd], [B KV M hd] twice."""
+        if read is None:
+            q, k, v = self.qkv(x).split([self.q_size, self.kv_size, self.kv_size], -1)
+        else:
+            weight, bias = self.qkv.weight, self.qkv.bias
+            cut = self.q_size
+            q = F.linear(take(x, read), weight[:cut], None if bias is None else bias[:cut])
+            k, v = F.linear(x, weight[cut:], None if bias is None else bias[cut:]).chunk(2, -1)
+        if self.q_norm is not None and not self.per_head:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = rearrange(q, "b m (h c) -> b h m c", c=self.head_dim)
+        k = rearrange(k, "b m (h c) -> b h m c", c=self.head_dim)
+        v = rearrange(v, "b m (h c) -> b h m c", c=self.head_dim)
+        if self.q_norm is not None and self.per_head:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
+        mask: Tensor | None,
+        cache: tuple[KV, int, Rows] | None,
+        read: Rows | None,
+    ) -> Tensor:
+        """Attention output [B R D] of the read rows (all M rows for None)."""
+        q, k, v = self.project(x, read)
+        (cos_q, sin_q), (cos_k, sin_k) = rotary
+        q = rotate(q, cos_q, sin_q, self.float32)
+        k = rotate(k, cos_k, sin_k, self.float32)
+        if cache is not None:
+            kv, layer, rows = cache
+            k, v = kv.write(layer, k, v, rows)
+        y = attend(q, k, v, mask, self.heads // self.kv_heads)
+        return self.o(rearrange(y, "b h m c -> b m (h c)"))
+
+
+class MLP(nn.Module):
+    """SwiGLU with gate and up projections fused: down(silu(gate x) * up x)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.width, 2 * config.inner, bias=config.bias)
+        self.down = nn.Linear(config.inner, config.width, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[... D] -> [... D]."""
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP with residuals."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(config.width, config.eps, config.norm_bias)
+        self.attn = Attention(config)
+        self.mlp_norm = RMSNorm(config.width, config.eps, config.norm_bias)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
+        mask: Tensor | None,
+        cache: tuple[KV, int, Rows] | None,
+        read: Rows | None,
+    ) -> Tensor:
+        """[B R D]: all rows go in as keys, only the read ones come out."""
+        y = take(x, read) + self.attn(self.attn_norm(x), rotary, mask, cache, read)
+        return y + self.mlp(self.mlp_norm(y))
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, final norm and head.
+
+    Args:
+        config: sizes and switches.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab, config.width)
+        self.rotary = Rotary(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.width, config.eps, config.norm_bias)
+        self.out = None if config.tied else nn.Linear(config.width, config.vocab, bias=config.bias)
+        self.checkpointing = False
+
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Draws fresh weights: normal, std 0.02; outputs of a residual scaled by its depth."""
+        for name, weight in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(weight)
+            elif "norm" in name:
+                nn.init.ones_(weight)
+            else:
+                residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
+                std = 0.02 / math.sqrt(2 * self.config.layers) if residual else 0.02
+                nn.init.normal_(weight, std=std, generator=generator)
+
+    def tokens(self, ids: Tensor) -> Tensor:
+        """Embeddings [B M D] of token ids [B M]."""
+        return self.embed(ids) * self.config.embed_scale
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        kv: KV | None = None,
+        mask: Tensor | None = None,
+        *,
+        rows: Rows | None = None,
+        read: Rows | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            x: [B M D] embeddings of the rows to compute.
+            positions: [B M] rotary positions of these rows.
+            kv: buffers that hold the rows not in x; None when x is the whole sequence.
+            mask: bool, True = attend: [B M keys], or None for full attention; the keys are the rows
+                of x, or the first `kv.end` rows of the canvas.
+            rows: the M canvas rows of x inside `kv`; None: all of them.
+            read: the rows of x (counted within x) whose states are wanted; the last block
+                computes nothing else for the others but keys and values.
+        Returns:
+            [B R D], R = M when `read` is None.
+        """
+        cos_sin = self.rotary(positions)
+        mask = finite(mask)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            only = read if i == last else None
+            here = mask if only is None or mask is None else take(mask, only)
+            rotary = (tuple(take_rows(t, only) for t in cos_sin), cos_sin)
+            cache = None if kv is None else (kv, i, slice(None) if rows is None else rows)
+            args = (x, rotary, None if here is None else here[:, None], cache, only)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *args, use_reentrant=False)
+            else:
+                x = block(*args)
+        return self.norm(x)
+
+    def head(self, hidden: Tensor, columns: slice | None = None) -> Tensor:
+        """Logits [... V] of hidden states, or of a range of token ids only.
+
+        Args:
+            hidden: [... D], what `forward` gave.
+            columns: ids to score; a slice of the vocabulary costs its share of the head only.
+        """
+        weight = self.embed.weight if self.out is None else self.out.weight
+        bias = None if self.out is None else self.out.bias
+        if columns is not None:
+            weight, bias = weight[columns], None if bias is None else bias[columns]
+        logits = F.linear(hidden, weight, bias)
+        return logits if self.config.logit_scale == 1.0 else logits * self.config.logit_scale
+
+    def cache(self, batch: int, length: int) -> KV:
+        """Empty key/value buffers for a canvas of the given length."""
+        weight = self.embed.weight
+        c = self.config
+        return KV(
+            c.layers,
+            batch,
+            c.keys_heads,
+            length,
+            c.head_width,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+
+
+def take_rows(x: Tensor, rows: Rows | None) -> Tensor:
+    """The chosen rows of [B 1 M C]."""
+    return x if rows is None else take(x[:, 0], rows)[:, None]
+
+
+def finite(mask: Tensor | None) -> Tensor | None:
+    """The mask with rows that may attend to nothing opened to all keys.
+
+    Such rows (padding) are never read, but an empty softmax would make them NaN and a NaN value
+    survives a multiplication with weight zero.
+    """
+    return None if mask is None else mask | ~mask.any(-1, keepdim=True)

@@ -1,0 +1,223 @@
+"""The model: encoders and adapters in front of one masked-diffusion backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from adapters.adapter import Adapter
+from encoders.encoder import Encoder
+from mmdlm.backbones.family import Spec
+from mmdlm.backbones.kv import KV, Rows
+from mmdlm.backbones.transformer import Transformer
+from mmdlm.layout import MEDIA, Attention, Row, Sequence, arrange, from_tokens, visible
+from mmdlm.text import Tokenizer
+
+if TYPE_CHECKING:
+    from adapters.robot import Robot
+
+
+class MultimodalDLM(nn.Module):
+    """A masked-diffusion language model that may see, hear and act.
+
+    Args:
+        spec: sizes, special ids and conventions.
+        encoders: by modality name, "image", "audio", "state".
+        adapters: under the same names; they bring features to the backbone's width.
+        tokenizer: None for checkpoints without one; then only token methods work.
+        robot: action vocabulary and statistics of a policy.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        encoders: dict[str, Encoder] | None = None,
+        adapters: dict[str, Adapter] | None = None,
+        tokenizer: Tokenizer | None = None,
+        robot: Robot | None = None,
+    ) -> None:
+        super().__init__()
+        encoders, adapters = encoders or {}, adapters or {}
+        if set(encoders) != set(adapters):
+            raise ValueError(
+                f"encoders {sorted(encoders)} and adapters {sorted(adapters)} differ; "
+                "every encoder needs an adapter of the same name"
+            )
+        self.spec = spec
+        self.backbone = Transformer(spec.transformer)
+        self.encoders = nn.ModuleDict(encoders)
+        self.adapters = nn.ModuleDict(adapters)
+        self.tokenizer = tokenizer
+        self.robot = robot
+        self.preset: dict[str, dict[str, Any]] = {}
+        """Prompt, canvas and strategies by task, from the checkpoint's decoding.yaml."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return self.backbone.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.backbone.embed.weight.dtype
+
+    def prepare(self, kind: str, item: Any) -> Tensor:
+        """One raw item as `encode` takes it; robot state is normalised on the way.
+
+        Args:
+            kind: name of the encoder, "image", "audio" or "state".
+            item: a raw item, see the encoder's `prepare`.
+        Raises:
+            ValueError: the model has no such encoder, or the item is not valid.
+        """
+        if kind not in self.encoders:
+            raise ValueError(
+                f"this model takes {', '.join(self.encoders) or 'text only'}, not {kind}; "
+                "use a checkpoint with that encoder"
+            )
+        if kind == "state" and self.robot is not None:
+            item = self.robot.normalize_state(item)
+        return self.encoders[kind].prepare(item)
+
+    def encode(self, kind: str, items: Items[Tensor]) -> list[Tensor]:
+        """Backbone embeddings [N D] of each prepared item of one modality."""
+        ready = [x.to(self.device) for x in items]
+        features = self.adapters[kind](self.encoders[kind](ready))
+        tokens = features.tokens
+        if bool(features.mask.all()):
+            return list(tokens.unbind(0))
+        return [row[keep] for row, keep in zip(tokens, features.mask, strict=True)]
+
+    def arrange(self, rows: Items[Row]) -> Sequence:
+        """Rows laid out with this model's attention and pad id, on its device."""
+        spec = self.spec
+        return arrange(
+            rows, pad=spec.pad_id, attention=spec.attention, block_size=spec.block_size
+        ).to(self.device)
+
+    def embed(self, tokens: Tensor, kind: Tensor | None, media: Tensor | None) -> Tensor:
+        """[B M D] embeddings of tokens with the media spliced into their slots, in order."""
+        x = self.backbone.tokens(tokens)
+        if media is None:
+            return x
+        return x.masked_scatter((kind == MEDIA)[..., None], media.to(x.dtype))
+
+    def hidden(self, sequence: Sequence) -> Tensor:
+        """[B L D] final hidden states of a whole sequence."""
+        x = self.embed(sequence.tokens, sequence.kind, sequence.media)
+        return self.backbone(x, sequence.positions, mask=sequence.visible())
+
+    def logits_at(self, sequence: Sequence, at: Tensor, columns: slice | None = None) -> Tensor:
+        """[N V] logits that score the tokens at the True places of `at` [B L], row by row."""
+        if self.spec.shift:
+            at = torch.cat([at[:, 1:], torch.zeros_like(at[:, :1])], 1)
+        return self.backbone.head(self.hidden(sequence)[at], columns)
+
+    def logits(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        attention: Attention | None = None,
+        block_size: int | None = None,
+    ) -> Tensor:
+        """Scores of every token at every position of a text.
+
+        Args:
+            tokens: [B L] int64 ids.
+            mask: [B L] key padding, True = real, or [B L L] bool, True = query may see key.
+            attention: None for the model's own, else see `mmdlm.layout.Attention`.
+            block_size: tokens per block for "block_causal"; None for the model's own.
+        Returns:
+            [B L V] float32; position i scores token i (a shifted family is aligned here; the
+            first real position repeats its own row, as the published samplers do).
+        Raises:
+            ValueError: shapes disagree or the attention is unknown.
+        """
+        padding = mask if mask is not None and mask.ndim == 2 else None
+        kind = attention or self.spec.attention
+        sequence = from_tokens(tokens, padding, kind, block_size or self.spec.block_size)
+        seen = sequence.visible()
+        if mask is not None and mask.ndim == 3:
+            if mask.shape != (*tokens.shape, tokens.shape[1]):
+                raise ValueError(
+                    f"mask is {list(mask.shape)}; expected [B L] or [B L L] for tokens "
+                    f"{list(tokens.shape)}"
+                )
+            seen = mask.bool() if seen is None else seen & mask.bool()
+        x = self.backbone.tokens(tokens)
+        raw = self.backbone.head(self.backbone(x, sequence.positions, mask=seen)).float()
+        return align(raw, sequence.mask) if self.spec.shift else raw
+
+    def run(
+        self,
+        sequence: Sequence,
+        rows: slice,
+        read: slice,
+        kv: KV | None,
+        columns: slice | None = None,
+    ) -> Tensor:
+        """Logits of some positions, with the keys and values of some rows rewritten.
+
+        Args:
+            sequence: the whole canvas.
+            rows: rows to recompute; everything when `kv` is None.
+            read: positions whose tokens are scored; their rows must be among `rows`.
+            kv: buffers with the other rows, or None.
+            columns: ids to score.
+        Returns:
+            [B R V] float32; entry i scores the token at position `read.start + i`.
+        """
+        source = slice(read.start - 1, read.stop - 1) if self.spec.shift else read
+        if source.start < rows.start or source.stop > rows.stop:
+            raise ValueError(f"positions {read} need rows {source}, but only {rows} are computed")
+        end = sequence.tokens.shape[1] if kv is None else kv.end
+        x = self.embed(sequence.tokens[:, rows], sequence.kind[:, rows], media_of(sequence, rows))
+        mask = visible(sequence.level[:, rows], sequence.level[:, :end], sequence.mask[:, :end])
+        within: Rows = slice(source.start - rows.start, source.stop - rows.start)
+        hidden = self.backbone(x, sequence.positions[:, rows], kv, mask, rows=rows, read=within)
+        return self.backbone.head(hidden, columns).float()
+
+    def prompt(self, text: str) -> Tensor:
+        """Token ids [n] of a prompt in the model's own template.
+
+        Raises:
+            ValueError: the checkpoint came without a tokenizer, or the text is empty or holds the
+                mask token (an answer slot smuggled into a prompt).
+        """
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint holds no tokenizer.json; use token ids (decode)")
+        ids = torch.tensor(self.tokenizer.encode(text), dtype=torch.long)
+        if (ids == self.spec.mask_id).any():
+            raise ValueError(
+                f"prompt {text!r} holds the mask token; remove it, or use infill() for templates"
+            )
+        return ids
+
+
+def align(raw: Tensor, mask: Tensor) -> Tensor:
+    """Row i of [B L V] moved to where it scores token i: i - 1, or i itself at a row's start.
+
+    Args:
+        raw: [B L V] rows of a shifted family.
+        mask: [B L] bool, True = real; a row's first token must not read from its padding.
+    """
+    before = torch.cat([raw[:, :1], raw[:, :-1]], 1)
+    start = mask & (mask.long().cumsum(1) == 1)
+    return torch.where(start[..., None], raw, before)
+
+
+def media_of(sequence: Sequence, rows: slice) -> Tensor | None:
+    """The media embeddings whose slots lie in the given rows, None when there are none."""
+    if sequence.media is None:
+        return None
+    slots = sequence.kind == MEDIA
+    inside = slots.clone()
+    inside[:, : rows.start] = False
+    inside[:, rows.stop :] = False
+    if not bool(inside.any()):
+        return None
+    return sequence.media[inside[slots]]

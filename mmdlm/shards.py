@@ -1,0 +1,192 @@
+"""Safetensors files, single or in shards with an index, read and written tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file.
+
+    Args:
+        file: safetensors file.
+        shape: its shape.
+        dtype: its type as safetensors spells it, "BF16".
+    """
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def survey(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a folder's weights by name; only the headers are read.
+
+    Raises:
+        FileNotFoundError: no weights, or a shard is missing.
+        ValueError: a file is truncated or no safetensors file, the index names tensors its shards
+            do not hold, or two shards hold the same tensor.
+    """
+    files, listed = _files(folder)
+    stored: dict[str, Stored] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as f:
+                for name in f.keys():  # noqa: SIM118 (no mapping)
+                    if name in stored:
+                        raise ValueError(
+                            f"{folder}: tensor {name} is in {stored[name].file.name} and in "
+                            f"{file.name}; expected it once, download the folder again"
+                        )
+                    part = f.get_slice(name)
+                    stored[name] = Stored(file, tuple(part.get_shape()), part.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{file}: {file.stat().st_size} bytes that are no complete safetensors file "
+                f"({error}); download it again (a git-lfs pointer has about 130 bytes)"
+            ) from error
+    absent = [n for n, file in listed.items() if n not in stored or stored[n].file.name != file]
+    if absent:
+        raise ValueError(
+            f"{folder}: the index names {some(absent)}, which {listed[absent[0]]} does not hold; "
+            "index and shards are of different checkpoints, download the folder again"
+        )
+    return stored
+
+
+def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The weight files of a folder, and tensor names with their file where an index has them."""
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE], {}
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if indices:
+        listed = read_json(indices[0]).get("weight_map", {})
+        names = sorted(set(listed.values()))
+        outside = [name for name in names if Path(name).name != name]
+        if outside or not names:
+            raise ValueError(f"{indices[0]}: weight_map holds {outside}; expected file names")
+    else:
+        listed, names = {}, sorted(file.name for file in folder.glob("*.safetensors"))
+        counts = [re.fullmatch(r"(.*)-\d+-of-(\d+)\.safetensors", name) for name in names]
+        if counts and all(counts):
+            stem, total = counts[0].groups()
+            names = [
+                f"{stem}-{i:0{len(total)}}-of-{total}.safetensors" for i in range(1, int(total) + 1)
+            ]
+        elif len(names) > 1:
+            raise ValueError(
+                f"{folder} holds {some(names)} and no index; expected {SINGLE}, or shards with "
+                f"{INDEX}"
+            )
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder}: {len(missing)} of {len(names)} weight files are missing: {some(missing)}; "
+            "download them"
+        )
+    if not names:
+        pickled = [f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        hint = f" ({some(pickled)} are pickles, which are not read)" if pickled else ""
+        raise FileNotFoundError(f"{folder} holds no *.safetensors{hint}; convert or download them")
+    return [folder / name for name in names], listed
+
+
+def copy(stored: Mapping[str, Stored], targets: Mapping[str, Tensor]) -> None:
+    """Copies stored tensors into given ones of the same shape, one at a time.
+
+    Args:
+        stored: tensors in files by name.
+        targets: under the same names, views of any type and device; overwritten.
+    """
+    for file in sorted({stored[name].file for name in targets}):
+        with safe_open(file, framework="pt") as f:
+            for name in sorted(n for n in targets if stored[n].file == file):
+                targets[name].copy_(f.get_tensor(name))
+
+
+def write(
+    folder: Path,
+    sources: Mapping[str, Tensor],
+    types: Mapping[str, torch.dtype],
+    shard_bytes: float = 5e9,
+) -> None:
+    """Writes tensors as one file, or as shards with an index.
+
+    Args:
+        folder: existing folder; weights of an earlier save are replaced.
+        sources: tensors by name, which may share memory and lie on any device.
+        types: type of each in the file.
+        shard_bytes: most bytes per file.
+    """
+    shards: list[list[str]] = [[]]
+    filled = total = 0
+    for name, source in sources.items():
+        size = source.numel() * types[name].itemsize
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled, total = filled + size, total + size
+    count = len(shards)
+    numbered = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    files = [SINGLE] if count == 1 else numbered
+    for file, names in zip(files, shards, strict=True):
+        # Copies: parts of one fused tensor share memory, which the format refuses.
+        data = {n: sources[n].to("cpu", types[n], copy=True).contiguous() for n in names}
+        save_file(data, folder / f"{file}.tmp", metadata={"format": "pt"})
+    for old in [*folder.glob("model-*-of-*.safetensors"), folder / SINGLE, folder / INDEX]:
+        old.unlink(missing_ok=True)
+    for file in files:
+        os.replace(folder / f"{file}.tmp", folder / file)
+    if count > 1:
+        where = {n: file for file, names in zip(files, shards, strict=True) for n in names}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        write_json(folder / INDEX, index)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no JSON object.
+    """
+    if not file.is_file():
+        beside = sorted(f.name for f in file.parent.iterdir()) if file.parent.is_dir() else []
+        raise FileNotFoundError(
+            f"{file.parent} holds no {file.name}, only {some(beside) or 'nothing'}; "
+            "give the folder of a checkpoint"
+        )
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error}); download or export it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def write_json(file: Path, value: dict[str, Any]) -> None:
+    """Writes an object as indented JSON."""
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few of many names."""
+    names = list(names)
+    more = f", ... {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more

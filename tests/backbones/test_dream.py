@@ -1,0 +1,196 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mmdlm.backbones.dream import Dream
+from mmdlm.checkpoint import load
+from mmdlm.layout import from_tokens
+from mmdlm.model import MultimodalDLM
+
+TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
+SMALL = {
+    "architectures": ["DreamModel"],
+    "model_type": "Dream",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 32,
+    "mask_token_id": 30,
+    "eos_token_id": 31,
+    "pad_token_id": 31,
+}
+
+
+@pytest.fixture(scope="module")
+def model(golden: Path) -> MultimodalDLM:
+    return load(golden / "backbones" / "dream")
+
+
+@pytest.fixture(scope="module")
+def numbers(golden: Path) -> dict[str, Tensor]:
+    return load_file(golden / "backbones" / "dream" / "golden.safetensors")
+
+
+def close(ours: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(ours, expected, **TOLERANCE)
+
+
+@torch.inference_mode()
+def test_dream_logits_equal_the_reference_one_position_on(
+    model: MultimodalDLM, numbers: dict[str, Tensor]
+) -> None:
+    logits = model.logits(numbers["input_ids"])
+    close(logits[:, 1:], numbers["logits"][:, :-1])
+    close(logits[:, 0], numbers["logits"][:, 0])
+
+
+@torch.inference_mode()
+def test_dream_hidden_states_equal_the_reference(
+    model: MultimodalDLM, numbers: dict[str, Tensor]
+) -> None:
+    ids, states = numbers["input_ids"], []
+    hooks = [b.register_forward_hook(lambda *a: states.append(a[2])) for b in model.backbone.blocks]
+    states.insert(0, model.backbone.tokens(ids))
+    final = model.hidden(from_tokens(ids, None, "full", None))
+    for hook in hooks:
+        hook.remove()
+    for i, state in enumerate([*states[:-1], final]):
+        close(state, numbers[f"hidden_states.{i}"])
+
+
+@torch.inference_mode()
+def test_dream_padding_equals_the_reference(
+    model: MultimodalDLM, numbers: dict[str, Tensor]
+) -> None:
+    mask = numbers["attention_mask"].bool()
+    canvas = from_tokens(numbers["input_ids"], mask, "full", None)
+    assert torch.equal(canvas.positions[mask], numbers["position_ids"][mask])
+    logits = model.logits(numbers["input_ids"], mask=mask)
+    assert logits.isfinite().all()
+    source = mask[:, :-1]
+    close(logits[:, 1:][source], numbers["logits_masked"][:, :-1][source])
+    # The first real token has no row before it but padding; its own stands in, as at position 0.
+    close(logits[0, 5], numbers["logits_masked"][0, 5])
+
+
+@torch.inference_mode()
+def test_dream_prefix_cache_equals_the_reference(
+    model: MultimodalDLM, numbers: dict[str, Tensor]
+) -> None:
+    start, length = int(numbers["cache_split"]), numbers["cache_ids"].shape[1]
+    kv = model.backbone.cache(1, length)
+    old, new = (from_tokens(numbers[n], None, "full", None) for n in ("cache_ids", "cache_ids_new"))
+    model.run(old, slice(0, length), slice(1, length), kv)
+    # Row i scores token i + 1, so the tail's rows score positions one further.
+    tail = model.run(new, slice(start, length), slice(start + 1, length + 1), kv)
+    close(tail, numbers["logits_prefix_cache"])
+
+
+@torch.inference_mode()
+def test_dream_dual_cache_equals_the_reference(
+    model: MultimodalDLM, numbers: dict[str, Tensor]
+) -> None:
+    length = numbers["cache_ids"].shape[1]
+    kv = model.backbone.cache(1, length)
+    start, stop = numbers["block"].tolist()
+    model.run(
+        from_tokens(numbers["cache_ids"], None, "full", None), slice(0, length), slice(1, 2), kv
+    )
+    for ids, expected in (
+        ("cache_ids_new", "logits_dual_cache"),
+        ("cache_ids_new2", "logits_dual_cache_2"),
+    ):
+        canvas = from_tokens(numbers[ids], None, "full", None)
+        logits = model.run(canvas, slice(start, stop), slice(start + 1, stop + 1), kv)
+        close(logits, numbers[expected])
+
+
+@torch.inference_mode()
+def test_dream_bfloat16_agrees_with_the_reference(golden: Path, numbers: dict[str, Tensor]) -> None:
+    model = load(golden / "backbones" / "dream", dtype="bfloat16")
+    best = model.logits(numbers["input_ids"])[:, 1:].argmax(-1)
+    assert (best == numbers["logits_bf16"][:, :-1].argmax(-1)).float().mean() >= 0.9
+    assert (best == numbers["logits"][:, :-1].argmax(-1)).float().mean() >= 0.9
+
+
+@torch.inference_mode()
+def test_dream_rows_left_padded_equal_rows_alone(
+    model: MultimodalDLM, numbers: dict[str, Tensor]
+) -> None:
+    ids = numbers["input_ids"]
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[0, :7] = False
+    close(model.logits(ids, mask=mask)[0, 7:], model.logits(ids[:1, 7:])[0])
+
+
+def test_dream_absent_keys_have_the_defaults_of_the_class() -> None:
+    spec = Dream.read({}, set())
+    t = spec.transformer
+    assert (t.vocab, t.width, t.inner, t.layers) == (151936, 4096, 22016, 32)
+    assert (t.heads, t.keys_heads, t.eps, t.theta, t.tied) == (32, 32, 1e-6, 1e4, False)
+    assert (spec.mask_id, spec.pad_id, spec.eos_id, spec.stop_ids) == (
+        151666,
+        151643,
+        151643,
+        (151645,),
+    )
+    assert t.qkv_bias
+    assert not t.bias
+    assert spec.shift
+
+
+def test_dream_biases_do_not_depend_on_a_key() -> None:
+    assert Dream.read(SMALL | {"attention_bias": False}, set()).transformer.qkv_bias
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("hidden_act", "gelu"), ("use_mrope", True), ("use_sliding_window", True)]
+)
+def test_dream_refuses_what_was_never_published(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"Dream.*{key}.*expected"):
+        Dream.read(SMALL | {key: value}, set())
+
+
+def test_dream_reads_the_rotary_base_where_transformers_5_puts_it() -> None:
+    inside = {"rope_parameters": {"rope_theta": 3e5, "rope_type": "default"}}
+    assert Dream.read(SMALL | inside, set()).transformer.theta == 3e5
+    assert Dream.read(SMALL | inside | {"rope_theta": 2e5}, set()).transformer.theta == 2e5
+    with pytest.raises(ValueError, match="rotary scaling 'yarn'"):
+        Dream.read(SMALL | {"rope_scaling": {"rope_type": "yarn"}}, set())
+
+
+@pytest.mark.parametrize(
+    "variant", [{}, {"tie_word_embeddings": True}, {"head_dim": 8}, {"eos_token_id": [31, 3]}]
+)
+def test_dream_written_config_reads_back(variant: dict[str, Any]) -> None:
+    spec = Dream.read(SMALL | {"rope_theta": 1e6} | variant, set())
+    assert Dream.read(json.loads(json.dumps(Dream.write(spec))), set()) == spec
+
+
+def test_dream_config_that_it_cannot_say_is_refused(golden: Path) -> None:
+    from mmdlm.backbones.llada import LLaDA
+
+    spec = LLaDA.read(json.loads((golden / "backbones/llada/config.json").read_text()), set())
+    with pytest.raises(ValueError, match="published Dream config cannot say .*qkv_bias"):
+        Dream.write(spec)
+
+
+def test_dream_is_told_from_later_models_of_that_name() -> None:
+    qwen2 = {"model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.bias"}
+    qwen3 = {"model.embed_tokens.weight", "model.layers.0.self_attn.q_norm.weight"}
+    assert Dream.matches({"architectures": ["DreamModel"], "model_type": "Dream"}, qwen2)
+    assert Dream.matches({"model_type": "Dream"}, qwen2)
+    later = {"architectures": ["DreamForCausalLM"], "model_type": "Dream"}
+    assert Dream.matches(later, qwen2)
+    assert not Dream.matches(later, qwen3)
+    assert not Dream.matches(later | {"block_size": 32}, qwen2)
+    assert not Dream.matches({"architectures": ["Qwen2ForCausalLM"]}, qwen2)
+    assert not Dream.matches({"architectures": ["LLaDAModelLM"], "model_type": "llada"}, qwen2)
+    assert not Dream.matches({}, qwen2)

@@ -1,0 +1,206 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmdlm.backbones.transformer import Transformer, TransformerConfig
+
+TINY = TransformerConfig(vocab=13, width=16, layers=2, heads=4, inner=24, kv_heads=2)
+SWITCHES = {
+    "plain": {},
+    "all heads": {"kv_heads": None},
+    "one key head": {"kv_heads": 1},
+    "head width of its own": {"head_dim": 6},
+    "half rotary": {"rotary": 0.5},
+    "float32 rotary": {"rotary_float32": True},
+    "norm per head": {"qk_norm": "head"},
+    "norm over heads": {"qk_norm": "whole"},
+    "biases": {"qkv_bias": True, "bias": True, "norm_bias": True},
+    "tied and scaled": {"tied": True, "embed_scale": 4.0, "logit_scale": 0.25},
+}
+
+
+def build(seed: int = 0, **switches: object) -> Transformer:
+    backbone = Transformer(replace(TINY, **switches))
+    generator = torch.Generator().manual_seed(seed)
+    backbone.reset(generator)
+    for weight in backbone.parameters():
+        with torch.no_grad():
+            weight.add_(torch.randn(weight.shape, generator=generator) * 0.1)
+    return backbone.eval()
+
+
+def inputs(length: int = 7, batch: int = 2) -> tuple[Tensor, Tensor]:
+    x = torch.randn(batch, length, 16, generator=torch.Generator().manual_seed(3))
+    return x, torch.arange(length).expand(batch, -1)
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+@pytest.mark.parametrize("read", [slice(2, 4), slice(6, 7), torch.tensor([[0, 3], [5, 1]])])
+@torch.inference_mode()
+def test_reading_rows_equals_the_full_pass(name: str, read: slice | Tensor) -> None:
+    backbone = build(**SWITCHES[name])
+    x, positions = inputs()
+    mask = torch.rand(2, 7, 7, generator=torch.Generator().manual_seed(4)) < 0.6
+    full = backbone(x, positions, mask=mask)
+    some = backbone(x, positions, mask=mask, read=read)
+    index = torch.arange(7)[read].expand(2, -1) if isinstance(read, slice) else read
+    torch.testing.assert_close(some, full.gather(1, index[..., None].expand(-1, -1, 16)))
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+@torch.inference_mode()
+def test_rows_of_a_batch_do_not_mix(name: str) -> None:
+    backbone = build(**SWITCHES[name])
+    x, positions = inputs(batch=3)
+    together = backbone(x, positions)
+    for row in range(3):
+        torch.testing.assert_close(backbone(x[row : row + 1], positions[:1])[0], together[row])
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+@torch.inference_mode()
+def test_only_distances_between_positions_matter(name: str) -> None:
+    backbone = build(**SWITCHES[name])
+    x, positions = inputs()
+    torch.testing.assert_close(
+        backbone(x, positions), backbone(x, positions + 50), atol=1e-4, rtol=0
+    )
+    assert not torch.allclose(backbone(x, positions), backbone(x, positions * 2), atol=1e-3)
+
+
+@torch.inference_mode()
+def test_mask_of_ones_equals_none() -> None:
+    backbone = build()
+    x, positions = inputs()
+    ones = torch.ones(2, 7, 7, dtype=torch.bool)
+    torch.testing.assert_close(backbone(x, positions, mask=ones), backbone(x, positions))
+
+
+@torch.inference_mode()
+def test_attention_is_not_causal() -> None:
+    backbone = build()
+    x, positions = inputs()
+    changed = x.clone()
+    changed[:, -1] += 1
+    assert not torch.allclose(backbone(x, positions)[:, 0], backbone(changed, positions)[:, 0])
+
+
+@torch.inference_mode()
+def test_masked_keys_do_not_matter() -> None:
+    backbone = build()
+    x, positions = inputs()
+    mask = torch.ones(2, 7, 7, dtype=torch.bool)
+    mask[:, :, 2] = False
+    changed = x.clone()
+    changed[:, 2] = 100.0
+    keep = [0, 1, 3, 4, 5, 6]
+    before = backbone(x, positions, mask=mask)[:, keep]
+    torch.testing.assert_close(backbone(changed, positions, mask=mask)[:, keep], before)
+
+
+@torch.inference_mode()
+def test_query_that_sees_nothing_stays_finite_and_harms_nobody() -> None:
+    backbone = build()
+    x, positions = inputs()
+    mask = torch.ones(2, 7, 7, dtype=torch.bool)
+    mask[0, :2] = False  # two queries without keys
+    mask[0, :, :2] = False
+    out = backbone(x, positions, mask=mask)
+    assert out.isfinite().all()
+    torch.testing.assert_close(out[0, 2:], backbone(x[:1, 2:], positions[:1, 2:])[0])
+
+
+@torch.inference_mode()
+def test_shared_key_heads_equal_repeated_ones() -> None:
+    shared, full = build(), build(kv_heads=4)
+    state = shared.state_dict()
+    for name, weight in state.items():
+        if ".qkv." in name:
+            q, k, v = weight.split([16, 8, 8])
+            state[name] = torch.cat(
+                [q, *(p.view(2, 4, 16).repeat_interleave(2, 0).reshape(16, 16) for p in (k, v))]
+            )
+    full.load_state_dict(state)
+    x, positions = inputs()
+    torch.testing.assert_close(shared(x, positions), full(x, positions))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", SWITCHES)
+@torch.inference_mode()
+def test_half_precision_stays_near_float32(name: str, dtype: torch.dtype) -> None:
+    backbone = build(**SWITCHES[name])
+    x, positions = inputs()
+    exact = backbone.head(backbone(x, positions))
+    half = backbone.to(dtype)
+    logits = half.head(half(x.to(dtype), positions))
+    assert logits.dtype == dtype
+    assert (logits.float() - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+@torch.inference_mode()
+def test_head_of_some_columns_equals_those_of_all() -> None:
+    for switches in ({}, {"bias": True}, {"tied": True, "logit_scale": 0.5}):
+        backbone = build(**switches)
+        hidden = torch.randn(2, 3, 16)
+        torch.testing.assert_close(
+            backbone.head(hidden, slice(4, 9)), backbone.head(hidden)[..., 4:9]
+        )
+
+
+@torch.inference_mode()
+def test_scales_multiply_embeddings_and_logits() -> None:
+    plain, scaled = build(), build(embed_scale=3.0, logit_scale=0.5)
+    scaled.load_state_dict(plain.state_dict())
+    ids, hidden = torch.tensor([[1, 2]]), torch.randn(1, 2, 16)
+    torch.testing.assert_close(scaled.tokens(ids), 3 * plain.tokens(ids))
+    torch.testing.assert_close(scaled.head(hidden), 0.5 * plain.head(hidden))
+
+
+def test_tied_model_has_no_head_of_its_own() -> None:
+    backbone = build(tied=True)
+    assert backbone.out is None
+    assert not any(name.startswith("out.") for name in backbone.state_dict())
+
+
+def test_checkpointing_gives_the_same_gradients() -> None:
+    x, positions = inputs()
+    gradients = []
+    for flag in (False, True):
+        backbone = build().train()
+        backbone.checkpointing = flag
+        backbone.head(backbone(x, positions, read=slice(2, 5))).square().sum().backward()
+        gradients.append([p.grad for p in backbone.parameters() if p.grad is not None])
+    for plain, checked in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checked)
+
+
+def test_reset_is_repeatable_and_leaves_norms_at_one() -> None:
+    first, second = Transformer(TINY), Transformer(TINY)
+    for backbone in (first, second):
+        backbone.reset(torch.Generator().manual_seed(5))
+    for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+        if "norm" in name:
+            assert bool((a == 1).all())
+
+
+def test_long_context_factor_is_a_larger_base() -> None:
+    x, positions = inputs()
+    stretched, other = build(theta_scale=4.0), build(theta=40_000.0)
+    torch.testing.assert_close(stretched(x, positions), other(x, positions))
+
+
+@pytest.mark.parametrize(
+    ("switches", "message"),
+    [
+        ({"kv_heads": 3}, "4 query heads cannot share 3"),
+        ({"width": 18}, "width 18 is no multiple of 4 heads"),
+        ({"width": 18, "kv_heads": None}, "width 18 is no multiple of 4 heads"),
+    ],
+)
+def test_impossible_sizes_are_refused(switches: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **switches)
