@@ -1,0 +1,1 @@
+"""One denoising loop and one file per strategy."""

@@ -1,0 +1,53 @@
+"""Fixed blocks, left to right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.strategy import Strategy, Window
+
+
+@dataclass(frozen=True)
+class Blocks(Strategy):
+    """Opens the answer block by block; a block stays open until every row has filled it.
+
+    Rows that finish a block early wait for the others, so a row's result is the one it has alone
+    whatever cache is used.
+
+    Source: semi-autoregressive remasking of LLaDA (ML-GSAI/LLaDA: generate.py); the own blocks of
+    block-causal models as in JetAstra/SDAR: generate.py.
+
+    Args:
+        size: positions per block, counted from the start of the answer. None takes the model's own
+            block size, and opens the whole answer at once where it has none; a block-causal model
+            counts its blocks from the start of the text, so that the first holds the end of the
+            prompt.
+    """
+
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise ValueError(f"Blocks.size is {self.size}, expected at least 1")
+
+    def plan(self, state: DecodeState) -> Window:
+        """The first block that holds a mask in any row; an empty window when none does."""
+        left = state.left.any(0).nonzero()
+        if not len(left):
+            return Window(state.length, state.length)
+        spec = state.model.spec
+        if self.size is None and spec.attention == "block_causal":
+            return self._turn(state)
+        size = self.size or spec.block_size or state.length - state.prompt
+        start = state.prompt + (int(left[0]) - state.prompt) // size * size
+        return Window(start, min(start + size, state.length))
+
+    def _turn(self, state: DecodeState) -> Window:
+        """The columns of the first unfinished block of the model's own."""
+        if "turns" not in state.memory:
+            state.memory["turns"] = state.turns.cpu()
+        turns = state.memory["turns"]
+        turn = int(turns[state.left[:, state.prompt :]].min())
+        at = (turns == turn).any(0).nonzero() + state.prompt
+        return Window(int(at[0]), int(at[-1]) + 1, turn)

@@ -1,0 +1,41 @@
+"""Classifier-free guidance by the prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.strategy import Strategy
+from mmdlm.layout import TEXT
+
+
+@dataclass(frozen=True)
+class CFG(Strategy):
+    """Moves the logits away from what the model says without the text of the prompt.
+
+    A second forward per step, with masks for the text and the media left in place, gives u; the
+    logits c become u + (scale + 1) (c - u). Caches hold for both forwards.
+
+    Source: ML-GSAI/LLaDA: generate.py (cfg_scale; there the whole prompt is masked, and both
+    forwards count as one because they run as one batch).
+
+    Args:
+        scale: strength; 0 is no guidance and costs no second forward.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.scale >= 0:
+            raise ValueError(f"CFG.scale is {self.scale}, expected 0 or more")
+
+    def guide(self, state: DecodeState, logits: Tensor) -> Tensor:
+        """[B R V] float32."""
+        if self.scale == 0:
+            return logits
+        text = state.sequence.kind == TEXT
+        without = state.tokens.masked_fill(text, state.model.spec.mask_id)
+        plain = state.forward(without, cache="without text")
+        return plain + (self.scale + 1) * (logits - plain)

@@ -1,0 +1,291 @@
+"""The denoising loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mmdlm.decoding import preset
+from mmdlm.decoding.blocks import Blocks
+from mmdlm.decoding.exact import Exact
+from mmdlm.decoding.greedy import Greedy
+from mmdlm.decoding.probability import Probability, log_odds
+from mmdlm.decoding.state import DecodeState, Source
+from mmdlm.decoding.strategy import Strategy, Window
+from mmdlm.decoding.top_k import TopK
+from mmdlm.layout import ANSWER, Sequence, from_tokens, levels
+from mmdlm.model import MultimodalDLM
+
+Owners = dict[str, list[Strategy]]
+"""Hook name to the strategies that decide it."""
+
+
+@dataclass(frozen=True)
+class History:
+    """When and how surely each answer position was committed.
+
+    Args:
+        step: [B G] int64, 0-based step whose logits filled the position (steps and forwards are the
+            same without guidance); -1 where none did: known beforehand, or ended.
+        confidence: [B G] float32 probability of the token at that step, 0 where none did.
+    """
+
+    step: Tensor
+    confidence: Tensor
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A finished decode.
+
+    Args:
+        tokens: [B P+G] int64, the padded prompt (media slots hold the pad id) and the answer.
+        nfe: forwards of the backbone, cache refreshes and guidance included.
+        history: when each answer position was committed.
+    """
+
+    tokens: Tensor
+    nfe: int
+    history: History
+
+
+@torch.inference_mode()
+def decode(
+    model: MultimodalDLM,
+    prompt: Tensor | Sequence,
+    length: int,
+    strategies: preset.Choice = (),
+    *,
+    mask: Tensor | None = None,
+    generator: Source = None,
+    columns: slice | None = None,
+    canvas: Tensor | None = None,
+) -> Decoded:
+    """A prompt with `length` masked positions filled in.
+
+    Without strategies the most probable position commits at each step, recomputing exactly what
+    the model's attention makes necessary: everything for full attention, only the answer for a
+    prefix model, only the newest token for an autoregressive one.
+
+    Args:
+        model: the model.
+        prompt: token ids [B P] or a laid-out Sequence.
+        length: positions G to fill.
+        strategies: instances, or the name of a preset, see `preset.strategies`; their order
+            matters for guide, stop, revise and end only.
+        mask: [B P] key padding of token ids, True = real; pad on the left.
+        generator: source of random draws, one for the batch or one per row; None: torch's own. A
+            row alone and in a batch agree when they get generators of the same seed.
+        columns: range of ids that may be committed (action ids); the head computes only these.
+        canvas: [B G] int64 answer of which only the masks are filled in; None: all masks.
+    Raises:
+        ValueError: two strategies decide the same one-owner hook, the length is not positive, the
+            prompt is empty, or nothing could be written because the model gave NaN.
+    """
+    owners = assign(given := preset.strategies(strategies))
+    state = start(model, prompt, length, mask, generator, columns, canvas)
+    held = [s for hook in owners.values() for s in hook]
+    for strategy in {id(s): s for s in (*given, *held)}.values():
+        strategy.begin(state)
+    done = _leave(state)
+    while _open(state, owners):
+        _step(state, owners)
+        state.look()
+        state.step += 1
+        state.block_step += 1
+        done |= _leave(state)
+    done |= _rows(state, range(len(state.rows)))
+    results = zip(*(done[i] for i in range(state.batch)), strict=True)
+    tokens, step, confidence = (torch.stack(result) for result in results)
+    if bool(confidence.isnan().any()):
+        raise ValueError(
+            "a position had no possible token: the model gave NaN (check the weights, or load with "
+            "dtype=float32), or strategies such as Suppress and Nucleus left none"
+        )
+    return Decoded(tokens, state.nfe, History(step, confidence))
+
+
+def assign(strategies: Items[Strategy]) -> Owners:
+    """Hook name to the strategies that decide it, with the loop's own defaults filled in.
+
+    Raises:
+        ValueError: two strategies decide the same one-owner hook.
+    """
+    owners: Owners = {}
+    for strategy in strategies:
+        for hook in strategy.hooks():
+            owners.setdefault(hook, []).append(strategy)
+    for hook in Strategy.ONE_OWNER:
+        if len(owners.get(hook, ())) > 1:
+            a, b = (type(s).__name__ for s in owners[hook][:2])
+            raise ValueError(f"{a} and {b} both decide {hook!r}; keep one")
+    for default in (Blocks(), Exact(), Greedy(), Probability(), TopK()):
+        for hook in default.hooks():
+            owners.setdefault(hook, [default])
+    return owners
+
+
+def start(
+    model: MultimodalDLM,
+    prompt: Tensor | Sequence,
+    length: int,
+    mask: Tensor | None,
+    generator: Source,
+    columns: slice | None,
+    canvas: Tensor | None,
+) -> DecodeState:
+    """The state before the first step: the prompt followed by the canvas."""
+    spec = model.spec
+    if length < 1:
+        raise ValueError(f"length is {length}, expected at least one position to fill")
+    if isinstance(prompt, Tensor):
+        if prompt.ndim != 2:
+            raise ValueError(f"prompt is {list(prompt.shape)}, expected token ids [B P]")
+        prompt = from_tokens(prompt, mask, spec.attention, spec.block_size)
+    elif mask is not None:
+        raise ValueError("mask is for token ids; a Sequence brings its own")
+    prompt = prompt.to(model.device)
+    batch, size = prompt.tokens.shape
+    if batch == 0 or size == 0:
+        raise ValueError("the prompt is empty; give at least one row with one token")
+    order = torch.arange(length, device=model.device).expand(batch, -1)
+    answer = torch.full_like(order, spec.mask_id)
+    if canvas is not None:
+        if canvas.shape != order.shape:
+            raise ValueError(f"canvas is {list(canvas.shape)}, expected {[batch, length]}")
+        answer = canvas.to(order)
+    kind = torch.full_like(order, ANSWER)
+    positions = prompt.mask.sum(1, keepdim=True) + order
+    level = levels(kind, positions, order, spec.attention, spec.block_size)
+    sequence = replace(
+        prompt,
+        tokens=torch.cat([prompt.tokens, answer], 1),
+        kind=torch.cat([prompt.kind, kind], 1),
+        mask=torch.cat([prompt.mask, torch.ones_like(order, dtype=torch.bool)], 1),
+        positions=torch.cat([prompt.positions, positions], 1),
+        level=torch.cat([prompt.level, level], 1),
+        branch=None,
+    )
+    return DecodeState(model, sequence, size, generator, _range(columns, model))
+
+
+def _range(columns: slice | None, model: MultimodalDLM) -> slice | None:
+    """The ids that may be committed as a slice with a start and a stop."""
+    if columns is None:
+        return None
+    start, stop, step = columns.indices(model.spec.transformer.vocab)
+    if step != 1 or start >= stop or (start, stop) == (model.spec.mask_id, model.spec.mask_id + 1):
+        raise ValueError(f"columns is {columns}, expected a range of ids besides the mask id")
+    return slice(start, stop)
+
+
+def _open(state: DecodeState, owners: Owners) -> bool:
+    """Asks plan for the window; False when there is nothing left to do."""
+    if not state.rows:
+        return False
+    window = owners["plan"][0].plan(state)
+    if window.start >= window.stop:
+        return False
+    if window != state.window:
+        if state.step:
+            state.block += 1
+        state.block_step = 0
+        state.window = window
+        state.block_masks = state.opened(window.start, window.stop).sum(1)
+    return True
+
+
+def _step(state: DecodeState, owners: Owners) -> None:
+    """One step: the forward, what it commits, and what is taken back."""
+    spec = state.model.spec
+    state.refresh = owners["refresh"][0].refresh(state)
+    state.focus(_reading(state, owners))
+    logits = state.forward()
+    for strategy in owners.get("guide", ()):
+        logits = strategy.guide(state, logits)
+    offset = 0 if state.columns is None else state.columns.start
+    if 0 <= spec.mask_id - offset < logits.shape[-1]:
+        # The mask token is an input, never an answer: a committed mask would be decoded again.
+        logits[..., spec.mask_id - offset] = -torch.inf
+    picked = owners["pick"][0].pick(state, logits)
+    state.candidates = picked + offset
+    state.log_odds = log_odds(logits, picked)
+    confidence = owners["score"][0].score(state, logits, picked)
+    state.confidence = confidence.masked_fill(~state.open, -torch.inf)
+    _commit(state, owners)
+    if state.step < 2 * (state.length - state.prompt):
+        for strategy in owners.get("revise", ()):
+            again = strategy.revise(state) & ~state.masked
+            again[:, : state.prompt] = False
+            state.tokens.masked_fill_(again, spec.mask_id)
+            state.commit_step.masked_fill_(again[:, state.prompt :], -1)
+            state.commit_confidence.masked_fill_(again[:, state.prompt :], 0.0)
+    for strategy in owners.get("end", ()):
+        state.tokens.masked_fill_(strategy.end(state) & state.masked, spec.eos_id)
+
+
+def _reading(state: DecodeState, owners: Owners) -> Window:
+    """The positions this step scores: what the hooks need and the computed rows can tell."""
+    rows, shift = state.refresh, state.model.spec.shift
+    if rows.fill is not None:
+        return rows.fill
+    start, stop, _ = state.window
+    sees = {strategy.sees for group in owners.values() for strategy in group}
+    if "answer" in sees:
+        start, stop = state.prompt, state.length
+    start, stop = max(start, rows.start + shift), min(stop, rows.stop + shift)
+    if sees == {"open"}:
+        at = state.left[:, start:stop].any(0).nonzero()
+        if len(at):
+            start, stop = start + int(at[0]), start + int(at[-1]) + 1
+    if not state.left[:, max(start, state.window.start) : min(stop, state.window.stop)].any():
+        name = type(owners["refresh"][0]).__name__
+        raise RuntimeError(
+            f"{name} computes rows {rows.start} to {rows.stop}, which score no masked position of "
+            f"the window {state.window.start} to {state.window.stop}; its refresh must cover one"
+        )
+    return Window(start, stop)
+
+
+def _commit(state: DecodeState, owners: Owners) -> None:
+    """Writes what this step takes into the canvas, and records when and how surely."""
+    start, stop, _ = state.read
+    finish = torch.zeros_like(state.open[:, :1])
+    for strategy in owners.get("stop", ()):
+        finish = finish | strategy.stop(state)[:, None]
+    select = owners["select"][0]
+    if state.refresh.fill is not None:
+        taken = state.open
+    else:
+        taken = select.select(state)
+        if not select.may_idle:
+            taken = taken.scatter(1, state.confidence.argmax(1, keepdim=True), True)
+    taken = (taken & state.open) | (finish & state.masked[:, start:stop])
+    state.taken = taken
+    window = state.tokens[:, start:stop]
+    window.copy_(torch.where(taken, state.candidates, window))
+    answer = slice(start - state.prompt, stop - state.prompt)
+    state.commit_step[:, answer].masked_fill_(taken, state.step)
+    sure = state.commit_confidence[:, answer]
+    sure.copy_(torch.where(taken, state.probability, sure))
+
+
+def _leave(state: DecodeState) -> dict[int, tuple[Tensor, ...]]:
+    """Takes finished rows out of the batch; their results by index in the caller's batch."""
+    busy = state.left.any(1)
+    if bool(busy.all()):
+        return {}
+    done = _rows(state, (~busy).nonzero()[:, 0].tolist())
+    state.keep(busy.nonzero()[:, 0])
+    return done
+
+
+def _rows(state: DecodeState, rows: Items[int]) -> dict[int, tuple[Tensor, ...]]:
+    """Tokens, steps and confidences of some rows by index in the caller's batch."""
+    return {
+        state.rows[i]: (state.tokens[i], state.commit_step[i], state.commit_confidence[i])
+        for i in rows
+    }

@@ -1,0 +1,33 @@
+"""Stop a row once its text has ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class EndOfText(Strategy):
+    """Fills the rest of a row with end tokens once an end token has no mask before it.
+
+    What stands before the end token is untouched; only positions a reader never sees are saved.
+
+    Source: early stop of inclusionAI/dInfer and ML-GSAI/LLaDA-V, made per row.
+    """
+
+    def end(self, state: DecodeState) -> Tensor:
+        """[B L] bool, the masks behind each row's first end token."""
+        spec = state.model.spec
+        tokens = state.tokens
+        known = tokens != spec.mask_id
+        ends = torch.zeros_like(known)
+        for stop_id in {spec.eos_id, *spec.stop_ids}:
+            ends |= tokens == stop_id
+        ends[:, : state.prompt], known[:, : state.prompt] = False, True
+        ended = ends & known.long().cumprod(1).bool()
+        return (ended.long().cumsum(1) > 0) & ~known

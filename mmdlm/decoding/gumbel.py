@@ -1,0 +1,40 @@
+"""Tokens sampled at a temperature."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Gumbel(Strategy):
+    """Picks each candidate at random from softmax(logits / temperature).
+
+    The candidate is the argmax of exp(z) / (-log u) ** temperature with u uniform, taken in the log
+    domain: the same order without overflow. Confidence stays the probability of the candidate
+    without temperature. Every row draws from its own stream (`DecodeState.uniform`).
+
+    Source: ML-GSAI/LLaDA: generate.py (add_gumbel_noise). It is in float64 because float32 noise
+    favours likely tokens (arXiv 2409.02908).
+
+    Args:
+        temperature: 0 is greedy.
+    """
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"Gumbel.temperature is {self.temperature}, expected 0 or more")
+
+    def pick(self, state: DecodeState, logits: Tensor) -> Tensor:
+        """[B R] int64."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        u = state.uniform(logits.shape[-1], dtype=torch.float64)
+        return (logits - self.temperature * u.log().neg().log()).argmax(-1)

@@ -1,0 +1,56 @@
+"""The likely tokens only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Nucleus(Strategy):
+    """Scales the logits by a temperature and leaves out unlikely tokens, for picks and confidence.
+
+    With `Gumbel(1.0)` behind it this is how Dream samples: its confidences are those of the scaled
+    and filtered distribution.
+
+    Source: HKUNLP/Dream: generation_utils.py (top_p_logits, top_k_logits, sample_tokens).
+
+    Args:
+        top_p: the likeliest tokens up to and including the one that reaches this probability stay.
+        top_k: at most so many stay, more where the last is tied; None: no limit.
+        temperature: what the logits are divided by first.
+    """
+
+    top_p: float = 0.95
+    top_k: int | None = None
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"Nucleus.top_p is {self.top_p}, expected a probability above 0")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"Nucleus.top_k is {self.top_k}, expected at least 1")
+        if not self.temperature > 0:
+            raise ValueError(
+                f"Nucleus.temperature is {self.temperature}, expected above 0; leave out Gumbel to "
+                "take the likeliest token"
+            )
+
+    def guide(self, state: DecodeState, logits: Tensor) -> Tensor:
+        """[B R V] with -inf for the tokens left out."""
+        logits = logits / self.temperature
+        if self.top_p < 1:
+            ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+            p = ordered.softmax(-1)
+            before = p.cumsum(-1) - p
+            out = torch.zeros_like(ordered, dtype=torch.bool).scatter(-1, ids, before > self.top_p)
+            logits = logits.masked_fill(out, -torch.inf)
+        if self.top_k is not None:
+            last = logits.topk(min(self.top_k, logits.shape[-1])).values[..., -1:]
+            logits = logits.masked_fill(logits < last, -torch.inf)
+        return logits

@@ -1,0 +1,41 @@
+"""Keep the keys and values of everything before the open block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mmdlm.decoding.exact import renewed
+from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.strategy import Refresh, Strategy, Window
+
+
+@dataclass(frozen=True)
+class PrefixCache(Strategy):
+    """Recomputes from the open block on; a full pass at the start of each block renews the rest.
+
+    The full pass also commits. Approximate with full attention: within a block, the prompt and the
+    blocks before keep the keys and values they had when it opened.
+
+    Source: Fast-dLLM (arXiv 2505.22618; NVlabs/Fast-dLLM: v1/llada/generate.py,
+    generate_with_prefix_cache; dream/model/generation_utils_block.py for shifted families). A block
+    that its full pass finishes costs no further forward here.
+    """
+
+    def refresh(self, state: DecodeState) -> Refresh:
+        """All rows that can have changed at the start of a block, then [block start, L)."""
+        return full_pass(state) or Refresh(state.window.start, state.length, cached=True)
+
+
+def full_pass(state: DecodeState) -> Refresh | None:
+    """The recomputation that opens a block; None within the block.
+
+    In a shifted family the row before the block scores its first position. That row is not among
+    those recomputed within the block, so the full pass fills this position and nothing else.
+    """
+    shift, start = state.model.spec.shift, state.window.start
+    stuck = shift and bool(state.left[:, start].any())
+    if state.block_step and not stuck:
+        return None
+    first = min(renewed(state), start - shift)
+    fill = Window(start, start + 1) if stuck else None
+    return Refresh(first, state.length, cached=True, fill=fill)

@@ -1,0 +1,77 @@
+"""Strategies from the name of a preset."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from collections.abc import Sequence as Items
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmdlm.decoding.strategy import Strategy
+from mmdlm.preset import strategy
+
+Choice = str | Items[Strategy | Mapping[str, Any]] | None
+"""A preset's name or file, or strategies as instances or `{class_path, init_args}`."""
+
+
+def strategies(spec: Choice) -> list[Strategy]:
+    """Strategy instances of a preset or a list.
+
+    Args:
+        spec: name of a preset ("fast_dllm" is the first of ./configs/decoding/fast_dllm.yaml and
+            the copy that comes with mmdlm), a path ending in .yaml, a list whose items are Strategy
+            instances or `{"class_path": ..., "init_args": {...}}`, or None for the loop's defaults.
+
+    Raises:
+        FileNotFoundError: no such preset or file.
+        ValueError: a class is no strategy of mmdlm.decoding, or does not take these arguments.
+        TypeError: the spec is one strategy or something else that is no list.
+    """
+    if isinstance(spec, str):
+        path = find(spec)
+        try:
+            spec = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is no YAML ({error}); correct it") from error
+        if not isinstance(spec, list):
+            raise ValueError(f"{path} holds no list of strategies, but {type(spec).__name__}")
+    if spec is None:
+        return []
+    if not isinstance(spec, Items):
+        raise TypeError(f"strategies is {spec!r}; give a list, e.g. [TopK(steps=8)], or a preset")
+    return [item if isinstance(item, Strategy) else strategy(item) for item in spec]
+
+
+def names() -> list[str]:
+    """Names of all presets in reach, sorted."""
+    return sorted({path.stem for folder in folders() for path in folder.glob("*.yaml")})
+
+
+def folders() -> list[Path]:
+    """Where presets are looked for: the working directory, the installed copy, the repository."""
+    package = Path(__file__).resolve().parents[1]
+    return [root / "configs" / "decoding" for root in (Path.cwd(), package, package.parent)]
+
+
+def find(name: str) -> Path:
+    """The file of a preset.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if name.endswith(".yaml"):
+        if Path(name).is_file():
+            return Path(name)
+        raise FileNotFoundError(f"there is no file {name}; known presets: {', '.join(names())}")
+    for folder in folders():
+        # Compared with what is there, so that a name cannot lead out of the folder.
+        if (path := folder / f"{name}.yaml") in folder.glob("*.yaml"):
+            return path
+    near = difflib.get_close_matches(name, names(), n=2)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    raise FileNotFoundError(
+        f"there is no decoding preset {name!r}; {hint}known: {', '.join(names())}"
+    )

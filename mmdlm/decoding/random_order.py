@@ -1,0 +1,22 @@
+"""Confidence = a random number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class RandomOrder(Strategy):
+    """Fills positions in random order; every row draws from its own stream (`DecodeState.uniform`).
+
+    Source: `remasking="random"` of ML-GSAI/LLaDA: generate.py.
+    """
+
+    def score(self, state: DecodeState, logits: Tensor, tokens: Tensor) -> Tensor:
+        """[B R] uniform in [0, 1), drawn anew in every step."""
+        return state.uniform()

@@ -1,0 +1,118 @@
+"""The hooks a decoding method may override."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mmdlm.decoding.state import DecodeState
+
+
+class Window(NamedTuple):
+    """Canvas positions [start, stop), shared by all rows of a batch.
+
+    Args:
+        start: first position.
+        stop: position after the last.
+        turn: only the n-th block of each row, from 0, counted by the model's own blocks; for blocks
+            that start at different canvas positions in different rows. None: no such limit.
+    """
+
+    start: int
+    stop: int
+    turn: int | None = None
+
+
+class Refresh(NamedTuple):
+    """Canvas rows [start, stop) to recompute in a step.
+
+    Args:
+        start: first row.
+        stop: row after the last.
+        cached: keep their keys and values for later steps, and attend to those kept from earlier
+            ones. Without it the rows must be the whole canvas.
+        attend: end of the keys the rows may see, for rows behind which nothing is valid yet; None:
+            the whole canvas.
+        fill: positions that commit in this step whatever `select` would say, the only ones scored;
+            for positions that later steps of the block cannot score. None: `select` decides.
+    """
+
+    start: int
+    stop: int
+    cached: bool
+    attend: int | None = None
+    fill: Window | None = None
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One decoding method: hyperparameters here, the state of a run in `DecodeState`.
+
+    A step asks, in this order: refresh, (the model runs), guide, pick, score, stop, select; then
+    the loop writes and asks revise, end and plan. A method overrides the hooks it decides. `plan`,
+    `refresh`, `pick`, `score` and `select` have one owner per decode; of `guide`, `stop`, `revise`
+    and `end` there may be many, applied in the order given.
+
+    The loop, never a strategy, keeps these rules: the mask id is never committed; only masked
+    positions of the open window commit, so prompt and known tokens stay; at least one of them
+    commits per row and step (unless `may_idle`); revising ends after twice as many steps as there
+    are positions; a finished row leaves the batch.
+
+    Attributes:
+        ONE_OWNER: hooks that two strategies cannot both decide.
+        may_idle: `select` may commit nothing in a step (schedules with a fixed number of steps).
+        sees: which logits the hooks need. "open": masked positions of the window, give or take;
+            "window": the whole window; "answer": the whole canvas, as far as `refresh` computes it.
+    """
+
+    ONE_OWNER: ClassVar[tuple[str, ...]] = ("plan", "refresh", "pick", "score", "select")
+    may_idle: ClassVar[bool] = False
+    sees: ClassVar[Literal["open", "window", "answer"]] = "open"
+
+    def begin(self, state: DecodeState) -> None:
+        """Called once before the first step, to check the model and to set up memory."""
+
+    def plan(self, state: DecodeState) -> Window:
+        """The open window, empty to end; called before the first step and after every write."""
+        raise TypeError(f"{type(self).__name__} does not decide plan")
+
+    def refresh(self, state: DecodeState) -> Refresh:
+        """The rows to recompute in this step."""
+        raise TypeError(f"{type(self).__name__} does not decide refresh")
+
+    def guide(self, state: DecodeState, logits: Tensor) -> Tensor:
+        """Rewritten logits [B R V] of the read positions."""
+        raise TypeError(f"{type(self).__name__} does not decide guide")
+
+    def pick(self, state: DecodeState, logits: Tensor) -> Tensor:
+        """Candidate [B R] int64 of each read position, a column of the logits."""
+        raise TypeError(f"{type(self).__name__} does not decide pick")
+
+    def score(self, state: DecodeState, logits: Tensor, tokens: Tensor) -> Tensor:
+        """Confidence [B R] float32 of the candidates; higher commits earlier."""
+        raise TypeError(f"{type(self).__name__} does not decide score")
+
+    def stop(self, state: DecodeState) -> Tensor:
+        """[B] bool, True for rows that commit every masked position read in this step."""
+        raise TypeError(f"{type(self).__name__} does not decide stop")
+
+    def select(self, state: DecodeState) -> Tensor:
+        """[B R] bool, which open positions commit in this step."""
+        raise TypeError(f"{type(self).__name__} does not decide select")
+
+    def revise(self, state: DecodeState) -> Tensor:
+        """[B L] bool, which known answer positions become masks again; asked after the write."""
+        raise TypeError(f"{type(self).__name__} does not decide revise")
+
+    def end(self, state: DecodeState) -> Tensor:
+        """[B L] bool, masks that can only become end tokens; asked after the write."""
+        raise TypeError(f"{type(self).__name__} does not decide end")
+
+    @classmethod
+    def hooks(cls) -> tuple[str, ...]:
+        """Names of the hooks this strategy decides."""
+        names = (*cls.ONE_OWNER, "guide", "stop", "revise", "end")
+        return tuple(n for n in names if getattr(cls, n) is not getattr(Strategy, n))

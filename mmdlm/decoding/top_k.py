@@ -1,0 +1,50 @@
+"""A fixed number of tokens per step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class TopK(Strategy):
+    """Commits the most confident positions, in equal shares per step.
+
+    A block with m masks and S steps commits m // S per step and one more in the first m mod S; the
+    last step commits whatever is left.
+
+    Source: ML-GSAI/LLaDA: generate.py (get_num_transfer_tokens). The loop's default, with one
+    token per step.
+
+    Args:
+        steps: steps for the whole answer, split evenly over the blocks; None: one per token.
+    """
+
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"TopK.steps is {self.steps}, expected at least 1")
+
+    def select(self, state: DecodeState) -> Tensor:
+        """[B R] bool."""
+        if self.steps is None:
+            return rank(state.confidence) < 1
+        steps = state.share(self.steps)
+        if state.block_step >= steps - 1:
+            return state.open
+        masks = state.block_masks
+        quota = masks // steps + (state.block_step < masks % steps)
+        return rank(state.confidence) < quota[:, None]
+
+
+def rank(confidence: Tensor) -> Tensor:
+    """[B R] int64 place of each position, 0 = most confident; ties go to the lower position."""
+    order = confidence.sort(dim=1, descending=True, stable=True).indices
+    places = torch.arange(confidence.shape[1], device=confidence.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)

@@ -1,0 +1,420 @@
+"""What holds for every strategy and every kind of attention; a new strategy is in at once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmdlm import discover
+from mmdlm.decoding.blocks import Blocks
+from mmdlm.decoding.cfg import CFG
+from mmdlm.decoding.decode import Decoded, assign, decode
+from mmdlm.decoding.dual_cache import DualCache
+from mmdlm.decoding.end_of_text import EndOfText
+from mmdlm.decoding.gumbel import Gumbel
+from mmdlm.decoding.prefix_cache import PrefixCache
+from mmdlm.decoding.prefix_lm import PrefixLM
+from mmdlm.decoding.random_order import RandomOrder
+from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.strategy import Refresh, Strategy, Window
+from mmdlm.decoding.threshold import Threshold
+from mmdlm.decoding.top_k import TopK
+from mmdlm.layout import Row, arrange
+from mmdlm.model import MultimodalDLM
+
+LENGTH = 8
+EOS, MASK, PAD = 1, 2, 0
+STRATEGIES = discover.classes("mmdlm.decoding", Strategy)
+MODELS = {
+    "full": {},
+    "full shifted": {"shift": True},
+    "prefix": {"attention": "prefix"},
+    "prefix shifted": {"attention": "prefix", "shift": True},
+    "cascade in blocks": {"attention": "cascade", "block_size": 4},
+    "block causal": {"attention": "block_causal", "block_size": 4},
+    "autoregressive": {"attention": "block_causal", "block_size": 1, "shift": True},
+}
+Toy = Callable[..., MultimodalDLM]
+
+
+@dataclass(frozen=True)
+class Everything(Strategy):
+    """Recomputes the whole canvas in every step."""
+
+    def refresh(self, state: DecodeState) -> Refresh:
+        return Refresh(0, state.length, cached=False)
+
+
+def prompts(*sizes: int) -> tuple[Tensor, Tensor]:
+    """Random prompts as one left-padded batch, with its mask."""
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.full((len(sizes), max(sizes)), PAD)
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    for row, real, size in zip(tokens, mask, sizes, strict=True):
+        row[-size:] = torch.randint(3, 50, (size,), generator=generator)
+        real[-size:] = True
+    return tokens, mask
+
+
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+def run(model: MultimodalDLM, *strategies: Strategy, sizes: tuple[int, ...] = (7, 4, 6)) -> Decoded:
+    tokens, mask = prompts(*sizes)
+    return decode(model, tokens, LENGTH, strategies, mask=mask, generator=seeds(*range(len(sizes))))
+
+
+def pairs(*kinds: str) -> pytest.MarkDecorator:
+    """Every strategy with every kind of model that it is for."""
+    return pytest.mark.parametrize(
+        ("name", "kind"),
+        # PrefixLM refuses models whose prompt sees no answer anyway.
+        [(n, k) for n in STRATEGIES for k in kinds if n != "PrefixLM" or k.startswith("full")],
+    )
+
+
+every = pytest.mark.parametrize("name", STRATEGIES)
+everywhere = pytest.mark.parametrize("kind", MODELS)
+
+
+@pairs(*MODELS)
+def test_fills_every_mask_of_the_answer_and_nothing_else(
+    name: str, kind: str, toy: Toy, watch
+) -> None:
+    model = toy(**MODELS[kind])
+    forwards = watch(model)
+    tokens, mask = prompts(7, 4)
+    tokens[0, 3] = MASK  # smuggled into a prompt: stays what it is
+    canvas = torch.full((2, LENGTH), MASK)
+    canvas[0, 5], canvas[1, 0] = 17, 23
+    got = decode(
+        model,
+        tokens,
+        LENGTH,
+        [STRATEGIES[name]()],
+        mask=mask,
+        canvas=canvas,
+        generator=seeds(0, 1),
+    )
+    answer = got.tokens[:, 7:]
+    assert got.tokens[:, :7].tolist() == tokens.tolist()
+    assert (answer[0, 5], answer[1, 0]) == (17, 23)
+    assert not (answer == MASK).any()
+    assert got.nfe == len(forwards)
+    assert got.nfe <= 4 * LENGTH
+    steps = got.history.step
+    assert (steps[0, 5], steps[1, 0]) == (-1, -1)
+    assert steps.max() < got.nfe
+    assert ((got.history.confidence > 0) == (steps >= 0)).all()
+
+
+@pairs("full", "full shifted", "cascade in blocks", "block causal")
+def test_a_row_of_a_batch_is_what_it_is_alone(name: str, kind: str, toy: Toy) -> None:
+    model, strategy, sizes = toy(**MODELS[kind]), STRATEGIES[name](), (7, 4, 6)
+    tokens, mask = prompts(*sizes)
+    taken = set(strategy.hooks())
+    more = [s for s in (Blocks(5), Threshold(0.3), EndOfText()) if not taken & set(s.hooks())]
+    chosen = [strategy, *more]
+    batch = decode(model, tokens, LENGTH, chosen, mask=mask, generator=seeds(8, 9, 10))
+    for i, size in enumerate(sizes):
+        row, source = tokens[i : i + 1, -size:], seeds(8 + i)
+        alone = decode(model, row, LENGTH, chosen, generator=source)
+        assert batch.tokens[i, 7:].tolist() == alone.tokens[0, size:].tolist()
+
+
+@every
+def test_the_same_seed_gives_the_same_answer(name: str, toy: Toy) -> None:
+    first, second = (run(toy(), STRATEGIES[name]()) for _ in range(2))
+    assert first.tokens.equal(second.tokens)
+    assert first.history.step.equal(second.history.step)
+
+
+@pytest.mark.parametrize("drawing", [RandomOrder(), Gumbel(2.0)])
+def test_other_seeds_and_other_rows_draw_otherwise(drawing: Strategy, toy: Toy) -> None:
+    tokens = prompts(5)[0].expand(3, -1)
+    one = decode(toy(), tokens, LENGTH, [drawing], generator=torch.Generator().manual_seed(0))
+    two = decode(toy(), tokens, LENGTH, [drawing], generator=torch.Generator().manual_seed(1))
+    assert not one.history.step.equal(two.history.step)
+    assert not one.history.step[0].equal(one.history.step[1])
+    torch.manual_seed(4)
+    free = decode(toy(), tokens, LENGTH, [drawing])
+    torch.manual_seed(4)
+    assert free.tokens.equal(decode(toy(), tokens, LENGTH, [drawing]).tokens)
+
+
+def test_one_generator_per_row_or_one(toy: Toy) -> None:
+    tokens, mask = prompts(3, 3)
+    with pytest.raises(ValueError, match="3 for 2 rows; give one, or one per row"):
+        decode(toy(), tokens, 4, mask=mask, generator=seeds(0, 1, 2))
+
+
+@everywhere
+@pytest.mark.parametrize("more", [[], [Blocks(5)], [Threshold(0.2)], [TopK(4), CFG(1.5)]])
+def test_keeping_keys_changes_nothing(kind: str, more: list[Strategy], toy: Toy) -> None:
+    model = toy(**MODELS[kind])
+    kept, all_new = run(model, *more), run(model, Everything(), *more)
+    assert kept.tokens.equal(all_new.tokens)
+    assert kept.history.step.equal(all_new.history.step)
+    torch.testing.assert_close(kept.history.confidence, all_new.history.confidence)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_keeping_the_keys_of_a_prefix_lm_changes_nothing(shift: bool, toy: Toy) -> None:
+    model = toy(shift=shift)
+    kept, all_new = run(model, PrefixLM()), run(model, PrefixLM(), Everything())
+    assert kept.tokens.equal(all_new.tokens)
+    trained = run(toy(attention="prefix", shift=shift))
+    assert kept.tokens.equal(trained.tokens)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("cache", [PrefixCache(), DualCache()])
+def test_a_cache_renewed_in_every_step_is_exact(cache: Strategy, shift: bool, toy: Toy) -> None:
+    model = toy(shift=shift)
+    renewed, all_new = run(model, Blocks(1), cache), run(model, Blocks(1))
+    assert renewed.tokens.equal(all_new.tokens)
+    torch.testing.assert_close(renewed.history.confidence, all_new.history.confidence)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_block_causal_models_fill_their_own_blocks(shift: bool, toy: Toy) -> None:
+    model = toy(attention="block_causal", block_size=4, shift=shift)
+    sizes = (7, 4, 6)
+    got = run(model, TopK(2), sizes=sizes)
+    for size, steps in zip(sizes, got.history.step, strict=True):
+        # Blocks count from the start of the text, so the first holds the end of the prompt.
+        block = (size + torch.arange(LENGTH)) // 4
+        block = block - block[0]
+        assert [set(steps[block == i].tolist()) for i in block.unique()] == [
+            {int(i)} for i in block.unique()
+        ]
+    everything = run(model, TopK(2), Everything(), sizes=sizes)
+    assert got.tokens.equal(everything.tokens)
+
+
+def test_a_threshold_above_one_commits_one_per_step(toy: Toy) -> None:
+    strict, one = run(toy(), Threshold(1.5)), run(toy(), TopK())
+    assert strict.tokens.equal(one.tokens)
+    assert strict.history.step.equal(one.history.step)
+    assert strict.nfe == LENGTH
+    assert run(toy(), Threshold(0.0)).nfe == 1
+
+
+def test_two_owners_of_a_hook_are_refused(toy: Toy) -> None:
+    message = "Threshold and TopK both decide 'select'; keep one"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        run(toy(), Threshold(), TopK())
+    assert len(assign([EndOfText(), CFG(), CFG()])["guide"]) == 2
+
+
+def test_finished_rows_leave_the_batch(toy: Toy, watch) -> None:
+    model = toy()
+    forwards = watch(model)
+    got = run(model, Blocks(4), DualCache(), Threshold(0.25))
+    last = got.history.step.amax(1)
+    assert last.unique().numel() > 1
+    rows = [len(forward.tokens) for forward in forwards]
+    assert rows == [int((last >= step).sum()) for step in range(got.nfe)]
+
+
+def test_media_leave_with_their_rows(toy: Toy) -> None:
+    model = toy()
+    generator = torch.Generator().manual_seed(1)
+    rows = [
+        Row((torch.randn(n, 32, generator=generator), torch.randint(3, 50, (4,))))
+        for n in (3, 6, 2)
+    ]
+    lay = {"pad": PAD, "attention": "full"}
+    chosen = [Blocks(4), Threshold(0.2)]
+    batch = decode(model, arrange(rows, **lay), LENGTH, chosen)
+    assert batch.history.step.amax(1).unique().numel() > 1
+    for i, row in enumerate(rows):
+        alone = decode(model, arrange([row], **lay), LENGTH, chosen)
+        assert batch.tokens[i, -LENGTH:].tolist() == alone.tokens[0, -LENGTH:].tolist()
+
+
+@everywhere
+def test_columns_bound_what_is_written(kind: str, toy: Toy) -> None:
+    tokens, mask = prompts(5, 3)
+    for columns in (slice(20, 30), slice(0, 4), slice(None, -30)):
+        got = decode(toy(**MODELS[kind]), tokens, LENGTH, mask=mask, columns=columns)
+        assert set(got.tokens[:, 5:].flatten().tolist()) <= set(range(50)[columns]) - {MASK}
+    all_columns = decode(toy(**MODELS[kind]), tokens, LENGTH, mask=mask, columns=slice(None))
+    assert all_columns.tokens.equal(decode(toy(**MODELS[kind]), tokens, LENGTH, mask=mask).tokens)
+
+
+@pytest.mark.parametrize("columns", [slice(5, 5), slice(2, 3), slice(0, 10, 2), slice(60, 70)])
+def test_columns_that_leave_nothing_are_refused(columns: slice, toy: Toy) -> None:
+    with pytest.raises(ValueError, match="expected a range of ids besides the mask id"):
+        decode(toy(), torch.tensor([[3]]), 2, columns=columns)
+
+
+@dataclass(frozen=True)
+class Restless(Strategy):
+    """Takes back what it can in every step, prompt and all."""
+
+    def revise(self, state: DecodeState) -> Tensor:
+        return torch.ones_like(state.masked)
+
+
+@dataclass(frozen=True)
+class Once(Strategy):
+    """Takes back the first two positions of the answer in the fourth step."""
+
+    def revise(self, state: DecodeState) -> Tensor:
+        again = torch.zeros_like(state.masked)
+        again[:, state.prompt : state.prompt + 2] = state.step == 3
+        return again
+
+
+@pytest.mark.parametrize("kind", ["full", "full shifted", "block causal"])
+@pytest.mark.parametrize("cache", [None, PrefixCache(), DualCache()])
+def test_revising_comes_to_an_end(kind: str, cache: Strategy | None, toy: Toy) -> None:
+    for strategy in (Restless(), Once()):
+        got = run(toy(**MODELS[kind]), strategy, *([cache] if cache else []))
+        assert not (got.tokens[:, -LENGTH:] == MASK).any()
+        assert got.nfe <= 4 * LENGTH
+        assert got.history.step.min() >= 0
+    assert got.history.step[:, :2].min() > 3
+
+
+@everywhere
+def test_keeping_keys_changes_nothing_when_tokens_are_taken_back(kind: str, toy: Toy) -> None:
+    model = toy(**MODELS[kind])
+    kept, all_new = run(model, Once(), Blocks(3)), run(model, Once(), Blocks(3), Everything())
+    assert kept.tokens.equal(all_new.tokens)
+
+
+@dataclass(frozen=True)
+class Halt(Strategy):
+    """Finishes row 1 in the third step from all that is scored."""
+
+    sees = "answer"
+
+    def stop(self, state: DecodeState) -> Tensor:
+        return torch.tensor([row == 1 and state.step == 2 for row in state.rows])
+
+
+def test_stop_fills_what_is_scored_and_ends_the_row(toy: Toy) -> None:
+    got = run(toy(), Blocks(4), Halt())
+    assert got.history.step.amax(1).tolist() == [LENGTH - 1, 2, LENGTH - 1]
+    assert (got.history.step[1] == 2).sum() == LENGTH - 2
+
+
+@dataclass(frozen=True)
+class Spy(Strategy):
+    """Changes nothing, and asks for logits beyond the window."""
+
+    sees = "answer"
+
+    def guide(self, state: DecodeState, logits: Tensor) -> Tensor:
+        assert state.read == Window(state.prompt, state.length)
+        assert logits.shape[1] == LENGTH
+        return logits
+
+
+def test_seeing_more_changes_nothing(toy: Toy) -> None:
+    spied, plain = run(toy(), Blocks(5), Spy()), run(toy(), Blocks(5))
+    assert spied.tokens.equal(plain.tokens)
+    assert spied.history.step.equal(plain.history.step)
+
+
+def test_known_ends_of_the_window_are_not_scored(toy: Toy, watch) -> None:
+    forwards = watch(toy())
+    canvas = torch.tensor([[9, MASK, 9, MASK, 9, 9]])
+    decode(toy(), torch.tensor([[3, 4]]), 6, canvas=canvas)
+    assert forwards[0].read == (3, 6)
+    assert forwards[1].read in ((3, 4), (5, 6))
+
+
+@dataclass(frozen=True)
+class Nowhere(Strategy):
+    """Computes the prompt only."""
+
+    def refresh(self, state: DecodeState) -> Refresh:
+        return Refresh(0, state.prompt, cached=True)
+
+
+def test_a_refresh_that_misses_the_window_is_named(toy: Toy) -> None:
+    with pytest.raises(RuntimeError, match="Nowhere computes rows 0 to 7, which score no masked"):
+        run(toy(), Nowhere())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"length": 0}, "length is 0, expected at least one"),
+        ({"prompt": torch.zeros(1, 0, dtype=torch.long)}, "the prompt is empty"),
+        ({"prompt": torch.zeros(3, dtype=torch.long)}, r"prompt is \[3\], expected token ids"),
+        ({"canvas": torch.zeros(2, 4)}, r"canvas is \[2, 4\], expected \[1, 4\]"),
+        ({"mask": torch.ones(1, 2)}, r"mask is \[1, 2\], tokens are \[1, 3\]"),
+    ],
+)
+def test_bad_arguments_are_named(given: dict, message: str, toy: Toy) -> None:
+    call = {"prompt": torch.tensor([[3, 4, 5]]), "length": 4, **given}
+    with pytest.raises(ValueError, match=message):
+        decode(toy(), **call)
+
+
+def slow_decode(model: MultimodalDLM, prompt: Tensor, size: int, tau: float) -> tuple[list, list]:
+    """Blocks and a threshold for one row, by hand: full recompute, Python numbers."""
+    tokens, steps, step = prompt.tolist() + [MASK] * LENGTH, [-1] * LENGTH, 0
+    for start in range(len(prompt), len(tokens), size):
+        block = range(start, min(start + size, len(tokens)))
+        while masked := [i for i in block if tokens[i] == MASK]:
+            kind, turns = ("prefix" if model.spec.attention == "prefix" else "full"), len(prompt)
+            sees = [
+                [kind == "full" or i >= turns or j < turns for j in range(len(tokens))]
+                for i in range(len(tokens))
+            ]
+            logits = model.logits(torch.tensor([tokens]), torch.tensor([sees]), "full")[0].double()
+            logits[:, MASK] = -torch.inf
+            sure, best = (x.tolist() for x in logits.softmax(-1).max(-1))
+            top = max(masked, key=lambda i: (sure[i], -i))
+            for i in masked:
+                if sure[i] >= tau or i == top:
+                    tokens[i], steps[i - len(prompt)] = best[i], step
+            step += 1
+    return tokens, steps
+
+
+@pytest.mark.parametrize("kind", ["full", "full shifted", "prefix", "prefix shifted"])
+@pytest.mark.parametrize(("size", "tau"), [(3, 0.25), (8, 0.15), (4, 0.6)])
+def test_a_decode_is_what_it_is_by_hand(kind: str, size: int, tau: float, toy: Toy) -> None:
+    model = toy(**MODELS[kind])
+    for prompt in prompts(6, 6, 6)[0]:
+        tokens, steps = slow_decode(model, prompt, size, tau)
+        got = decode(model, prompt[None], LENGTH, [Blocks(size), Threshold(tau)])
+        assert got.tokens[0].tolist() == tokens
+        assert got.history.step[0].tolist() == steps
+        assert got.nfe == max(steps) + 1
+
+
+def test_what_is_no_strategy_is_refused(toy: Toy) -> None:
+    with pytest.raises(TypeError, match="give a list"):
+        decode(toy(), torch.tensor([[3]]), 2, TopK())
+
+
+def test_nan_is_not_decoded(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inner = toy(), toy().run
+    monkeypatch.setattr(model, "run", lambda *given: inner(*given) * float("nan"))
+    with pytest.raises(ValueError, match="no possible token: the model gave NaN"):
+        run(model)
+
+
+def test_a_full_canvas_needs_no_forward(toy: Toy) -> None:
+    canvas = torch.tensor([[7, 8]])
+    got = decode(toy(), torch.tensor([[3]]), 2, canvas=canvas)
+    assert (got.tokens.tolist(), got.nfe) == ([[3, 7, 8]], 0)
+
+
+def test_rows_known_from_the_start_cost_nothing(toy: Toy, watch) -> None:
+    forwards = watch(toy())
+    canvas = torch.tensor([[7, 8], [MASK, 9], [7, 9]])
+    got = decode(toy(), torch.tensor([[3], [4], [5]]), 2, canvas=canvas)
+    assert [len(forward.tokens) for forward in forwards] == [1]
+    assert got.tokens[[0, 2]].tolist() == [[3, 7, 8], [5, 7, 9]]
+    assert got.history.step.tolist() == [[-1, -1], [0, -1], [-1, -1]]

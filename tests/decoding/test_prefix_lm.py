@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from mmdlm.decoding.blocks import Blocks
+from mmdlm.decoding.decode import decode
+from mmdlm.decoding.exact import Exact
+from mmdlm.decoding.prefix_lm import PrefixLM
+
+PROMPT = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
+
+
+def test_the_prompt_runs_once_and_is_as_it_is_alone(toy, watch) -> None:
+    model = toy()
+    forwards = watch(model)
+    decode(model, PROMPT, 4, [PrefixLM()])
+    assert [f.rows for f in forwards] == [(0, 8), (4, 8), (4, 8), (4, 8)]
+    seen = torch.ones(8, 8, dtype=torch.bool)
+    seen[:4, 4:] = False
+    for step in forwards:
+        want = model.logits(step.tokens, seen.expand(2, -1, -1))[:, slice(*step.read)]
+        want[..., 2] = step.logits[..., 2]
+        torch.testing.assert_close(step.logits, want)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_equals_a_model_of_prefix_attention_wherever_it_stands_in_the_list(
+    shift: bool, toy
+) -> None:
+    trained = decode(toy(attention="prefix", shift=shift), PROMPT, 6, [Blocks(3)])
+    for order in ([PrefixLM(), Exact(), Blocks(3)], [Blocks(3), Exact(), PrefixLM()]):
+        turned = decode(toy(shift=shift), PROMPT, 6, order)
+        assert turned.tokens.equal(trained.tokens)
+        torch.testing.assert_close(turned.history.confidence, trained.history.confidence)
+
+
+def test_refuses_models_whose_prompt_sees_no_answer_anyway(toy) -> None:
+    with pytest.raises(ValueError, match="this model has prefix; drop it"):
+        decode(toy(attention="prefix"), PROMPT, 2, [PrefixLM()])
