@@ -1,0 +1,299 @@
+"""Robot episodes: recording a scripted expert, and the dataset a policy is trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+from PIL import Image
+
+from mmdlm.data.dataset import Dataset, Sample, Turn
+from mmdlm.data.lerobot import LeRobot
+from mmdlm.data.lerobot_writer import Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FIRST_SEED = 1000  # evaluation uses seeds from 0 upward, so training starts well above
+IMAGE, STATE, ACTION = "observation.image", "observation.state", "action"
+AFTER_SUCCESS = 5  # frames kept after the goal: without them a policy learns to stop early
+
+
+class World(Protocol):
+    """What recording needs of a simulator; `mmdlm.simulators.simulator.Simulator` has it."""
+
+    instruction: str
+    horizon: int
+    fps: int
+
+    def reset(self, seed: int) -> dict[str, Any]:
+        """The first observation."""
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool]:
+        """Observation, reward, success so far, done."""
+
+    def expert(self) -> np.ndarray:
+        """The expert's action for the present state."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What `collect` did: episodes kept and failed, frames written, first unused seed."""
+
+    episodes: int
+    failed: int
+    frames: int
+    next_seed: int
+
+
+def collect(
+    simulator: World,
+    out: str | Path,
+    episodes: int,
+    seed: int = FIRST_SEED,
+    noise: float = 0.3,
+    scale: float = 0.7,
+    on_episode: Callable[[int, int, int], None] | None = None,
+) -> Collected:
+    """Records a scripted expert as a LeRobot data set and says what was recorded.
+
+    The share `noise` of the executed actions is pushed off course, in bursts of a fixed direction
+    of one to seven steps, while the recorded action stays the expert's own: so the data shows how
+    to come back (DART, arXiv 1703.09327, where the noise is independent per step; bursts leave the
+    expert's path further). Episodes without success are skipped. Run one process per task to use
+    more cores.
+
+    Args:
+        simulator: an open simulator that has an expert.
+        out: folder to write; must not hold a data set.
+        episodes: successful episodes to record.
+        seed: seed of the first episode, counted up by one for each try. Evaluation uses seeds from
+            0, so stay at 1000 or above.
+        noise: share of the executed actions that are disturbed, in [0, 1).
+        scale: standard deviation of a disturbance in units of half the action range.
+        on_episode: called after each try with (kept, failed, length).
+    Raises:
+        ValueError: the arguments are out of range, or three in four of the tries fail.
+    """
+    if not 0 <= noise < 1 or episodes < 1:
+        raise ValueError(
+            f"collect: noise {noise} must be in [0, 1) and episodes {episodes} at least 1"
+        )
+    kept = failed = frames = 0
+    writer: Writer | None = None
+    while kept < episodes:
+        episode = record(simulator, seed, noise, scale)
+        seed += 1
+        if episode is None:
+            failed += 1
+            if failed >= 20 and failed > 3 * kept:
+                raise ValueError(
+                    f"collect: the expert failed {failed} of {kept + failed} tries; give a longer "
+                    f"horizon (now {simulator.horizon}) or less noise (now {noise})"
+                )
+        else:
+            if writer is None:
+                shapes = {key: values.shape[1:] for key, values in episode.items()}
+                writer = Writer(out, shapes, simulator.fps, type(simulator).__name__.lower())
+            writer.add_episode(simulator.instruction, episode)
+            kept, frames = kept + 1, frames + len(episode[ACTION])
+        if on_episode is not None:
+            on_episode(kept, failed, 0 if episode is None else len(episode[ACTION]))
+    writer.close()
+    return Collected(kept, failed, frames, seed)
+
+
+def record(simulator: World, seed: int, noise: float, scale: float) -> dict[str, np.ndarray] | None:
+    """Frames of one expert episode, or None when the goal was not reached.
+
+    Args:
+        simulator: an open simulator that has an expert.
+        seed: of the episode and of its disturbances.
+        noise: share of disturbed actions, in [0, 1).
+        scale: standard deviation of a disturbance in units of half the action range.
+    Returns:
+        image uint8 [T Y X 3], state float32 [T S], action float32 [T A] under their LeRobot names.
+    """
+    rng = np.random.default_rng([seed, 7919])  # its own stream: the world also draws from `seed`
+    begin = noise / (4 * (1 - noise) + noise)  # bursts last 4 steps on average: share = noise
+    obs, success, left, offset = simulator.reset(seed), False, 0, None
+    frames: dict[str, list[np.ndarray]] = {IMAGE: [], STATE: [], ACTION: []}
+    remaining = simulator.horizon
+    while remaining > 0:
+        action = simulator.expert()
+        for key, value in ((IMAGE, obs["image"]), (STATE, obs["state"]), (ACTION, action)):
+            frames[key].append(value)
+        if left == 0 and rng.random() < begin:
+            left = int(rng.integers(1, 8))
+            offset = rng.normal(0.0, scale, action.shape) * (simulator.high - simulator.low) / 2
+        executed = action if left == 0 else action + offset
+        left = max(left - 1, 0)
+        obs, _, success, _ = simulator.step(
+            np.clip(executed, simulator.low, simulator.high).astype(np.float32)
+        )
+        remaining = min(remaining - 1, AFTER_SUCCESS) if success else remaining - 1
+    return {key: np.stack(values) for key, values in frames.items()} if success else None
+
+
+class Episodes(Dataset):
+    """Frames of robot episodes, each with the chunk of actions the expert took next.
+
+    A sample's answer is the next `chunk` actions, float32 [K A] in robot units; after the last
+    frame of an episode its last action is repeated, so that a policy also learns the end. `group`
+    is the instruction. All pictures are decoded once and kept in memory (12 kB each at 64 pixels).
+
+    Args:
+        root: a LeRobot data set, or a folder of data sets.
+        chunk: K, actions per answer.
+        size: rows and columns of the picture in pixels; pictures of another size are resized.
+        augment: shift pictures by up to a sixteenth of their size, change their brightness by up
+            to a tenth, and add noise of 2 % of its spread to the state.
+        tasks: names of the folders to use; all when not given.
+        part: "train" leaves out the last tenth of the episodes of each folder, "val" is that tenth.
+        camera: image feature to use; needed when a data set has several.
+    Raises:
+        FileNotFoundError: there is no data set at `root`, or no folder of a given task.
+        ValueError: the data sets do not fit together, or the camera is not clear.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        chunk: int = 8,
+        size: int = 64,
+        augment: bool = False,
+        tasks: list[str] | None = None,
+        part: Literal["all", "train", "val"] = "all",
+        camera: str | None = None,
+    ) -> None:
+        if chunk < 1 or size < 1:
+            raise ValueError(f"Episodes: chunk is {chunk} and size {size}, expected 1 or more")
+        if part not in ("all", "train", "val"):
+            raise ValueError(f"Episodes: part is {part!r}, expected 'all', 'train' or 'val'")
+        self.chunk, self.size, self.augment = chunk, size, augment
+        loaded = [_load(LeRobot(path), size, part, camera) for path in _folders(Path(root), tasks)]
+        kinds = sorted({(one.states.shape[1], one.actions.shape[1]) for one in loaded})
+        if len(kinds) != 1:
+            raise ValueError(
+                f"{root} mixes (state, action) sizes {kinds}; name the folders to use in tasks"
+            )
+        self.images = np.concatenate([one.images for one in loaded])
+        self.states = np.concatenate([one.states for one in loaded])
+        self.actions = np.concatenate([one.actions for one in loaded])
+        lengths = np.concatenate([one.lengths for one in loaded])
+        self.ends = np.repeat(np.cumsum(lengths), lengths)  # [frames], where its episode stops
+        self.instructions = [text for one in loaded for text in one.instructions]
+        self._spread = self.states.std(0)
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        """The frame at `index` with the next actions; `rng` is used only when augmenting."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"frame {index} is outside the {len(self)} frames")
+        ahead = np.minimum(np.arange(index, index + self.chunk), self.ends[index] - 1)
+        answer, instruction = self.actions[ahead], self.instructions[index]
+        image, state = self.images[index].copy(), self.states[index].copy()
+        if self.augment:
+            image = jitter(image, rng)
+            state += 0.02 * self._spread * rng.standard_normal(state.shape, np.float32)
+        turn = Turn(prompt=instruction, answer=answer, length=answer.size)
+        return Sample(turns=(turn,), image=image, state=state, group=instruction)
+
+    def vocabulary(self) -> list[str]:
+        """Every word of the instructions, sorted."""
+        return sorted({word for text in set(self.instructions) for word in text.split()})
+
+    def statistics(self) -> dict[str, dict[str, list[float]]]:
+        """Mean, std, min, max, q01 and q99 of "action" and "state", a list per dimension.
+
+        These are what `adapters.normalize.Normalizer` takes and what travels in statistics.json.
+        """
+        return {"action": describe(self.actions), "state": describe(self.states)}
+
+
+def describe(values: np.ndarray) -> dict[str, list[float]]:
+    """Mean, std, min, max, q01 and q99 of each column of [frames S], as lists."""
+    values = values.astype(np.float64)
+    found = {
+        "mean": values.mean(0),
+        "std": values.std(0),
+        "min": values.min(0),
+        "max": values.max(0),
+        "q01": np.quantile(values, 0.01, axis=0),
+        "q99": np.quantile(values, 0.99, axis=0),
+    }
+    return {name: value.tolist() for name, value in found.items()}
+
+
+def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The picture shifted by up to a sixteenth of its size and up to a tenth lighter or darker.
+
+    Args:
+        image: uint8 [Y X 3]; what the shift uncovers repeats the border (DrQ, arXiv 2004.13649).
+        rng: source of the shift and the brightness.
+    """
+    rows, columns = image.shape[:2]
+    reach = max(rows, columns) // 16
+    padded = np.pad(image, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
+    y, x = rng.integers(0, 2 * reach + 1, 2)
+    moved = padded[y : y + rows, x : x + columns].astype(np.float32)
+    return np.clip(moved * rng.uniform(0.9, 1.1) + 0.5, 0, 255).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    images: np.ndarray
+    states: np.ndarray
+    actions: np.ndarray
+    lengths: np.ndarray
+    instructions: list[str]
+
+
+def _folders(root: Path, tasks: list[str] | None) -> list[Path]:
+    if tasks is None and (root / "meta" / "info.json").is_file():
+        return [root]
+    found = sorted(path.parent.parent for path in root.glob("*/meta/info.json"))
+    if tasks is not None:
+        names = {path.name: path for path in found}
+        missing = [task for task in tasks if task not in names]
+        if missing:
+            raise FileNotFoundError(f"{root} has no data set {missing}; it has {sorted(names)}")
+        found = [names[task] for task in tasks]
+    if not found:
+        raise FileNotFoundError(
+            f"{root} holds no LeRobot data set (meta/info.json); record one with "
+            "mmdlm.data.episodes.collect"
+        )
+    return found
+
+
+def _load(source: LeRobot, size: int, part: str, camera: str | None) -> _Loaded:
+    if camera is None and len(source.cameras) != 1:
+        raise ValueError(f"{source.root} has cameras {source.cameras}; choose one with camera=...")
+    key = source.cameras[0] if camera is None else camera
+    first = len(source.episodes) - max(1, len(source.episodes) // 10)
+    kept = {"all": source.episodes, "train": source.episodes[:first]}.get(
+        part, source.episodes[first:]
+    )
+    if not kept:
+        raise ValueError(f"{source.root} has one episode only: nothing is left for part={part!r}")
+    start, stop = kept[0].start, kept[-1].stop
+    numbers = source.column("task_index")[start:stop]
+    images = [_resized(image, size) for image in source.images(key, start, stop)]
+    return _Loaded(
+        np.stack(images),
+        source.column(STATE)[start:stop],
+        source.column(ACTION)[start:stop],
+        np.array([episode.stop - episode.start for episode in kept]),
+        [source.tasks[int(number)] for number in numbers],
+    )
+
+
+def _resized(image: np.ndarray, size: int) -> np.ndarray:
+    if image.shape[:2] == (size, size):
+        return image
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))

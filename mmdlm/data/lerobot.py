@@ -1,0 +1,255 @@
+"""LeRobotDataset v3.0 on disk, read without the `lerobot` package.
+
+Parquet goes through pyarrow, mp4 through PyAV. Format: huggingface/lerobot: src/lerobot/datasets.
+Writing is in `lerobot_writer`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Where one episode lies: frames `start` to `stop` (half-open) of the whole data set."""
+
+    index: int
+    start: int
+    stop: int
+    tasks: tuple[str, ...]
+    row: dict[str, Any]
+
+
+class LeRobot:
+    """A LeRobotDataset v3.0 folder, read frame by frame or column by column.
+
+    Numbers come back as float32 or int64 as they were stored, images as uint8 [Y X 3] RGB.
+
+    Args:
+        root: folder that holds `meta/info.json`.
+        tolerance_s: largest distance between a frame's time and the video picture taken for it.
+    Raises:
+        FileNotFoundError: this is no LeRobot data set.
+        ValueError: the data set has another version.
+    """
+
+    def __init__(self, root: str | Path, tolerance_s: float = 1e-4) -> None:
+        self.root, self.tolerance_s = Path(root), tolerance_s
+        path = self.root / "meta" / "info.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{self.root} is no LeRobot data set: {path} is missing")
+        self.info = json.loads(path.read_text())
+        version = self.info.get("codebase_version")
+        if version != "v3.0":
+            raise ValueError(
+                f"{self.root} has version {version!r}, expected 'v3.0'; convert it with "
+                "lerobot's convert_dataset_v21_to_v30"
+            )
+        self.fps: int = self.info["fps"]
+        self.features: dict[str, dict[str, Any]] = self.info["features"]
+        self.tasks = self._read_tasks()
+        self.episodes = self._read_episodes()
+        self._starts = [episode.start for episode in self.episodes]
+        self._columns: dict[str, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self.episodes[-1].stop if self.episodes else 0
+
+    @property
+    def cameras(self) -> list[str]:
+        """Names of the image and video features, in the order of info.json."""
+        return [key for key, value in self.features.items() if value["dtype"] in ("image", "video")]
+
+    def stats(self) -> dict[str, dict[str, Any]]:
+        """meta/stats.json: per feature min, max, mean, std, count and quantiles, as lists."""
+        return json.loads((self.root / "meta" / "stats.json").read_text())
+
+    def column(self, key: str) -> np.ndarray:
+        """A numeric feature of every frame: [frames ...], a feature of shape [1] as [frames]."""
+        if key not in self.features or key in self.cameras:
+            numeric = sorted(set(self.features) - set(self.cameras))
+            raise KeyError(f"{self.root} has no numeric feature {key!r}; it has {numeric}")
+        if key not in self._columns:
+            parts = [table.column(key) for table in self._tables([key])]
+            values = np.concatenate([_numpy(part) for part in parts])
+            dtype, shape = self.features[key]["dtype"], list(self.features[key]["shape"])
+            shape = [] if shape == [1] else shape
+            self._columns[key] = values.reshape(-1, *shape).astype(dtype, copy=False)
+        return self._columns[key]
+
+    def episode_of(self, index: int) -> Episode:
+        """The episode that frame `index` belongs to."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"frame {index} is outside the {len(self)} frames of {self.root}")
+        return self.episodes[bisect.bisect_right(self._starts, index) - 1]
+
+    def frame(self, index: int) -> dict[str, Any]:
+        """Every feature of one frame, with `task` as text and images as uint8 [Y X 3]."""
+        self.episode_of(index)
+        found: dict[str, Any] = {}
+        for key in self.features:
+            found[key] = self.image(key, index) if key in self.cameras else self.column(key)[index]
+        return {**found, "task": self.tasks[int(found["task_index"])]}
+
+    def window(self, key: str, index: int, offsets: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """A numeric feature at `index + offsets`, and where that left the episode.
+
+        Args:
+            key: feature name.
+            index: frame.
+            offsets: steps relative to the frame, for example range(8) for the next eight actions.
+        Returns:
+            [H ...] values, the first or last of the episode standing in beyond its ends; [H] bool,
+            True where they stand in.
+        """
+        episode = self.episode_of(index)
+        wanted = index + np.asarray(offsets)
+        within = np.clip(wanted, episode.start, episode.stop - 1)
+        return self.column(key)[within], within != wanted
+
+    def image(self, key: str, index: int) -> np.ndarray:
+        """The picture of one frame, uint8 [Y X 3] RGB."""
+        return next(self.images(key, index, index + 1))
+
+    def images(self, key: str, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """Pictures of frames `start` to `stop` (half-open), uint8 [Y X 3] RGB, in order.
+
+        Raises:
+            KeyError: there is no such camera.
+            ValueError: a video holds no picture near enough to a frame's time.
+        """
+        if key not in self.cameras:
+            raise KeyError(f"{self.root} has no camera {key!r}; it has {self.cameras}")
+        stop = len(self) if stop is None else stop
+        for episode in self.episodes:
+            first, last = max(start, episode.start), min(stop, episode.stop)
+            if first >= last:
+                continue
+            if self.features[key]["dtype"] == "video":
+                yield from self._video_frames(key, episode, first, last)
+            else:
+                yield from self._stored_frames(key, episode, first, last)
+
+    def _video_frames(
+        self, key: str, episode: Episode, first: int, last: int
+    ) -> Iterator[np.ndarray]:
+        place = {k: episode.row[f"videos/{key}/{k}"] for k in ("chunk_index", "file_index")}
+        path = self.root / self.info["video_path"].format(video_key=key, **place)
+        times = self.column("timestamp")[first:last].astype(np.float64)
+        times += episode.row[f"videos/{key}/from_timestamp"]
+        yield from decode_video(path, times, self.tolerance_s)
+
+    def _stored_frames(
+        self, key: str, episode: Episode, first: int, last: int
+    ) -> Iterator[np.ndarray]:
+        table = parquet().read_table(
+            self._data_path(episode),
+            columns=[key],
+            filters=[("index", ">=", first), ("index", "<", last)],
+        )
+        for cell in table.column(key).to_pylist():
+            data = cell["bytes"] or (self.root / cell["path"]).read_bytes()
+            yield np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+    def _data_path(self, episode: Episode) -> Path:
+        place = {k: episode.row[f"data/{k}"] for k in ("chunk_index", "file_index")}
+        return self.root / self.info["data_path"].format(**place)
+
+    def _tables(self, columns: list[str]) -> Iterator[pa.Table]:
+        for path in dict.fromkeys(self._data_path(episode) for episode in self.episodes):
+            yield parquet().read_table(path, columns=columns)
+
+    def _read_tasks(self) -> dict[int, str]:
+        table = parquet().read_table(self.root / "meta" / "tasks.parquet")
+        name = "task" if "task" in table.column_names else "__index_level_0__"
+        return dict(zip(*(table.column(c).to_pylist() for c in ("task_index", name)), strict=True))
+
+    def _read_episodes(self) -> list[Episode]:
+        rows: list[dict[str, Any]] = []
+        for path in sorted((self.root / "meta" / "episodes").glob("*/*.parquet")):
+            file = parquet().ParquetFile(path)
+            # The statistics of each episode are most of the file and not needed to find frames.
+            wanted = [c for c in file.schema_arrow.names if not c.startswith("stats/")]
+            rows += file.read(columns=wanted).to_pylist()
+        rows.sort(key=lambda row: row["episode_index"])
+        return [
+            Episode(
+                row["episode_index"],
+                row["dataset_from_index"],
+                row["dataset_to_index"],
+                tuple(row["tasks"]),
+                row,
+            )
+            for row in rows
+        ]
+
+
+def decode_video(
+    path: str | Path, times: np.ndarray, tolerance_s: float = 1e-4
+) -> Iterator[np.ndarray]:
+    """The pictures of a video at the given times, uint8 [Y X 3] RGB.
+
+    The picture whose own time stamp is nearest is taken. Counting `time x rate` instead goes wrong
+    deep inside long files (huggingface/lerobot PR 3696).
+
+    Args:
+        path: video file.
+        times: seconds from its start, ascending.
+        tolerance_s: largest accepted distance to a picture.
+    Raises:
+        ValueError: no picture lies within the tolerance.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError('Reading videos needs the extra: pip install "mmdlm[data]"') from error
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        if times[0] > 0:
+            container.seek(int(max(times[0] - tolerance_s, 0) / stream.time_base), stream=stream)
+        pictures = (
+            (float(picture.pts * stream.time_base), picture) for picture in container.decode(stream)
+        )
+        here, ahead = next(pictures, None), next(pictures, None)
+        for time in times:
+            while ahead is not None and abs(ahead[0] - time) <= abs(here[0] - time):
+                here, ahead = ahead, next(pictures, None)
+            if here is None or abs(here[0] - time) > tolerance_s:
+                seen = "no picture" if here is None else f"{here[0]:.6f} s"
+                raise ValueError(
+                    f"{path}: nearest to {time:.6f} s is {seen}, more than {tolerance_s} s away; "
+                    "the video does not belong to these time stamps (or pass a larger tolerance_s)"
+                )
+            yield here[1].to_ndarray(format="rgb24")
+
+
+def _numpy(column: pa.ChunkedArray) -> np.ndarray:
+    import pyarrow as pa
+
+    flat = column.combine_chunks()
+    while pa.types.is_nested(flat.type):
+        flat = flat.flatten()
+    return flat.to_numpy(zero_copy_only=False)
+
+
+def parquet() -> Any:
+    """The module pyarrow.parquet, or an ImportError that names the extra."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError('LeRobot data needs the extra: pip install "mmdlm[data]"') from error
+    return pyarrow.parquet

@@ -1,0 +1,39 @@
+"""Which words each token of a picture shows: dense labels that only drawn scenes can give."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from mmdlm.data.scenes import Scene
+
+SHARE = 0.06  # of a cell's pixels that a shape must cover to name it
+
+
+def cell_words(scene: Scene, cells: int, grid: int) -> tuple[tuple[str, ...], ...]:
+    """Size, colour and kind of the shape that covers most of each cell, () for ground; row-major.
+
+    Args:
+        scene: what is drawn.
+        cells: cells per side.
+        grid: side of the picture in pixels of the scene's own coordinates.
+    Raises:
+        ValueError: the cells do not divide the grid.
+    """
+    if cells < 1 or grid % cells:
+        raise ValueError(f"cells is {cells}, expected a divisor of {grid}, the picture's side")
+    at = np.arange(grid) + 0.5
+    covered = np.stack(
+        [
+            (at[None] - shape.x) ** 2 + (at[:, None] - shape.y) ** 2 <= shape.radius**2
+            for shape in scene.shapes
+        ]
+    )  # [shapes Y X], the disc around each shape
+    side = grid // cells
+    counts = covered.reshape(len(covered), cells, side, cells, side).mean((2, 4))
+    best = counts.argmax(0).flatten()
+    enough = counts.max(0).flatten() >= SHARE
+    named = [(s.size, s.colour, s.kind) for s in scene.shapes]
+    return tuple(named[i] if ok else () for i, ok in zip(best, enough, strict=True))

@@ -1,0 +1,351 @@
+"""Spoken phrases: made anywhere by the espeak-ng synthesiser, and read back as a dataset.
+
+The phrases follow one sentence pattern, as in the GRID corpus (Cooke et al. 2006, "An audio-visual
+corpus for speech perception and automatic speech recognition"): every slot has words of its own, so
+a phrase is read slot by slot, and each slot can be scored alone. The two optional slots give
+answers of unequal length.
+
+espeak-ng is GPL-3.0 software and comes with the optional package `espeakng_loader`; nothing of it
+is part of this package, and reading finished clips does not need it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import shutil
+import tempfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import soundfile
+import torch
+from torchaudio.transforms import Resample
+from tqdm import tqdm
+
+from mmdlm.data.dataset import Dataset, Sample, Turn
+
+PROMPT = "transcribe the speech"
+RATE = 16_000  # Hz, what Whisper-like encoders take
+MAX_SECONDS = 3.2  # of a whole clip, silence included
+CANVAS = 12  # tokens of an answer; the longest phrase has nine words
+
+# Slot by slot; "" leaves an optional slot out. Within a slot, words differ in vowel or in length.
+GRAMMAR: tuple[tuple[str, ...], ...] = (
+    ("", "please"),
+    ("bring", "drop", "find", "move", "place", "push", "take", "wash"),
+    ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    ("red", "blue", "green", "yellow", "purple", "orange", "white", "black"),
+    ("cubes", "bottles", "spoons", "candles", "hammers", "pencils")
+    + ("tickets", "lemons", "feathers", "rings", "gloves", "magnets"),
+    ("on", "under", "behind", "near", "inside", "above"),
+    ("the",),
+    ("table", "shelf", "box", "drawer", "window")
+    + ("garden", "kitchen", "bridge", "sofa", "mirror"),
+    ("", "now", "again", "slowly", "quickly"),
+)
+VOICES = (
+    *("en-us", "en-us+m1", "en-us+m3", "en-us+f2", "en-us+f5"),
+    *("en", "en+m6", "en+f3", "en-gb-scotland+m2", "en-gb-x-gbclan+f1"),
+)
+NEW_VOICES = ("en-us+f4", "en-gb-x-rp+m5")  # never in training
+SPLITS = {"train": VOICES, "held_out": VOICES, "new_voice": NEW_VOICES}
+NOISES = ("white", "pink", "hum")
+
+
+class Espeak:
+    """The synthesiser; it keeps its state per process, so take it from `espeak()`, not by hand."""
+
+    rate = 22_050  # Hz, fixed by the voice data
+
+    def __init__(self) -> None:
+        loader = _loader()
+        data, self._copy = Path(loader.get_data_path()), None
+        if len(str(data).encode()) > 120:  # espeak-ng keeps this path in a buffer of 160 bytes
+            self._copy = tempfile.TemporaryDirectory(prefix="espeak")
+            data = Path(shutil.copytree(data, Path(self._copy.name) / "espeak-ng-data"))
+        self._lib = ctypes.CDLL(loader.get_library_path())
+        # 2: synchronous, samples to the callback only; 0x8000: report failure instead of exit().
+        if self._lib.espeak_Initialize(2, 0, str(data).encode(), 0x8000) != self.rate:
+            raise RuntimeError(
+                f"espeak-ng did not start with its data at {data}; reinstall espeakng_loader"
+            )
+        self._lib.espeak_GetCurrentVoice.restype = ctypes.POINTER(_Voice)
+        self._chunks: list[np.ndarray] = []
+        signature = ctypes.CFUNCTYPE(
+            ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
+        )
+        self._callback = signature(self._collect)  # kept: the library holds only its address
+        self._lib.espeak_SetSynthCallback(self._callback)
+
+    def _collect(self, samples: ctypes._Pointer, count: int, events: int) -> int:
+        if samples and count > 0:
+            self._chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        return 0
+
+    def speak(
+        self, text: str, voice: str = "en-us", rate: int = 170, pitch: int = 50
+    ) -> np.ndarray:
+        """Speech of the text, float32 [T] in [-1, 1] at 22050 Hz.
+
+        Two calls with equal arguments differ slightly: the voice model carries a noise state.
+
+        Args:
+            text: plain words.
+            voice: language, "+", variant, such as "en-us+f2".
+            rate: words per minute, 80 to 450.
+            pitch: 0 to 99.
+
+        Raises:
+            ValueError: the voice does not exist, a number is out of range or nothing was spoken.
+        """
+        if not (80 <= rate <= 450 and 0 <= pitch <= 99):
+            raise ValueError(f"espeak: rate {rate}, pitch {pitch}; expected 80..450 and 0..99")
+        failed = self._lib.espeak_SetVoiceByName(voice.encode())
+        # An unknown variant is not an error for espeak-ng: it would speak with the plain voice.
+        used = self._lib.espeak_GetCurrentVoice().contents.identifier.decode()
+        if failed or used.partition("+")[2] != voice.partition("+")[2]:
+            raise ValueError(f"espeak: no voice {voice!r}; known are for example {list(VOICES)}")
+        self._lib.espeak_SetParameter(1, rate, 0)
+        self._lib.espeak_SetParameter(3, pitch, 0)
+        self._chunks.clear()
+        data = text.encode()
+        failed = self._lib.espeak_Synth(data, len(data) + 1, 0, 1, 0, 1, None, None)  # 1: UTF-8
+        if failed or not any(chunk.any() for chunk in self._chunks):
+            raise ValueError(f"espeak: nothing was spoken for {text!r} (status {failed})")
+        return np.concatenate(self._chunks).astype(np.float32) / 32768
+
+
+class _Voice(ctypes.Structure):
+    # The head of espeak_VOICE in espeak-ng/espeak-ng: src/include/espeak-ng/speak_lib.h.
+    _fields_ = [(name, ctypes.c_char_p) for name in ("name", "languages", "identifier")]
+
+
+def _loader() -> ModuleType:
+    try:
+        import espeakng_loader
+    except ImportError as error:
+        raise ImportError(
+            'making speech needs espeak-ng: pip install "mmdlm[speech]" (reading clips does not)'
+        ) from error
+    return espeakng_loader
+
+
+@functools.cache
+def espeak() -> Espeak:
+    """The one synthesiser of this process."""
+    return Espeak()
+
+
+def words() -> list[str]:
+    """Every word of the phrases and of their prompt, sorted."""
+    return sorted({word for slot in GRAMMAR for word in slot if word} | set(PROMPT.split()))
+
+
+def is_held_out(phrase: str) -> bool:
+    """Whether a phrase is kept from training, with and without its optional words."""
+    optional = {*GRAMMAR[0], *GRAMMAR[-1]}
+    core = " ".join(word for word in phrase.split() if word not in optional)
+    return zlib.crc32(core.encode()) % 10 == 0
+
+
+def draw_phrase(rng: np.random.Generator, held_out: bool = False) -> str:
+    """A random phrase of the grammar from one side of the train/held-out border."""
+    while True:
+        phrase = " ".join(filter(None, (str(rng.choice(slot)) for slot in GRAMMAR)))
+        if is_held_out(phrase) == held_out:
+            return phrase
+
+
+def noise(kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Background of unit power, float32 [T]: "white", "pink" (1/f) or "hum" (mains, harmonics)."""
+    if kind == "hum":
+        time = np.arange(size) / RATE
+        tones = [
+            np.sin(2 * np.pi * (base * k * time + rng.random())) / k
+            for base in [rng.choice([50.0, 60.0])]
+            for k in range(1, 6)
+        ]
+        out = np.sum(tones, axis=0)
+    elif kind in ("white", "pink"):
+        out = rng.standard_normal(size)
+        if kind == "pink":
+            spectrum = np.fft.rfft(out)
+            out = np.fft.irfft(spectrum / np.sqrt(np.arange(1, spectrum.size + 1)), size)
+    else:
+        raise ValueError(f"noise {kind!r}; expected one of {list(NOISES)}")
+    return (out / np.sqrt(np.mean(out**2) + 1e-12)).astype(np.float32)
+
+
+def add_noise(audio: np.ndarray, kind: str, snr: float, rng: np.random.Generator) -> np.ndarray:
+    """The audio with a background `snr` decibels below its mean power."""
+    level = np.sqrt(np.mean(audio**2)) * 10 ** (-snr / 20)
+    return audio + np.float32(level) * noise(kind, audio.size, rng)
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """All random choices of one clip, so that clip i never depends on the clips before it."""
+
+    text: str
+    voice: str
+    rate: int
+    pitch: int
+    noise: str | None
+    snr: float | None
+    peak: float
+    silence: tuple[float, float]
+
+
+def _recipe(split: str, seed: int, index: int) -> tuple[_Recipe, np.random.Generator]:
+    rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
+    clean = rng.random() < 0.2
+    recipe = _Recipe(
+        text=draw_phrase(rng, held_out=split != "train"),
+        voice=str(rng.choice(SPLITS[split])),
+        rate=int(rng.integers(165, 215)),
+        pitch=int(rng.integers(30, 71)),
+        noise=None if clean else str(rng.choice(NOISES)),
+        snr=None if clean else round(float(rng.uniform(10, 40)), 1),
+        peak=float(rng.uniform(0.15, 0.9)),
+        silence=(float(rng.uniform(0.03, 0.15)), float(rng.uniform(0.03, 0.15))),
+    )
+    return recipe, rng
+
+
+def _trimmed(audio: np.ndarray) -> np.ndarray:
+    loud = np.flatnonzero(np.abs(audio) > 0.005 * np.abs(audio).max())
+    return audio[loud[0] : loud[-1] + 1]
+
+
+@functools.cache
+def _to_16k() -> Resample:
+    return Resample(Espeak.rate, RATE)
+
+
+def _synthesise(recipe: _Recipe, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+    """One clip, float32 [T] at 16 kHz, and the rate it was spoken at."""
+    room, rate = MAX_SECONDS - sum(recipe.silence), recipe.rate
+    while True:
+        audio = _trimmed(espeak().speak(recipe.text, recipe.voice, rate, recipe.pitch))
+        if audio.size <= room * Espeak.rate:
+            break
+        rate += 10  # slow voice, long phrase: speak faster rather than cut
+    audio = _to_16k()(torch.from_numpy(audio)).numpy()
+    audio = np.pad(audio, [int(seconds * RATE) for seconds in recipe.silence])
+    if recipe.noise is not None and recipe.snr is not None:
+        audio = add_noise(audio, recipe.noise, recipe.snr, rng)
+    return audio * np.float32(recipe.peak / np.abs(audio).max()), rate
+
+
+def make(out: Path, count: int, split: str = "train", seed: int = 0) -> Path:
+    """The folder `out` with `count` clips (16 kHz FLAC) and their metadata.jsonl.
+
+    Called again, it goes on where it was stopped. The folder is a Hugging Face audiofolder, which
+    `datasets.load_dataset("audiofolder", data_dir=out)` reads.
+
+    Args:
+        out: folder to write; clips that are already there are kept.
+        count: clips in the finished folder.
+        split: "train"; "held_out", phrases that training never has; "new_voice", such phrases
+            spoken by voices that training never has.
+        seed: of all choices; clip i depends on the seed, the split and i only.
+
+    Raises:
+        ValueError: unknown split, or the folder was begun with another split or seed.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"make: split {split!r}; expected one of {list(SPLITS)}")
+    out = Path(out)
+    (out / "clips").mkdir(parents=True, exist_ok=True)
+    done = _finished(out / "metadata.jsonl")
+    if done and _recipe(split, seed, len(done) - 1)[0].text != done[-1]["text"]:
+        raise ValueError(
+            f"make: {out} was begun with another split or seed than {split!r}, {seed}; "
+            "give the same ones or another folder"
+        )
+    with (out / "metadata.jsonl").open("a") as table:
+        for index in tqdm(
+            range(len(done), count), desc=split, initial=len(done), total=count, mininterval=1
+        ):
+            recipe, rng = _recipe(split, seed, index)
+            audio, rate = _synthesise(recipe, rng)
+            name = f"clips/{index:06d}.flac"
+            soundfile.write(out / name, audio, RATE, subtype="PCM_16")
+            row = {"file_name": name, "text": recipe.text, "voice": recipe.voice, "rate": rate}
+            row |= {"snr": recipe.snr, "noise": recipe.noise, "seconds": audio.size / RATE}
+            table.write(json.dumps(row) + "\n")
+            table.flush()
+    return out
+
+
+def _finished(table: Path) -> list[dict]:
+    """Rows of an earlier run; a last line that was cut short is taken off the file."""
+    if not table.exists():
+        return []
+    lines = table.read_text().splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+        table.write_text("".join(lines))
+    return [json.loads(line) for line in lines]
+
+
+class Speech(Dataset):
+    """Clips with their transcripts from a folder written by `make`, or any folder of that layout.
+
+    Args:
+        root: folder with metadata.jsonl; each line has file_name, text and perhaps voice.
+        augment: random gain, background noise (every second draw) and up to 0.1 s of leading
+            silence; for training.
+        length: canvas of the answer in tokens.
+        cache: keep clips in memory as int16 once read (32 kB per second of speech).
+    """
+
+    def __init__(
+        self, root: Path, augment: bool = False, length: int = CANVAS, cache: bool = True
+    ) -> None:
+        self.root, self.augment, self.length = Path(root), augment, length
+        table = self.root / "metadata.jsonl"
+        if not table.exists():
+            raise FileNotFoundError(
+                f"Speech: no {table}; make the folder with mmdlm.data.speech.make(root, count)"
+            )
+        self.rows = [json.loads(line) for line in table.read_text().splitlines() if line.strip()]
+        self._cache: dict[int, tuple[np.ndarray, int]] | None = {} if cache else None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _read(self, index: int) -> tuple[np.ndarray, int]:
+        if self._cache is not None and index in self._cache:
+            return self._cache[index]
+        path = self.root / self.rows[index]["file_name"]
+        if not path.exists():
+            raise FileNotFoundError(f"Speech: {path} is named in metadata.jsonl but is not there")
+        clip, rate = soundfile.read(path, dtype="int16", always_2d=True)  # [T C]
+        clip = clip[:, 0] if clip.shape[1] == 1 else clip.mean(axis=1).astype(np.int16)
+        if self._cache is not None:
+            self._cache[index] = (clip, rate)
+        return clip, rate
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        """The clip at `index` with the turn that asks for its words; grouped by voice."""
+        row, (clip, rate) = self.rows[index], self._read(index)
+        audio = clip.astype(np.float32) / 32768
+        if self.augment:
+            audio = np.pad(audio, (int(rng.integers(0, rate // 10)), 0))
+            if rng.random() < 0.5:
+                audio = add_noise(audio, str(rng.choice(NOISES)), rng.uniform(10, 40), rng)
+            audio = np.clip(audio * np.float32(rng.uniform(0.3, 1.5)), -1, 1)
+        turn = Turn(PROMPT, row["text"], self.length)
+        names, group = tuple(row["text"].split()), row.get("voice", "")
+        return Sample((turn,), audio=(audio, rate), group=group, names=names)
+
+    def vocabulary(self) -> list[str]:
+        """Every word of the grammar and the prompt, or of the texts where they are other ones."""
+        used = {word for row in self.rows for word in row["text"].split()} | set(PROMPT.split())
+        return words() if used <= set(words()) else sorted(used)

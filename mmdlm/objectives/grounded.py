@@ -1,0 +1,101 @@
+"""An auxiliary loss that makes media tokens speak the backbone's vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmdlm.objectives.objective import Batch, Losses, Objective
+
+if TYPE_CHECKING:
+    from mmdlm.model import MultimodalDLM
+
+
+@dataclass(frozen=True)
+class Grounded(Objective):
+    """Another objective plus the loss of naming what each media token shows.
+
+    The head reads words straight from the media embeddings, before any block of the backbone: for
+    a picture, cross entropy with the words of each token's cell (spread evenly, the pad token for
+    ground); for audio, connectionist temporal classification of the spoken words (Graves et al.
+    2006; hybrid with attention as in arXiv 1609.06773), blank = the pad token. A tower trained from
+    scratch through attention alone spends a long plateau learning only the grammar of the answers;
+    with this loss it is past it within a few hundred steps. Data that name nothing add nothing.
+
+    Args:
+        objective: the main objective; None trains the towers alone, which skips the backbone.
+        weight: of the naming loss.
+    """
+
+    objective: Objective | None = None
+    weight: float = 1.0
+
+    def step(self, model: MultimodalDLM, batch: Batch) -> Losses:
+        """The main loss, with the naming loss added so that sum / count is their weighted sum."""
+        total, count = self.named(model, batch)
+        mean = total / count.clamp(min=1)
+        logs = {"naming": (total.detach(), count)}
+        if self.objective is None:
+            return Losses(total, count.clamp(min=1), logs)
+        main = self.objective.step(model, batch)
+        return Losses(main.sum + self.weight * mean * main.count, main.count, {**main.logs, **logs})
+
+    def named(self, model: MultimodalDLM, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sum and count of the naming loss; zero with a graph where nothing is named."""
+        if not batch.names:
+            media = [x for items in batch.media.values() for x in items]
+            zero = sum(x.sum() for x in media) * 0.0 if media else torch.zeros(())
+            return zero, torch.zeros(())
+        is_speech = isinstance(batch.names[0], Tensor)
+        media = batch.media["audio" if is_speech else "image"]  # a robot's state has no names
+        logits = [model.backbone.head(model.backbone.norm(x)).float() for x in media]
+        if is_speech:
+            return self.spoken(logits, batch.names, model.spec.pad_id)
+        return self.shown(logits, batch.names, model.spec.pad_id)
+
+    @staticmethod
+    def spoken(logits: list[Tensor], names: list[Tensor], blank: int) -> tuple[Tensor, Tensor]:
+        """Sum over clips of -log p(words), and the number of words.
+
+        Args:
+            logits: [N V] of each clip.
+            names: int64 [words] of each clip, N or fewer.
+            blank: id that stands for no word.
+        """
+        lengths = torch.tensor([len(x) for x in logits])
+        words = torch.tensor([len(x) for x in names])
+        padded = torch.nn.utils.rnn.pad_sequence([x.log_softmax(-1) for x in logits])  # [N B V]
+        targets = torch.cat(list(names)).to(padded.device)
+        loss = F.ctc_loss(
+            padded, targets, lengths, words, blank, reduction="sum", zero_infinity=True
+        )
+        return loss, words.sum().float()
+
+    @staticmethod
+    def shown(
+        logits: list[Tensor], names: list[list[Tensor]], ground: int
+    ) -> tuple[Tensor, Tensor]:
+        """Sum over tokens of the cross entropy with their words, and the number of tokens.
+
+        Args:
+            logits: [N V] of each picture.
+            names: int64 [words] of each token of each picture.
+            ground: id that stands for nothing shown.
+        Raises:
+            ValueError: a picture has another number of tokens than its names.
+        """
+        scores = torch.cat(logits)
+        words = [w if len(w) else torch.tensor([ground]) for picture in names for w in picture]
+        if len(words) != len(scores):
+            raise ValueError(
+                f"the data name {len(words)} tokens, the model makes {len(scores)} of the same "
+                "pictures; set the data set's cells to the model's grid"
+            )
+        token = torch.cat([torch.full((len(w),), i) for i, w in enumerate(words)])
+        share = torch.cat([torch.full((len(w),), 1 / len(w)) for w in words])
+        log = scores.log_softmax(-1)[token, torch.cat(words).to(scores.device)]
+        return -(log * share.to(log.device)).sum(), torch.tensor(float(len(words)))

@@ -1,0 +1,106 @@
+"""Masked diffusion: predict the masked tokens of the answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmdlm.layout import ANSWER, GOLDEN
+from mmdlm.objectives.noise import uniform
+from mmdlm.objectives.objective import Batch, Losses, Objective
+
+if TYPE_CHECKING:
+    from mmdlm.model import MultimodalDLM
+
+
+@dataclass(frozen=True)
+class Masked(Objective):
+    """Cross entropy of masked answer tokens, at a random noise level per turn.
+
+    With level t every answer token is masked with probability p = (1 - eps) t + eps, and
+    loss = sum over masked of w CE / Z. The defaults, w = 1/p and Z = answer tokens of a batch, are
+    the bound LLaDA trains on (ML-GSAI/LLaDA: GUIDELINES.md; one divisor for the batch as in
+    dllm-reasoning/d1 and ZHZisZZ/dllm). weight "one" with normaliser "masked" is the plain mean of
+    LaViDa (jacklishufan/LaViDa). Prompt, media and padding are never masked nor scored; end tokens
+    inside the answer's canvas are. Levels are antithetic over the global batch.
+
+    Args:
+        weight: w, "1/t" or "one".
+        normaliser: Z, "answer" (all answer tokens) or "masked" (those that were masked).
+        eps: lowest mask probability.
+        full: share of turns whose answer is masked whole, as when decoding starts (the
+            full_mask_ratio of DreamLM/Dream-VLX: vla/vla-scripts/finetune_dream.py); with "1/t"
+            these count with w = 1.
+    """
+
+    weight: Literal["1/t", "one"] = "1/t"
+    normaliser: Literal["answer", "masked"] = "answer"
+    eps: float = 1e-3
+    full: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.weight not in ("1/t", "one"):
+            raise ValueError(f"Masked.weight is {self.weight!r}, expected '1/t' or 'one'")
+        if self.normaliser not in ("answer", "masked"):
+            raise ValueError(
+                f"Masked.normaliser is {self.normaliser!r}, expected 'answer' or 'masked'"
+            )
+        if not 0 <= self.eps < 1 or not 0 <= self.full <= 1:
+            raise ValueError(
+                f"Masked: eps {self.eps} and full {self.full}; expected 0 <= eps < 1 and "
+                "0 <= full <= 1"
+            )
+
+    def corrupt(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Which tokens are masked, bool [B L], and their mask probability, float32 [B L]."""
+        sequence = batch.sequence
+        answer = sequence.kind == ANSWER
+        answer &= sequence.mask
+        branch = torch.ones_like(sequence.kind) if sequence.branch is None else sequence.branch
+        turns = int(branch.max()) + 1
+        turn = torch.arange(turns, device=branch.device)
+        level = batch.phase[:, None] + GOLDEN * turn  # [B turns]
+        p = (1 - self.eps) * (level % 1) + self.eps  # [B turns]
+        whole = uniform(batch.seeds, turns, stream=2) < self.full
+        p = torch.where(whole, torch.ones_like(p), p).gather(1, branch)  # [B L]
+        # Counted from the right, where answers align: padding on the left must not move a draw.
+        noise = uniform(batch.seeds, answer.shape[1], stream=3).flip(1)
+        return answer & (noise < p), p.float()
+
+    def step(self, model: MultimodalDLM, batch: Batch) -> Losses:
+        """Loss of one draw."""
+        masked, p = self.corrupt(batch)
+        clean = batch.sequence.tokens
+        noisy = batch.sequence.with_tokens(clean.masked_fill(masked, model.spec.mask_id))
+        logits = model.logits_at(noisy, masked).float()
+        target = clean[masked]
+        losses = F.cross_entropy(logits, target, reduction="none")
+        answer = (batch.sequence.kind == ANSWER) & batch.sequence.mask
+        total, count = self.reduce(losses, p[masked], answer.sum())
+        ones = torch.ones_like(losses)
+        right = (logits.detach().argmax(-1) == target).float()
+        hard = (p[masked] > 0.9).float()
+        logs = {
+            "ce": (losses.detach().sum(), ones.sum()),
+            "accuracy": (right.sum(), ones.sum()),
+            "accuracy_t>0.9": ((right * hard).sum(), hard.sum()),
+        }
+        return Losses(total, count, logs)
+
+    def reduce(self, losses: Tensor, p: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum and count of the loss.
+
+        Args:
+            losses: [N] cross entropy of the masked tokens.
+            p: [N] their mask probability.
+            answers: scalar, answer tokens of the batch.
+        Returns:
+            two float scalars; the count is at least 1, so a batch without masks gives 0, not NaN.
+        """
+        total = losses.sum() if self.weight == "one" else (losses / p).sum()
+        count = answers if self.normaliser == "answer" else losses.new_tensor(len(losses))
+        return total, count.float().clamp(min=1)

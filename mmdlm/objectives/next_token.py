@@ -1,0 +1,45 @@
+"""Next-token prediction: the autoregressive counterpart of the masked objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from mmdlm.layout import ANSWER
+from mmdlm.objectives.objective import Batch, Losses, Objective
+
+if TYPE_CHECKING:
+    from mmdlm.model import MultimodalDLM
+
+
+@dataclass(frozen=True)
+class NextToken(Objective):
+    """Mean cross entropy of every answer token given the ones before it.
+
+    For models whose answer is causal (block_size 1) and whose rows score the next token (shift);
+    used to train the autoregressive twin a masked model is compared with.
+    """
+
+    def step(self, model: MultimodalDLM, batch: Batch) -> Losses:
+        """Loss of all answer tokens.
+
+        Raises:
+            ValueError: the model could see the tokens it is asked to predict.
+        """
+        if model.spec.block_size != 1 or not model.spec.shift:
+            raise ValueError(
+                f"NextToken needs block_size 1 and shift, the model has block_size "
+                f"{model.spec.block_size} and shift {model.spec.shift}; use Masked"
+            )
+        sequence = batch.sequence
+        answer = (sequence.kind == ANSWER) & sequence.mask
+        logits = model.logits_at(sequence, answer).float()
+        target = sequence.tokens[answer]
+        losses = F.cross_entropy(logits, target, reduction="none")
+        count = torch.ones_like(losses).sum()
+        right = (logits.detach().argmax(-1) == target).float()
+        logs = {"ce": (losses.detach().sum(), count), "accuracy": (right.sum(), count)}
+        return Losses(losses.sum(), count.clamp(min=1), logs)

@@ -1,0 +1,57 @@
+"""The base of every training objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mmdlm.layout import Sequence
+    from mmdlm.model import MultimodalDLM
+
+
+class Losses(NamedTuple):
+    """A loss before it is divided: both are summed over the whole global batch first.
+
+    Args:
+        sum: scalar with gradient.
+        count: scalar, what the sum is divided by.
+        logs: name to (sum, count), for metrics averaged the same way.
+    """
+
+    sum: Tensor
+    count: Tensor
+    logs: dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one data set, ready for the model.
+
+    Args:
+        sequence: prompts with clean answers.
+        seeds: [B] int64, the seed of each row's noise.
+        phase: [B] float64 in [0, 1): a draw shared by the global batch plus the row's place in it,
+            so that noise levels are random yet spread evenly.
+        groups: what each row belongs to, for metrics.
+        media: by modality, the embeddings [N D] of each sample's media.
+        names: per sample, token ids of what its media show, see `mmdlm.data.collate.Collated`;
+            empty where the data do not say.
+    """
+
+    sequence: Sequence
+    seeds: Tensor
+    phase: Tensor
+    groups: tuple[str, ...] = ()
+    media: dict[str, list[Tensor]] = field(default_factory=dict)
+    names: list[Tensor | list[Tensor]] = field(default_factory=list)
+
+
+class Objective:
+    """Turns a model and a batch into a loss; training calls nothing but `step`."""
+
+    def step(self, model: MultimodalDLM, batch: Batch) -> Losses:
+        """Sum and count of the loss of a batch; draws come from the batch's own seeds."""
+        raise TypeError(f"{type(self).__name__} does not define step(model, batch)")

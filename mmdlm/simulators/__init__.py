@@ -1,0 +1,1 @@
+"""Simulated robots behind one interface: `reset(seed)`, `step(action)`, `instruction`."""

@@ -1,0 +1,207 @@
+"""The one data module: global batches that depend on the seed and the step alone."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import lightning
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from mmdlm.data.collate import Collated, collate
+from mmdlm.data.dataset import Dataset
+
+if TYPE_CHECKING:
+    from mmdlm.model import MultimodalDLM
+
+
+class Data(lightning.LightningDataModule):
+    """Mixes data sets: every step holds rows of each of them.
+
+    Which rows a step holds, in which order and with which noise follows from (seed, step) alone.
+    So a resumed run sees what an uninterrupted one sees, and two processes see together what one
+    process with the doubled batch sees.
+
+    Args:
+        train: data sets by name.
+        batch_size: rows of each data set per step and process.
+        val: held-out data sets by name; may be empty.
+        val_rows: rows of each held-out data set that a validation looks at.
+        seed: of order and noise.
+        workers: processes that prepare batches; 0 prepares them in the training process.
+    """
+
+    def __init__(
+        self,
+        train: dict[str, Dataset],
+        batch_size: dict[str, int],
+        val: dict[str, Dataset] | None = None,
+        val_rows: int = 64,
+        seed: int = 0,
+        workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if set(train) != set(batch_size):
+            raise ValueError(
+                f"data sets {sorted(train)} and batch sizes {sorted(batch_size)} differ; "
+                "give every data set a batch size"
+            )
+        self.train, self.val, self.batch_size = train, val or {}, batch_size
+        self.val_rows, self.seed, self.workers = val_rows, seed, workers
+
+    @property
+    def words(self) -> list[str]:
+        """Every word of all data sets, sorted: the vocabulary of a model trained from scratch."""
+        return sorted(
+            {w for d in (*self.train.values(), *self.val.values()) for w in d.vocabulary()}
+        )
+
+    @property
+    def statistics(self) -> dict[str, Any] | None:
+        """Action and state statistics of the data set that has them, else None."""
+        found = [d.statistics() for d in self.train.values() if hasattr(d, "statistics")]
+        if len(found) > 1:
+            raise ValueError("several data sets have action statistics; train on one of them")
+        return found[0] if found else None
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches from the trainer's current step to its last, as one epoch."""
+        trainer = self.trainer
+        steps = Steps(
+            trainer.lightning_module.model,
+            self.train,
+            self.batch_size,
+            self.seed,
+            trainer.global_rank,
+            trainer.world_size,
+        )
+        return self._loader(steps, Onward(trainer, len(steps)))
+
+    def val_dataloader(self) -> DataLoader | list:
+        """The first rows of each held-out data set, with fixed noise."""
+        if not self.val:
+            return []
+        model = self.trainer.lightning_module.model
+        size = {name: min(32, len(d), self.val_rows) for name, d in self.val.items()}
+        steps = Steps(model, self.val, size, seed=0, shuffle=False)
+        return self._loader(steps, list(range(max(1, self.val_rows // max(size.values())))))
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, index: int) -> Any:
+        """The batch as it is: the model moves what it encodes, and text is laid out after that."""
+        return batch
+
+    def _loader(self, steps: Steps, order: Onward | list[int]) -> DataLoader:
+        return Stateless(
+            steps,
+            batch_size=None,
+            sampler=order,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+        )
+
+
+class Onward:
+    """Numbers of the batches still to come, from wherever the trainer stands.
+
+    Args:
+        trainer: whose step is read when iteration begins.
+        once: batches after which every data set was seen once; used without `max_steps`.
+    """
+
+    def __init__(self, trainer: lightning.Trainer, once: int) -> None:
+        self.trainer = trainer
+        steps = trainer.max_steps if trainer.max_steps > 0 else trainer.max_epochs * once
+        if steps < 0:
+            raise ValueError("training without end; give trainer.max_steps or trainer.max_epochs")
+        self.total = steps * trainer.accumulate_grad_batches
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(
+            range(self.trainer.global_step * self.trainer.accumulate_grad_batches, self.total)
+        )
+
+
+class Stateless(DataLoader):
+    """A loader with nothing to restore: where it starts follows from the trainer's step.
+
+    Saying so keeps Lightning from warning that a run resumed within an epoch repeats its data.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load."""
+
+
+class Steps(TorchDataset):
+    """Item s is what one process sees at step s: data set name to `Collated`.
+
+    Args:
+        model: prepares media and encodes text.
+        datasets: by name.
+        batch_size: rows per data set and process.
+        seed: of order and noise.
+        rank: this process.
+        world: number of processes.
+        shuffle: draw rows in a new random order each pass, else in their own order.
+    """
+
+    def __init__(
+        self,
+        model: MultimodalDLM,
+        datasets: dict[str, Dataset],
+        batch_size: dict[str, int],
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        shuffle: bool = True,
+    ) -> None:
+        self.model, self.datasets, self.batch_size = model, datasets, batch_size
+        self.seed, self.rank, self.world, self.shuffle = seed, rank, world, shuffle
+        self.order = functools.lru_cache(maxsize=8)(self._order)
+
+    def __len__(self) -> int:
+        """Steps after which every data set was seen once."""
+        return max(
+            -(-len(d) // (self.batch_size[name] * self.world)) for name, d in self.datasets.items()
+        )
+
+    def __getitem__(self, step: int) -> dict[str, Collated]:
+        """The batches of a step."""
+        return {name: self._rows(name, step) for name in self.datasets}
+
+    def _rows(self, name: str, step: int) -> Collated:
+        dataset, size = self.datasets[name], self.batch_size[name]
+        total = size * self.world
+        # Interleaved over processes, so that together they hold the rows of one larger batch.
+        places = np.arange(self.rank, total, self.world)
+        key = name_key(name)
+        samples, seeds = [], []
+        for place in step * total + places:
+            epoch, at = divmod(int(place), len(dataset))
+            index = int(self.order(name, epoch)[at]) if self.shuffle else at
+            rng = np.random.default_rng([self.seed, key, int(place)])
+            seeds.append(int(rng.integers(1 << 62)))
+            samples.append(dataset.sample(index, rng))
+        shared = np.random.default_rng([self.seed, key, step, 1]).random()
+        phase = (shared + places / total) % 1
+        return collate(self.model, samples, torch.tensor(seeds), torch.from_numpy(phase))
+
+    def _order(self, name: str, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, name_key(name), epoch, 2])
+        return rng.permutation(len(self.datasets[name]))
+
+
+def name_key(name: str) -> int:
+    """A number for a data set's name, the same in every process and Python."""
+    return zlib.crc32(name.encode())

@@ -1,0 +1,204 @@
+"""Recording the toy's expert and turning its episodes into samples."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pyarrow", reason='pip install "mmdlm[data]"')
+
+from mmdlm.data.episodes import (  # noqa: E402
+    ACTION,
+    AFTER_SUCCESS,
+    FIRST_SEED,
+    IMAGE,
+    STATE,
+    Episodes,
+    collect,
+    jitter,
+    record,
+)
+from mmdlm.data.lerobot import LeRobot  # noqa: E402
+from mmdlm.simulators.toy import Toy  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("episodes")
+    collect(Toy(), folder / "first", episodes=10)
+    collect(Toy(), folder / "second", episodes=3, seed=5000)
+    return folder
+
+
+class Follower(Toy):
+    """Notes what was executed."""
+
+    def reset(self, seed):
+        self.executed = []
+        return super().reset(seed)
+
+    def step(self, action):
+        self.executed.append(action)
+        return super().step(action)
+
+
+def test_labels_are_clean_while_executed_actions_are_disturbed():
+    world, disturbed, steps = Follower(), 0, 0
+    for seed in range(200):
+        episode = record(world, seed, noise=0.3, scale=0.7)
+        executed = np.stack(world.executed)
+        assert np.abs(episode[ACTION]).max() <= 1
+        assert np.abs(executed).max() <= 1
+        # Recorded states are the ones visited; recorded actions are the expert's answer to them.
+        moved = np.clip(episode[STATE][:-1] + 0.1 * executed[:-1], -1, 1)
+        np.testing.assert_allclose(episode[STATE][1:], moved, atol=1e-6)
+        disturbed += int((executed != episode[ACTION]).any(-1).sum())
+        steps += len(executed)
+    assert disturbed / steps == pytest.approx(0.3, abs=0.04)
+
+
+def test_without_noise_the_expert_is_executed_and_five_steps_follow_success():
+    world = Follower()
+    episode = record(world, 3, noise=0.0, scale=0.7)
+    assert np.array_equal(np.stack(world.executed), episode[ACTION])
+    world.reset(3)
+    to_success = 1
+    while not world.step(world.expert())[2]:
+        to_success += 1
+    assert len(episode[ACTION]) == to_success + AFTER_SUCCESS
+
+
+def test_recording_is_reproducible_and_failures_are_none():
+    first, again = (record(Toy(), 11, 0.3, 0.7) for _ in range(2))
+    assert all(np.array_equal(first[key], again[key]) for key in (IMAGE, STATE, ACTION))
+    assert record(Toy(horizon=1), 11, 0.3, 0.7) is None
+
+
+def test_collecting_skips_failures_and_counts_them(tmp_path):
+    seen = []
+    done = collect(Toy(horizon=6), tmp_path, 6, on_episode=lambda *counts: seen.append(counts))
+    source = LeRobot(tmp_path)
+    assert done.episodes == len(source.episodes) == 6
+    assert done.failed > 0
+    assert done.next_seed == FIRST_SEED + done.episodes + done.failed
+    assert done.frames == len(source)
+    assert len(seen) == done.episodes + done.failed
+    assert seen[-1][:2] == (6, done.failed)
+    assert source.stats()[ACTION]["count"] == [done.frames]
+
+
+def test_collecting_gives_up_on_a_hopeless_expert(tmp_path):
+    with pytest.raises(ValueError, match="failed 20 of 20.*longer horizon"):
+        collect(Toy(horizon=1), tmp_path, 1)
+    with pytest.raises(ValueError, match="noise"):
+        collect(Toy(), tmp_path, 1, noise=1.0)
+
+
+def test_samples_hold_picture_state_and_the_next_actions(root):
+    data = Episodes(root / "first", chunk=4, size=32)
+    source = LeRobot(root / "first")
+    assert len(data) == len(source)
+    for index in (0, 7, len(data) - 1):
+        sample = data.sample(index, np.random.default_rng(0))
+        frame = source.frame(index)
+        assert np.array_equal(sample.image, frame[IMAGE])
+        assert np.array_equal(sample.state, frame[STATE])
+        (turn,) = sample.turns
+        assert turn.prompt == sample.group == frame["task"]
+        assert turn.answer.shape == (4, 2)
+        assert turn.answer.dtype == np.float32
+        assert turn.length == 8
+        assert np.array_equal(turn.answer, source.window(ACTION, index, range(4))[0])
+
+
+def test_chunks_end_by_repeating_the_last_action_of_their_episode(root):
+    data = Episodes(root / "first", chunk=6, size=32)
+    end = LeRobot(root / "first").episodes[0].stop
+    answer = data.sample(end - 2, np.random.default_rng(0)).turns[0].answer
+    assert np.array_equal(answer[1:], np.repeat(data.actions[end - 1 : end], 5, 0))
+
+
+def test_a_folder_of_data_sets_is_one_dataset(root):
+    whole, first, second = (Episodes(root, tasks=tasks) for tasks in (None, ["first"], ["second"]))
+    assert len(whole) == len(first) + len(second)
+    sample = whole.sample(len(first), np.random.default_rng(0))
+    assert np.array_equal(sample.image, second.sample(0, np.random.default_rng(0)).image)
+    assert whole.vocabulary() == sorted({"go", "to", "the", "disc", "red", "green", "blue"})
+
+
+def test_train_and_val_share_no_episode(root):
+    whole, train, val = (Episodes(root, part=part) for part in ("all", "train", "val"))
+    assert len(train) + len(val) == len(whole)
+    first = LeRobot(root / "first").episodes[-1]
+    assert np.array_equal(
+        val.actions[: first.stop - first.start], whole.actions[first.start : first.stop]
+    )
+
+
+def test_pictures_of_another_size_are_resized(root):
+    data = Episodes(root / "second", size=16)
+    assert data.images.shape[1:] == (16, 16, 3)
+
+
+def test_augmenting_depends_on_the_generator_only(root):
+    data = Episodes(root / "second", size=32, augment=True)
+    plain = Episodes(root / "second", size=32)
+    first, again, other = (data.sample(5, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert np.array_equal(first.image, again.image)
+    assert np.array_equal(first.state, again.state)
+    assert not np.array_equal(first.image, other.image)
+    still = plain.sample(5, np.random.default_rng(1))
+    assert first.state.dtype == np.float32
+    assert 0 < np.abs(first.state - still.state).max() < 0.2
+    assert np.array_equal(first.turns[0].answer, still.turns[0].answer)
+    assert np.array_equal(plain.images[5], still.image)  # the store itself is untouched
+
+
+def test_jitter_shifts_without_leaving_the_range():
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    for seed in range(20):
+        moved = jitter(image, np.random.default_rng(seed))
+        assert moved.shape == image.shape
+        assert moved.dtype == np.uint8
+        assert abs(moved.mean() / image.mean() - 1) < 0.12
+    dot = np.zeros((64, 64, 3), np.uint8)
+    dot[32, 32] = 200
+    places = {
+        tuple(np.argwhere(jitter(dot, np.random.default_rng(s)).any(-1))[0]) for s in range(99)
+    }
+    rows = [place[0] for place in places]
+    assert (min(rows), max(rows)) == (28, 36)
+
+
+def test_statistics_describe_the_frames(root):
+    data = Episodes(root)
+    found = data.statistics()
+    assert set(found) == {"action", "state"}
+    assert set(found["state"]) == {"mean", "std", "min", "max", "q01", "q99"}
+    np.testing.assert_allclose(
+        found["action"]["q99"], np.quantile(data.actions, 0.99, axis=0), rtol=1e-6
+    )
+    np.testing.assert_allclose(found["state"]["std"], data.states.std(0), rtol=1e-4)
+
+
+def test_statistics_feed_the_normaliser(root):
+    import torch
+
+    from adapters.normalize import Normalizer
+
+    data = Episodes(root)
+    normal = Normalizer(data.statistics()["action"], "bounds").normalize(torch.tensor(data.actions))
+    assert normal.min() == pytest.approx(-1, abs=1e-5)
+    assert normal.max() == pytest.approx(1, abs=1e-5)
+
+
+def test_missing_data_says_what_to_do(root, tmp_path):
+    with pytest.raises(FileNotFoundError, match="collect"):
+        Episodes(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"\['third'\]; it has \['first', 'second'\]"):
+        Episodes(root, tasks=["third"])
+    with pytest.raises(KeyError, match="no camera 'wrist'"):
+        Episodes(root, camera="wrist")
+    with pytest.raises(ValueError, match="part"):
+        Episodes(root, part="test")
+    data = Episodes(root / "second")
+    with pytest.raises(IndexError, match="outside"):
+        data.sample(len(data), np.random.default_rng(0))

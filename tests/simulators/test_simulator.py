@@ -1,0 +1,120 @@
+"""What every simulator promises, tried on the toy, and opening simulators by name."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mmdlm.simulators import simulator as base
+from mmdlm.simulators.simulator import Simulator, choose_gl, open_simulator
+
+
+def test_unknown_names_give_the_nearest():
+    with pytest.raises(ValueError, match="'pushd' is unknown .*pusht"):
+        open_simulator("pushd")
+    with pytest.raises(ValueError, match="'drawer-clos'.*did you mean drawer-close"):
+        open_simulator("metaworld/drawer-clos")
+    with pytest.raises(ValueError, match="needs a task"):
+        open_simulator("metaworld")
+    with pytest.raises(ValueError, match="has no tasks"):
+        open_simulator("toy/drawer-close")
+
+
+@pytest.mark.parametrize("bad", [[np.nan, 0.0], [0.0, np.inf]])
+def test_actions_that_are_not_finite_are_refused_and_move_nothing(bad):
+    with open_simulator("toy") as toy:
+        before = toy.reset(0)["state"]
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            toy.step(np.array(bad))
+        after = toy.step(np.zeros(2))[0]["state"]
+        assert np.array_equal(before, after)
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 2), ()])
+def test_actions_of_another_shape_are_refused(shape):
+    toy = open_simulator("toy")
+    toy.reset(0)
+    with pytest.raises(ValueError, match=r"expected \[2\].*chunk one row"):
+        toy.step(np.zeros(shape))
+
+
+def test_actions_outside_the_limits_are_clipped_and_counted():
+    toy, same = open_simulator("toy"), open_simulator("toy")
+    toy.reset(3)
+    same.reset(3)
+    obs = toy.step(np.array([4.0, -0.5]))[0]
+    assert toy.clipped == 1
+    assert np.array_equal(obs["state"], same.step(np.array([1.0, -0.5]))[0]["state"])
+    assert same.clipped == 0
+    toy.reset(3)
+    assert toy.clipped == 0
+
+
+def test_steps_outside_an_episode_are_refused():
+    toy = open_simulator("toy", horizon=2)
+    with pytest.raises(RuntimeError, match="call reset"):
+        toy.step(np.zeros(2))
+    with pytest.raises(RuntimeError, match="call reset"):
+        toy.expert()
+    toy.reset(0)
+    assert [toy.step(np.zeros(2))[3] for _ in range(2)] == [False, True]
+    with pytest.raises(RuntimeError, match="after 2 steps"):
+        toy.step(np.zeros(2))
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, "0", True])
+def test_seeds_must_be_counting_numbers(seed):
+    with pytest.raises(ValueError, match="seed"):
+        open_simulator("toy").reset(seed)
+
+
+def test_unfinished_simulators_say_what_is_missing():
+    class Empty(Simulator):
+        action_size, state_size, horizon = 1, 1, 1
+        low, high = -np.ones(1), np.ones(1)
+
+    with pytest.raises(TypeError, match="define _reset"):
+        Empty().reset(0)
+    with pytest.raises(TypeError, match="no scripted expert"):
+        Empty().expert()
+
+
+def test_the_users_choice_of_gl_wins(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    assert choose_gl() == "osmesa"
+    monkeypatch.delenv("MUJOCO_GL")
+    assert choose_gl() in ("egl", "osmesa", "glfw", None)
+
+
+def test_nothing_to_render_with_names_the_package(monkeypatch):
+    monkeypatch.setattr(base, "choose_gl", lambda: None)
+    with pytest.raises(RuntimeError, match="apt-get install libegl1") as error:
+        base.use_gl()
+    assert "\n" not in str(error.value)
+
+
+def test_importing_simulators_changes_nothing_and_stays_light():
+    code = (
+        "import os, sys; before = dict(os.environ)\n"
+        "import mmdlm.simulators.metaworld, mmdlm.simulators.pusht, mmdlm.simulators.toy\n"
+        "assert dict(os.environ) == before\n"
+        "heavy = {'mujoco', 'metaworld', 'pygame', 'OpenGL', 'gymnasium'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))
+
+
+@pytest.mark.sim
+def test_a_simulator_left_open_ends_quietly():
+    pytest.importorskip("metaworld", reason='pip install "mmdlm[sim]"')
+    if choose_gl() is None:
+        pytest.skip("nothing renders; apt-get install libegl1 libegl-mesa0")
+    code = (
+        "from mmdlm.simulators.simulator import open_simulator\n"
+        "simulator = open_simulator('metaworld/reach', size=16)\n"
+        "simulator.reset(0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Error" not in done.stderr

@@ -1,0 +1,45 @@
+"""A run small enough to train in seconds."""
+
+import pytest
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A file that `mmdlm fit -c` takes: drawn scenes, two layers, a checkpoint each 2 steps."""
+    text = f"""
+seed_everything: 0
+trainer:
+  max_steps: 6
+  accelerator: cpu
+  enable_progress_bar: false
+  enable_model_summary: false
+  gradient_clip_val: 1.0
+  log_every_n_steps: 1
+  default_root_dir: {tmp_path}
+  logger:
+    class_path: lightning.pytorch.loggers.CSVLogger
+    init_args: {{save_dir: {tmp_path}, name: run, version: 0, flush_logs_every_n_steps: 1}}
+  callbacks:
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {{dirpath: {tmp_path}/ckpt, every_n_train_steps: 2, save_last: true,
+                   save_on_exception: true, save_top_k: -1, filename: "{{step}}"}}
+model:
+  objective: {{class_path: mmdlm.objectives.masked.Masked}}
+  backbone: {{width: 32, layers: 2, heads: 2, inner: 64}}
+  encoders:
+    image:
+      class_path: encoders.vit.ViT
+      init_args: {{size: 32, patch: 8, dim: 32, depth: 1, heads: 2}}
+  adapters:
+    image: {{class_path: adapters.mlp.MLP}}
+  warmup: 2
+data:
+  train:
+    scenes:
+      class_path: mmdlm.data.scenes.Scenes
+      init_args: {{size: 32, questions: 2, objects: [1]}}
+  batch_size: {{scenes: 4}}
+"""
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    return file

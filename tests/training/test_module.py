@@ -1,0 +1,120 @@
+"""Training: resuming, processes and batches must not change the result."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from mmdlm.training.cli import run
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def losses(folder):
+    """Training loss by step, of every part of a run."""
+    found = {}
+    for row in csv.DictReader((folder / "run" / "version_0" / "metrics.csv").open()):
+        if row.get("train/scenes/loss"):
+            found[int(row["step"])] = float(row["train/scenes/loss"])
+    return found
+
+
+def fit(config, *options):
+    run(["fit", "-c", str(config), *options])
+
+
+def command(config, *options):
+    return [sys.executable, "-m", "mmdlm.training.cli", "fit", "-c", str(config), *options]
+
+
+def test_a_resumed_run_ends_with_the_same_bits(config, tmp_path):
+    fit(config)
+    whole = weights(tmp_path / "ckpt" / "step=6.ckpt")
+    fit(
+        config,
+        "--ckpt_path",
+        str(tmp_path / "ckpt" / "step=2.ckpt"),
+        "--trainer.callbacks.dirpath",
+        str(tmp_path / "again"),
+    )
+    resumed = weights(tmp_path / "again" / "step=6.ckpt")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    start = weights(tmp_path / "ckpt" / "step=2.ckpt")
+    assert any(not torch.equal(whole[k], start[k]) for k in whole)
+
+
+def test_sigterm_saves_and_resumes_to_the_same_bits(config, tmp_path):
+    fit(config, "--trainer.max_steps", "40", "--trainer.callbacks.dirpath", str(tmp_path / "whole"))
+    cut = tmp_path / "cut"
+    options = ("--trainer.max_steps", "40", "--trainer.callbacks.dirpath", str(cut))
+    process = subprocess.Popen(command(config, *options), env=ENV)
+    deadline = time.monotonic() + 120
+    while not (cut / "step=4.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    last = torch.load(cut / "last.ckpt", weights_only=True)
+    assert 4 <= last["global_step"] < 40
+    fit(config, *options, "--ckpt_path", str(cut / "last.ckpt"))
+    whole, resumed = weights(tmp_path / "whole" / "step=40.ckpt"), weights(cut / "step=40.ckpt")
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_two_processes_train_as_one_with_the_doubled_batch(config, tmp_path):
+    fit(config, "--data.batch_size.scenes", "8")
+    one = losses(tmp_path)
+    (tmp_path / "run").rename(tmp_path / "one")
+    options = (
+        "--trainer.strategy",
+        "ddp",
+        "--trainer.devices",
+        "2",
+        "--trainer.callbacks.dirpath",
+        str(tmp_path / "ddp"),
+    )
+    subprocess.run(command(config, *options), env=ENV, check=True, timeout=240)
+    two = losses(tmp_path)
+    assert one.keys() == two.keys() == set(range(6))
+    assert [two[s] for s in one] == pytest.approx(list(one.values()), abs=1e-5)
+
+
+def test_without_source_or_backbone_it_says_so(config):
+    from mmdlm.objectives.masked import Masked
+    from mmdlm.training.module import Module
+
+    with pytest.raises(ValueError, match="either source"):
+        Module(Masked())
+
+
+def test_learning_rate_warms_up_and_falls(config):
+    from types import SimpleNamespace
+
+    from mmdlm.backbones.transformer import TransformerConfig
+    from mmdlm.objectives.masked import Masked
+    from mmdlm.training.module import Module
+
+    module = Module(
+        Masked(),
+        TransformerConfig(vocab=0, width=8, layers=1, heads=1, inner=8),
+        words=["a"],
+        warmup=10,
+        decay=0.5,
+        final=0.1,
+    )
+    module.trainer = None
+    module._trainer = SimpleNamespace(max_steps=100)
+    rates = [module.rate(s) for s in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[10:50] == [1.0] * 40
+    assert rates[100] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[50:], rates[51:], strict=False))
