@@ -1,0 +1,170 @@
+"""What there is to choose from, and what a checkpoint is."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from mmdlm.model import MultimodalDLM
+
+PACKAGES = {
+    "families": "mmdlm.backbones",
+    "encoders": "encoders",
+    "adapters": "adapters",
+    "strategies": "mmdlm.decoding",
+    "objectives": "mmdlm.objectives",
+    "data": "mmdlm.data",
+}
+WHAT = Literal[
+    *("all", "models", "decoding", "strategies", "families", "encoders", "adapters"),
+    *("objectives", "data", "simulators", "configs"),
+]
+
+
+def list_names(what: WHAT = "all") -> int:
+    """Lists what there is to choose from, a line each.
+
+    mmdlm list decoding
+
+    Args:
+        what: models (bundled), decoding (presets for --decoding), strategies (their parts),
+            families (of published checkpoints), encoders, adapters, objectives, data, simulators,
+            configs (for mmdlm fit -c).
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    kinds = ("models", "decoding", *PACKAGES, "simulators", "configs")
+    for kind in kinds if what == "all" else (what,):
+        table = Table("name", "what it is", title=kind, title_justify="left")
+        for name, line in names(kind):
+            table.add_row(escape(name), escape(line))
+        Console().print(table)
+    return 0
+
+
+def names(kind: str) -> list[tuple[str, str]]:
+    """Name and one line of each thing of a kind."""
+    if kind in PACKAGES:
+        from mmdlm import discover
+
+        held = discover.classes(PACKAGES[kind])
+        return [(f"{c.__module__}.{name}", _line(c)) for name, c in held.items()]
+    if kind == "models":
+        from mmdlm.checkpoint import MODELS, bundled
+
+        return [(name, _first(MODELS / name / "README.md")) for name in bundled()]
+    if kind == "decoding":
+        from mmdlm.decoding import preset
+
+        return [(name, _first(preset.find(name))) for name in preset.names()]
+    if kind == "simulators":
+        from importlib import import_module
+
+        from mmdlm.simulators.simulator import KNOWN
+
+        found = ((n, getattr(import_module(f"mmdlm.simulators.{n}"), c)) for n, c in KNOWN.items())
+        return [(n + "/TASK" * (n == "metaworld"), _line(c)) for n, c in found]
+    package = Path(__file__).parent
+    roots = (Path("configs"), package / "configs", package.parent / "configs")
+    found = {
+        str(path.relative_to(root).with_suffix("")): path
+        for root in reversed(roots)
+        for path in root.glob("train/*.yaml")
+    }
+    return [(name, _first(path)) for name, path in sorted(found.items())]
+
+
+def info(checkpoint: str) -> int:
+    """Shows what a checkpoint is and can do; its weights stay on disk.
+
+    mmdlm info tiny
+
+    Args:
+        checkpoint: bundled name, folder, or hub id (owner/name).
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from mmdlm.checkpoint import load
+
+    model = load(checkpoint, device="meta")
+    table = Table(show_header=False, title=checkpoint, title_justify="left")
+    for name, value in facts(model).items():
+        table.add_row(name, escape(value))
+    Console().print(table)
+    return 0
+
+
+def facts(model: MultimodalDLM) -> dict[str, str]:
+    """What a model is and can do, in words, by name."""
+    spec = model.spec
+    sizes, count = spec.transformer, sum(p.numel() for p in model.parameters())
+    blocks = f", blocks of {spec.block_size}" if spec.block_size else ""
+    found = {
+        "family": spec.family,
+        "backbone": f"{sizes.layers} layers of width {sizes.width}, {sizes.heads} heads, "
+        f"vocabulary {sizes.vocab}",
+        "parameters": f"{count:,}",
+        "memory": ", ".join(
+            f"{k} {_bytes(count * n)}" for k, n in (("float32", 4), ("bfloat16", 2))
+        ),
+        "attention": f"{spec.attention}{blocks}",
+        "rows score": "the next token (undone inside)" if spec.shift else "their own token",
+        "special ids": f"mask {spec.mask_id}, end {spec.eos_id}, padding {spec.pad_id}"
+        + (f", also end {', '.join(map(str, spec.stop_ids))}" if spec.stop_ids else ""),
+        "takes": ", ".join(["text", *model.encoders]),
+    }
+    for kind, encoder in model.encoders.items():
+        found[f"{kind} encoder"] = (
+            f"{type(encoder).__name__}, {sum(p.numel() for p in encoder.parameters()):,} "
+            f"parameters, then {type(model.adapters[kind]).__name__}"
+        )
+    for task, entry in model.preset.items():
+        found[f"task {task}"] = _task(entry)
+    if not model.preset:
+        found["tasks"] = "no defaults; give --prompt"
+    if model.robot is not None:
+        robot = model.robot
+        found["robot"] = f"chunks of {robot.chunk} actions of {robot.action_size} numbers"
+    if model.tokenizer is None:
+        found["tokenizer"] = "none: token methods only"
+    elif model.tokenizer.words is not None:
+        words = sorted(w for w in model.tokenizer.words if not w.startswith("<"))
+        found[f"its {len(words)} words"] = " ".join(words)
+    return found
+
+
+def doctor() -> int:
+    """Checks what of this installation works on this machine, and what to do about the rest."""
+    from mmdlm.doctor import print_report
+
+    return print_report()
+
+
+def _task(entry: dict[str, Any]) -> str:
+    strategies = entry.get("strategies") or []
+    ways = ", ".join(str(each["class_path"]).rpartition(".")[2] for each in strategies)
+    prompt = entry.get("prompt")
+    said = "the question is the prompt" if prompt is None else repr(prompt)
+    return f"{said}, {entry.get('length')} tokens, {ways or 'one token per step'}"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _line(kind: type) -> str:
+    return (inspect.getdoc(kind) or "").split("\n")[0]
+
+
+def _first(file: Path) -> str:
+    """The first line of a comment or text file that says something."""
+    if not file.is_file():
+        return ""
+    lines = (line.strip("#- \n") for line in file.read_text(encoding="utf-8").splitlines())
+    return next((line for line in lines if line), "")

@@ -1,0 +1,1 @@
+"""Scores and speeds: the command behind every number we print."""

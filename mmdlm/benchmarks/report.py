@@ -1,0 +1,209 @@
+"""What a measurement says, and on what it was taken."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence as Items
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import mmdlm
+
+DISTRIBUTIONS = ("torch", "numpy", "transformers", "timm", "jiwer", "mujoco", "metaworld")
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a model does one thing.
+
+    Args:
+        what: benchmark.
+        part: subset of it.
+        model: checkpoint.
+        decoding: how its answers were decoded.
+        metric: what `value` is.
+        value: a share in [0, 1]; word error rates may exceed 1.
+        count: answers, phrases or episodes.
+        low: lower end of the 95 % interval, None where there is none.
+        high: upper end.
+        forwards: of the backbone per answer, mean.
+        ms: wall time per answer, batched as scored, in milliseconds.
+        batch: answers decoded together.
+        settings: more that moves the value.
+    """
+
+    what: str
+    part: str
+    model: str
+    decoding: str
+    metric: str
+    value: float
+    count: int
+    low: float | None = None
+    high: float | None = None
+    forwards: float | None = None
+    ms: float | None = None
+    batch: int = 1
+    settings: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Race:
+    """Wall times of two models that took turns on the same inputs.
+
+    Args:
+        what: benchmark.
+        model: the first checkpoint.
+        twin: the second one.
+        decoding: how the first was decoded; the second goes token by token.
+        span: "decode", from encoded prompt to tokens, or "answer", from raw input to tokens.
+        batch: answers decoded together.
+        count: answers per model and round.
+        ms: per answer of the first, median over rounds, in milliseconds.
+        twin_ms: per answer of the second.
+        ratio: twin's time over the model's, median of the ratios within rounds.
+        low: smallest of these ratios.
+        high: largest.
+        forwards: of the backbone per answer of the first.
+        twin_forwards: of the second.
+        rounds: times each of the two ran.
+        threads: of torch.
+    """
+
+    what: str
+    model: str
+    twin: str
+    decoding: str
+    span: str
+    batch: int
+    count: int
+    ms: float
+    twin_ms: float
+    ratio: float
+    low: float
+    high: float
+    forwards: float
+    twin_forwards: float
+    rounds: int
+    threads: int
+
+
+Line = Score | Race
+
+
+def machine() -> dict[str, Any]:
+    """Date, versions, threads and processor, in plain types."""
+    versions = {"python": platform.python_version(), "mmdlm": mmdlm.__version__}
+    for name in DISTRIBUTIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue  # an extra that is not installed has had no part in the numbers
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": processor(),
+        "cores": os.cpu_count(),
+        "gpu": gpu,
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }
+
+
+def processor() -> str:
+    """The name of this machine's processor."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def write(out: Path, lines: Items[Line]) -> Path:
+    """The path of a JSON-lines file: one measurement per line, each with the machine it is of.
+
+    Args:
+        out: file to write; what it held is replaced.
+        lines: measurements.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    about = machine()
+    # A race's own thread count wins over the one outside it.
+    rows = [about | {"kind": type(line).__name__.lower()} | asdict(line) for line in lines]
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return out
+
+
+def terminal() -> Console:
+    """Where results are printed: the terminal, or 100 columns of a file or pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=100)
+
+
+def show(lines: Items[Line], console: Console | None = None) -> None:
+    """Prints scores as one table and races as another.
+
+    Args:
+        lines: measurements.
+        console: where to print; by default see `terminal`.
+    """
+    console = console or terminal()
+    scores = [line for line in lines if isinstance(line, Score)]
+    races = [line for line in lines if isinstance(line, Race)]
+    if scores:
+        console.print(_scores(scores))
+    if races:
+        console.print(_races(races))
+    about = machine()
+    console.print(
+        f"{about['date']}  {about['cpu']}, {about['cores']} cores, {about['threads']} threads, "
+        f"torch {about['versions']['torch']}, mmdlm {about['versions']['mmdlm']}",
+        style="dim",
+    )
+
+
+def _table(title: str, left: str, right: str) -> Table:
+    """A table of columns named in two lists, aligned to the left and to the right."""
+    table = Table(title=title, title_justify="left")
+    for justify, names in (("left", left), ("right", right)):
+        for name in names.split(","):
+            table.add_column(name, justify=justify)
+    return table
+
+
+def _scores(scores: Items[Score]) -> Table:
+    models = list(dict.fromkeys(score.model for score in scores))
+    table = _table(
+        f"Scores of {', '.join(models)}", "what,decoding,score", "95 %,of,forwards,ms each"
+    )
+    for s in scores:
+        spread = "" if s.low is None else f"{100 * s.low:.1f}-{100 * s.high:.1f}"
+        forwards = "" if s.forwards is None else f"{s.forwards:.1f}"
+        time = "" if s.ms is None else f"{s.ms:.1f}"
+        whose = f"{s.model}: " if len(models) > 1 else ""
+        value = f"{100 * s.value:.1f} % {s.metric}"
+        name = f"{whose}{s.what} {s.part.rpartition('/')[2]}"
+        table.add_row(name, s.decoding, value, spread, str(s.count), forwards, time)
+    return table
+
+
+def _races(races: Items[Race]) -> Table:
+    title = f"{races[0].model} against {races[0].twin} on the same inputs in turns, one thread"
+    table = _table(title, "what,decoding", "batch,ms,twin ms,ratio,range,forwards")
+    for r in races:
+        table.add_row(
+            *(f"{r.what} ({r.span})", r.decoding, str(r.batch), f"{r.ms:.1f}", f"{r.twin_ms:.1f}"),
+            *(f"{r.ratio:.2f}x", f"{r.low:.2f}-{r.high:.2f}"),
+            f"{r.forwards:.1f} / {r.twin_forwards:.1f}",
+        )
+    return table

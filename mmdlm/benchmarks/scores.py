@@ -1,0 +1,195 @@
+"""`mmdlm bench`: every score and speed we print, by one command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from mmdlm.benchmarks import captions, report, speech, success
+from mmdlm.benchmarks.answers import OWN
+from mmdlm.benchmarks.report import Line
+from mmdlm.benchmarks.speed import race
+from mmdlm.checkpoint import load
+from mmdlm.data.dataset import Sample
+from mmdlm.model import MultimodalDLM
+from mmdlm.simulators.rollout import TRAINED, simulators
+from mmdlm.simulators.simulator import GL_PACKAGES, choose_gl
+from mmdlm.tasks.act import Policy
+
+What = Literal["all", "captions", "questions", "digits", "speech", "act", "twin"]
+# Key of the checkpoint's presets, answers per part by default, and inputs of a race.
+TASKS = {
+    "captions": ("caption", 500, 64),
+    "questions": ("answer", 400, 64),
+    "digits": ("answer", 360, 64),
+    "speech": ("transcribe", 200, 32),
+    "act": ("act", 20, 32),
+}
+DECODINGS = "preset,one_step,parallel,plain"
+RACED = "preset,one_step"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One call of `bench`, see there for the arguments."""
+
+    model: str
+    twin: str | None
+    count: int | None
+    seed: int | None
+    data: Path | None
+    decoding: str | None
+    batch: int
+    rounds: int
+    device: str
+
+    @cached_property
+    def first(self) -> MultimodalDLM:
+        """The model."""
+        return load(self.model, device=self.device)
+
+    @cached_property
+    def second(self) -> MultimodalDLM | None:
+        """The twin, None without one."""
+        return None if self.twin is None else load(self.twin, device=self.device)
+
+    def measure(self, what: str, timed_only: bool = False) -> list[Line]:
+        """Scores of the model and of its twin, then their race.
+
+        Args:
+            what: a key of `TASKS`.
+            timed_only: leave the scores out.
+        """
+        task, count, inputs = TASKS[what]
+        parts = self.parts(what, self.count or (inputs if timed_only else count))
+        lines: list[Line] = []
+        for name, model in ((self.model, self.first), (self.twin, self.second)):
+            if model is not None and not timed_only:
+                lines += self.scores(what, task, model, str(name), parts, self.count or count)
+        if self.second is not None:
+            samples = mixed(parts, inputs) or success.act_samples(self.first, inputs)
+            names = (self.model, str(self.twin))
+            lines += race(self.first, self.second, what, task, samples, names, rounds=self.rounds)
+        return lines
+
+    def parts(self, what: str, count: int) -> dict[str, list[Sample]]:
+        """Inputs by part; none for "act", which makes its own as it goes."""
+        seed = captions.SEED if self.seed is None else self.seed
+        makers: dict[str, Callable[[], dict[str, list[Sample]]]] = {
+            "captions": lambda: captions.caption_parts(count, seed),
+            "questions": lambda: captions.question_parts(count, seed),
+            "digits": lambda: captions.digit_parts(count),
+            "speech": lambda: speech.speech_parts(count, self.data, seed),
+        }
+        return makers[what]() if what in makers else {}
+
+    def scores(
+        self,
+        what: str,
+        task: str,
+        model: MultimodalDLM,
+        name: str,
+        parts: dict[str, list[Sample]],
+        count: int,
+    ) -> list[Line]:
+        """Scores of one model."""
+        if what == "act":
+            # Episodes are slow, so only the checkpoint's own way unless others are asked for.
+            sim = simulators(TRAINED, Policy(self.first))  # the twin need not name its tasks
+            return [*success.success(model, self.decoding or OWN, count, self.seed or 0, name, sim)]
+        ways = self.decoding or DECODINGS
+        if what == "speech":
+            return [*speech.words_wrong(model, parts, ways, name, self.batch)]
+        return [*captions.exact(model, what, task, parts, ways, name, self.batch)]
+
+
+def mixed(parts: dict[str, list[Sample]], count: int) -> list[Sample]:
+    """The first samples of all parts in turn, at most `count`."""
+    turns = zip(*parts.values(), strict=False)
+    return [sample for samples in turns for sample in samples][:count]
+
+
+def bench(
+    what: What = "all",
+    model: str = "tiny",
+    twin: str | None = None,
+    count: int | None = None,
+    seed: int | None = None,
+    data: Path | None = None,
+    decoding: str | None = None,
+    batch: int = 32,
+    rounds: int = 5,
+    out: Path | None = None,
+    device: str = "cpu",
+) -> int:
+    """Measures a model and prints a table.
+
+    captions: share of captions that are exactly right, on fresh pictures of one to three shapes.
+    questions: accuracy by kind of question. digits: accuracy on handwritten digits kept from
+    training. speech: word error rate on freshly spoken phrases kept from training, by known and
+    by new voices. act: success over seeds for every task the policy was trained on. twin: only
+    the race against an autoregressive twin, for all of these. all: everything this model and
+    installation can do.
+
+    Args:
+        what: what to measure.
+        model: bundled name, folder or hub id.
+        twin: autoregressive model of the same size: it is scored as well, and timed against the
+            model turn by turn on one thread.
+        count: pictures, clips or episodes per part; by default 500 captions, 400 pictures with five
+            questions, all digits, 200 clips, 20 episodes.
+        seed: of the inputs; 12345 by default (training uses 0 and 1), for "act" the first seed, 0.
+        data: folder with spoken clips; by default new ones are spoken.
+        decoding: ways to decode, separated by commas: preset (the checkpoint's own), plain (token
+            by token) and names of decoding presets. Default: preset,one_step,parallel,plain; for
+            "act" preset; for races preset,one_step.
+        batch: inputs decoded together for the scores.
+        rounds: turns of each model in the race.
+        out: JSON-lines file for the results, with versions, threads and processor.
+        device: "cpu", "cuda" or "auto".
+    """
+    if what == "twin" and twin is None:
+        raise ValueError("bench twin compares two models; give the second one as twin")
+    run = Bench(model, twin, count, seed, data, decoding, batch, rounds, device)
+    console = report.terminal()
+    lines: list[Line] = []
+    is_group = what in ("all", "twin")
+    for name in TASKS if is_group else [what]:
+        reason = absent(run.first, name, what == "twin") if is_group else ""
+        try:
+            lines += [] if reason else run.measure(name, timed_only=what == "twin")
+        except ImportError as error:
+            if not is_group:
+                raise
+            reason = str(error)
+        if reason:
+            console.print(f"{name}: left out: {reason}", markup=False)
+    report.show(lines, console)
+    if out is not None:
+        console.print(f"written to {report.write(out, lines)}", markup=False)
+    return 0
+
+
+def absent(model: MultimodalDLM, what: str, timed_only: bool = False) -> str:
+    """Why this model or machine cannot be measured on that, empty when it can.
+
+    Args:
+        model: the model.
+        what: a key of `TASKS`.
+        timed_only: nothing is simulated.
+    """
+    needed = {"speech": "audio"}.get(what, "image")
+    if needed not in model.encoders:
+        return f"the model has no {needed} encoder"
+    if what == "act" and model.robot is None:
+        return "the model is no policy"
+    if what == "act" and not timed_only:
+        tasks = Policy(model).tasks
+        if not tasks:
+            return "the checkpoint does not say its tasks"
+        if choose_gl() is None and tuple(tasks) != ("toy",):
+            return f"nothing renders here; {GL_PACKAGES}"
+    return ""

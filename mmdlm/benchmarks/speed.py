@@ -1,0 +1,171 @@
+"""Two models taking turns on the same inputs: who is faster, and by how much."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import mean, median
+
+import torch
+
+from mmdlm.benchmarks.answers import OWN, PLAIN, ways
+from mmdlm.benchmarks.report import Race
+from mmdlm.data.collate import MEDIA_ORDER
+from mmdlm.data.dataset import Sample
+from mmdlm.decoding.decode import decode
+from mmdlm.decoding.strategy import Strategy
+from mmdlm.layout import Row, Sequence
+from mmdlm.model import MultimodalDLM
+
+BATCHES = (1, 16)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What one pass over some samples took.
+
+    Args:
+        encode: milliseconds per answer from raw media to encoded prompts.
+        decode: milliseconds per answer from there to tokens.
+        forwards: of the backbone per answer, as many as the answer took part in.
+    """
+
+    encode: float
+    decode: float
+    forwards: float
+
+    def span(self, name: str) -> float:
+        """Milliseconds per answer of "decode", or of the whole "answer"."""
+        return self.decode + (self.encode if name == "answer" else 0.0)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Runs the body with so many threads of torch, and puts the number back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def timed(
+    model: MultimodalDLM, samples: Items[Sample], strategies: Items[Strategy], batch: int
+) -> Timed:
+    """Wall time of answering samples of one turn each, text or actions; nothing is scored.
+
+    Args:
+        model: the model.
+        samples: of one canvas length.
+        strategies: how to decode.
+        batch: samples decoded together.
+    Raises:
+        ValueError: the canvases differ.
+    """
+    lengths = {turn.length for sample in samples for turn in sample.turns}
+    if len(lengths) != 1:
+        raise ValueError(f"answers have canvases {sorted(lengths)}; time them one by one")
+    length = lengths.pop()
+    is_text = isinstance(samples[0].turns[0].answer, str)
+    columns = None if is_text else model.robot.columns
+    encoding = decoding = 0.0
+    steps: list[int] = []
+    for start in range(0, len(samples), batch):
+        begin = time.perf_counter()
+        sequence = prompts(model, samples[start : start + batch])
+        ready = time.perf_counter()
+        decoded = decode(model, sequence, length, strategies, columns=columns)
+        steps += (decoded.history.step.amax(1) + 1).tolist()  # waits for a GPU, too
+        decoding += time.perf_counter() - ready
+        encoding += ready - begin
+    share = 1e3 / len(samples)
+    return Timed(encoding * share, decoding * share, mean(steps))
+
+
+@torch.inference_mode()
+def prompts(model: MultimodalDLM, samples: Items[Sample]) -> Sequence:
+    """The prompts of samples of one turn each as one batch, media encoded."""
+    kinds = [k for k in MEDIA_ORDER if getattr(samples[0], k) is not None]
+    media = [model.encode(k, [model.prepare(k, getattr(s, k)) for s in samples]) for k in kinds]
+    rows = [
+        Row((*(parts[i] for parts in media), model.prompt(sample.turns[0].prompt)))
+        for i, sample in enumerate(samples)
+    ]
+    return model.arrange(rows)
+
+
+def race(
+    model: MultimodalDLM,
+    twin: MultimodalDLM,
+    what: str,
+    task: str,
+    samples: Items[Sample],
+    names: tuple[str, str],
+    decodings: str = OWN,
+    batches: Items[int] = BATCHES,
+    rounds: int = 5,
+) -> list[Race]:
+    """Wall times of the model against its twin on one thread, for each batch size.
+
+    The runners take turns on the same inputs, so that a machine that slows down slows all of them;
+    the ratio is taken within each round. A first pass of each is not counted.
+
+    Args:
+        model: the model, decoded in each of the ways.
+        twin: an autoregressive model, decoded token by token until its answers end.
+        what: name of the benchmark.
+        task: key of the checkpoint's presets.
+        samples: inputs with one turn each.
+        names: of the two checkpoints.
+        decodings: see `mmdlm.benchmarks.answers.ways`; one of two equal ways is left out.
+        batches: samples decoded together.
+        rounds: at least three.
+    Raises:
+        ValueError: fewer than three rounds.
+    """
+    if rounds < 3:
+        raise ValueError(f"rounds is {rounds}, expected at least 3 to tell the spread")
+    chosen: dict[str, list[Strategy]] = {}
+    for way, strategies in ways(model, task, decodings).items():
+        if strategies not in chosen.values():
+            chosen[way] = strategies
+    runners = [(model, strategies) for strategies in chosen.values()]
+    runners.append((twin, next(iter(ways(twin, task, PLAIN).values()))))
+    found = []
+    with threads(1):
+        for batch in batches:
+            for runner, strategies in runners:
+                timed(runner, samples[:batch], strategies, batch)
+            turns = [
+                [timed(runner, samples, strategies, batch) for runner, strategies in runners]
+                for _ in range(rounds)
+            ]
+            *ours, theirs = zip(*turns, strict=True)
+            for way, own in zip(chosen, ours, strict=True):
+                for span in ("decode", "answer"):
+                    head = (what, *names, way, span, batch, len(samples))
+                    found.append(_compared(head, own, theirs))
+    return found
+
+
+def _compared(head: tuple, ours: Items[Timed], theirs: Items[Timed]) -> Race:
+    """One line of a race, of the passes over the rounds."""
+    span = head[4]
+    times = [(a.span(span), b.span(span)) for a, b in zip(ours, theirs, strict=True)]
+    ratios = [b / a for a, b in times]
+    return Race(
+        *head,
+        ms=median(a for a, _ in times),
+        twin_ms=median(b for _, b in times),
+        ratio=median(ratios),
+        low=min(ratios),
+        high=max(ratios),
+        forwards=ours[0].forwards,
+        twin_forwards=theirs[0].forwards,
+        rounds=len(times),
+        threads=torch.get_num_threads(),
+    )

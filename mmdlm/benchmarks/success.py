@@ -1,0 +1,91 @@
+"""Success of a policy in simulation, and inputs to time it without one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import replace
+
+import numpy as np
+
+from mmdlm.benchmarks.answers import ways
+from mmdlm.benchmarks.captions import SEED, drawn
+from mmdlm.benchmarks.report import Score
+from mmdlm.data.dataset import Sample, Turn
+from mmdlm.data.scenes import Scenes
+from mmdlm.model import MultimodalDLM
+from mmdlm.simulators.metaworld import INSTRUCTIONS
+from mmdlm.simulators.rollout import TRAINED, evaluate, simulators, wilson
+from mmdlm.tasks.act import Policy
+
+
+def success(
+    model: MultimodalDLM,
+    decodings: str,
+    count: int = 20,
+    seed: int = 0,
+    name: str = "",
+    sim: str | Items[str] = TRAINED,
+    execute: int | None = None,
+    horizon: int = 200,
+) -> list[Score]:
+    """Success over seeds for every task and way to decode.
+
+    Args:
+        model: a policy's model.
+        decodings: see `mmdlm.benchmarks.answers.ways`.
+        count: episodes per task.
+        seed: of the first episode.
+        name: of the checkpoint, for the report.
+        sim: simulators, see `mmdlm.simulators.rollout.simulators`.
+        execute: actions played per query; None for four, or what the checkpoint advises if less.
+        horizon: steps of an episode.
+    """
+    scores = []
+    for way, strategies in ways(model, "act", decodings).items():
+        policy = Policy(model, strategies=strategies)
+        played = min(4, policy.execute) if execute is None else execute
+        results = [
+            evaluate(policy, task, range(seed, seed + count), played, horizon)
+            for task in simulators(sim, policy)
+        ]
+        parts = [(r.name, r.successes, len(r.episodes), r.episodes, r.settings) for r in results]
+        if len(parts) > 1:
+            everything = tuple(e for r in results for e in r.episodes)
+            won = sum(r.successes for r in results)
+            parts.append(("all", won, len(everything), everything, None))
+        for part, won, total, episodes, settings in parts:
+            low, high = wilson(won, total)
+            ms = float(np.median([e.infer_ms for e in episodes]))
+            if settings is not None:
+                settings = settings | {"episodes": [e.to_dict() for e in episodes]}
+            scores.append(Score("act", part, name, way, "success", won / total, total, low, high))
+            scores[-1] = replace(scores[-1], ms=ms, settings=settings)
+    return scores
+
+
+def act_samples(model: MultimodalDLM, count: int, seed: int = SEED) -> list[Sample]:
+    """Observations to time a policy with: drawn pictures, states of the data's range.
+
+    How long a chunk takes does not depend on what is seen, since every chunk has as many tokens.
+
+    Args:
+        model: a policy's model.
+        count: number of observations.
+        seed: of the pictures.
+    """
+    robot = model.robot
+    tasks = [task.rpartition("/")[2].removesuffix("-v3") for task in Policy(model).tasks]
+    texts = [INSTRUCTIONS[t] for t in tasks if t in INSTRUCTIONS] or [_any_text(model)]
+    empty = np.zeros((robot.chunk, robot.action_size), np.float32)
+    state = np.zeros(robot.state.size or 1, np.float32)
+    pictures = drawn(Scenes(seed=seed, count=count, questions=0), count, seed)
+    return [
+        Sample((Turn(texts[i % len(texts)], empty, robot.length),), image=sample.image, state=state)
+        for i, sample in enumerate(pictures)
+    ]
+
+
+def _any_text(model: MultimodalDLM) -> str:
+    """Five words the model knows, for one whose tasks are not told."""
+    words = [w for w in (model.tokenizer.words or {"go": 0}) if not w.startswith("<")]
+    return " ".join(words[:5])

@@ -1,0 +1,1 @@
+"""What people ask of a model: one verb per file."""

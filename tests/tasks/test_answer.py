@@ -1,0 +1,126 @@
+import math
+
+import pytest
+import torch
+
+import mmdlm
+from mmdlm.layout import Row
+from mmdlm.tasks.request import prepare
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*filled the canvas")
+QUESTIONS = ["what is it ?", "is it red ?", "is the circle left of the square ?"]
+
+
+def test_many_questions_about_one_picture(model, pictures, encoded):
+    found = mmdlm.answer(model, QUESTIONS, image=pictures[0])
+    assert encoded == [1]
+    assert found == [mmdlm.answer(model, q, image=pictures[0]) for q in QUESTIONS]
+
+
+def test_one_question_about_many_pictures(model, pictures):
+    found = mmdlm.answer(model, QUESTIONS[0], images=pictures)
+    assert found == [mmdlm.answer(model, QUESTIONS[0], image=one) for one in pictures]
+    assert found == mmdlm.answer(model, QUESTIONS[0], pictures)
+
+
+def test_lists_of_equal_length_go_in_pairs(model, pictures):
+    found = mmdlm.answer(model, QUESTIONS, pictures[:3], batch_size=2)
+    pairs = zip(QUESTIONS, pictures, strict=False)
+    assert found == [mmdlm.answer(model, q, one) for q, one in pairs]
+
+
+def test_question_without_a_picture(model):
+    assert isinstance(mmdlm.answer(model, QUESTIONS[0]), str)
+
+
+def test_prompt_wraps_the_question(model):
+    wrapped = mmdlm.answer(model, "is it red", prompt="say , {question} ?")
+    assert wrapped == mmdlm.answer(model, "say , is it red ?")
+    with pytest.raises(ValueError, match="{question}"):
+        mmdlm.answer(model, "is it red", prompt="say")
+
+
+def test_lists_of_unequal_length_are_refused(model, pictures):
+    with pytest.raises(ValueError, match="3 questions and 2 images"):
+        mmdlm.answer(model, QUESTIONS, pictures[:2])
+    with pytest.raises(ValueError, match="not both"):
+        mmdlm.answer(model, QUESTIONS, pictures[0], images=pictures)
+    with pytest.raises(ValueError, match="question is ''"):
+        mmdlm.answer(model, "", pictures[0])
+
+
+def slow_probabilities(model, question, image, choices, size):
+    """One row, one position and one choice at a time, in float64."""
+    media = model.encode("image", [prepare(model, "image", image).tensor])[0]
+    prompt = model.prompt(question)
+    row = model.arrange([Row((media, prompt))])
+    decoded = torch.full((size,), model.spec.mask_id)
+    state = mmdlm.decoding.decode.start(model, row, size, None, None, None, decoded[None])
+    hidden = model.backbone.head(model.hidden(state.sequence))[0].double()
+    totals = []
+    for choice in choices:
+        ids = model.tokenizer.encode(choice)
+        ids = ids + [model.spec.eos_id] * (size - len(ids))
+        total = 0.0
+        for i, token in enumerate(ids):
+            position = state.prompt + i - (1 if model.spec.shift else 0)
+            scores = hidden[position].tolist()
+            scores[model.spec.mask_id] = -math.inf
+            total += scores[token] - math.log(sum(math.exp(s) for s in scores))
+        totals.append(total)
+    weights = [math.exp(total - max(totals)) for total in totals]
+    return [weight / sum(weights) for weight in weights]
+
+
+@pytest.mark.parametrize("attention", ["cascade", "full"])
+@pytest.mark.parametrize("shift", [False, True])
+def test_choices_equal_a_slow_reference(make_model, pictures, attention, shift):
+    import mmdlm.decoding.decode
+
+    model = make_model(attention=attention, shift=shift)
+    choices = ["yes", "no", "a red circle"]
+    found = mmdlm.answer(model, QUESTIONS, pictures[:3], choices=choices, details=True)
+    for question, image, answer in zip(QUESTIONS, pictures, found, strict=False):
+        with torch.no_grad():
+            wanted = slow_probabilities(model, question, image, choices, 4)
+        assert list(answer.probabilities) == choices
+        assert list(answer.probabilities.values()) == pytest.approx(wanted, abs=1e-5)
+        assert sum(answer.probabilities.values()) == pytest.approx(1)
+        assert answer.text == choices[wanted.index(max(wanted))]
+        assert answer.forwards == 1
+        assert len(answer.tokens) == len(answer.confidence) == len(answer.words)
+
+
+def test_choices_take_one_forward_a_batch(model, pictures, monkeypatch):
+    calls = []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda s: calls.append(len(s.tokens)) or hidden(s))
+    found = mmdlm.answer(model, "is it red ?", pictures, choices=["yes", "no"], batch_size=3)
+    assert calls == [3, 2]
+    assert set(found) <= {"yes", "no"}
+
+
+def test_choices_without_defaults_are_followed_by_one_end(model, pictures):
+    model.preset = {}
+    answer = mmdlm.answer(model, "is it ?", pictures[0], choices=["yes", "a circle"], details=True)
+    assert set(answer.probabilities) == {"yes", "a circle"}
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        (["yes"], "two or more"),
+        (["yes", "yes"], "distinct"),
+        ("yes", "distinct"),
+        (["yes", " "], "empty"),
+        (["yes", "maybe"], "'maybe'"),
+    ],
+)
+def test_bad_choices_are_refused(model, pictures, choices, message):
+    with pytest.raises(ValueError, match=message):
+        mmdlm.answer(model, "is it red ?", pictures[0], choices=choices)
+
+
+def test_choice_longer_than_the_asked_canvas_is_refused(model, pictures):
+    with pytest.raises(ValueError, match="3 tokens, the canvas 2"):
+        mmdlm.answer(model, "is it ?", pictures[0], choices=["yes", "a red circle"], length=2)

@@ -1,0 +1,45 @@
+import pytest
+import torch
+
+import mmdlm
+from encoders.whisper import WhisperEncoder
+
+
+def test_vectors_have_unit_length_and_do_not_depend_on_the_batch(model, pictures):
+    found = mmdlm.embed(model, image=pictures)
+    assert found.shape == (5, 32)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(5))
+    alone = torch.stack([mmdlm.embed(model, image=one) for one in pictures])
+    torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found, mmdlm.embed(model, image=pictures, batch_size=2))
+
+
+def test_texts_of_unequal_length_are_not_changed_by_padding(model):
+    texts = ["a", "a red circle left of a blue square"]
+    found = mmdlm.embed(model, text=texts)
+    alone = torch.stack([mmdlm.embed(model, text=text) for text in texts])
+    torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_mean_over_all_tokens_is_what_it_says(model):
+    tokens = model.prompt("a red circle")[None]
+    hidden = model.hidden(mmdlm.layout.from_tokens(tokens, None, "cascade", None))[0].mean(0)
+    torch.testing.assert_close(
+        mmdlm.embed(model, text="a red circle"), (hidden / hidden.norm()).detach()
+    )
+
+
+def test_modalities_go_together(model, pictures):
+    clip = WhisperEncoder.example(0)
+    found = mmdlm.embed(model, image=pictures[:2], audio=clip, text="a circle")
+    assert found.shape == (2, 32)
+    assert mmdlm.embed(model, audio=[clip]).shape == (1, 32)
+    assert mmdlm.embed(model, image=[]).shape == (0, 32)
+
+
+def test_bad_calls_are_refused(model, pictures):
+    with pytest.raises(ValueError, match="nothing to embed"):
+        mmdlm.embed(model)
+    with pytest.raises(ValueError, match="lists of lengths"):
+        mmdlm.embed(model, image=pictures, text=["a", "red"])

@@ -1,0 +1,164 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mmdlm
+from mmdlm.tasks import folder
+from mmdlm.tasks.folder import run_folder
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*filled the canvas")
+
+
+def draw(path: Path, seed: int) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A hundred pictures, every tenth of them broken."""
+    place = tmp_path / "photos"
+    place.mkdir()
+    for i in range(100):
+        path = place / f"{i:03d}.png"
+        draw(path, i)
+        if i % 10 == 3:
+            path.write_bytes(path.read_bytes()[:60] if i % 20 == 3 else b"")
+    return place
+
+
+def test_broken_files_are_named_and_the_others_done(model, photos, tmp_path):
+    out = tmp_path / "captions.jsonl"
+    counts = run_folder(model, "caption", photos, out, batch_size=32)
+    assert (counts.done, counts.skipped, counts.failed) == (90, 0, 10)
+    records = lines(out)
+    assert len({record["file"] for record in records}) == 90
+    files = [record["file"] for record in records[:5]]
+    assert [record["text"] for record in records[:5]] == mmdlm.caption(model, files)
+    failed = lines(tmp_path / "captions.failed.jsonl")
+    assert {Path(record["file"]).stem for record in failed} == {
+        f"{i:03d}" for i in range(3, 100, 10)
+    }
+    assert all(Path(record["file"]).name in record["error"] for record in failed)
+
+
+def test_second_run_does_only_what_is_missing(model, photos, tmp_path, monkeypatch):
+    out = tmp_path / "captions.jsonl"
+    run_folder(model, "caption", photos, out, batch_size=32)
+    before = out.read_text(encoding="utf-8")
+    draw(photos / "013.png", 13)  # mended
+    draw(photos / "new.png", 200)
+    seen = []
+    prepare = folder.prepare
+    monkeypatch.setattr(folder, "prepare", lambda m, k, f: seen.append(f.name) or prepare(m, k, f))
+    counts = run_folder(model, "caption", photos, out)
+    assert (counts.done, counts.skipped, counts.failed) == (2, 90, 9)
+    assert len(seen) == 11
+    assert out.read_text(encoding="utf-8").startswith(before)
+    assert [Path(r["file"]).name for r in lines(out)[90:]] == ["013.png", "new.png"]
+    assert len(lines(tmp_path / "captions.failed.jsonl")) == 9
+
+
+def test_no_failures_leave_no_list_of_failures(model, pictures, tmp_path):
+    out = tmp_path / "sub" / "out.jsonl"
+    assert run_folder(model, "caption", pictures, out).failed == 0
+    assert not out.with_suffix(".failed.jsonl").exists()
+
+
+def test_line_that_was_cut_short_is_done_again(model, pictures, tmp_path):
+    out = tmp_path / "out.jsonl"
+    run_folder(model, "caption", pictures, out)
+    whole = out.read_text(encoding="utf-8")
+    out.write_text(whole[:-20], encoding="utf-8")
+    counts = run_folder(model, "caption", pictures, out)
+    assert (counts.done, counts.skipped) == (1, 4)
+    assert out.read_text(encoding="utf-8") == whole
+
+
+def test_other_file_is_not_overwritten(model, pictures, tmp_path):
+    out = tmp_path / "notes.txt"
+    out.write_text("my notes\n")
+    with pytest.raises(ValueError, match="notes.txt, line 1"):
+        run_folder(model, "caption", pictures, out)
+    out.write_text("my notes")
+    with pytest.raises(ValueError, match="no file of results"):
+        run_folder(model, "caption", pictures, out)
+    assert out.read_text() == "my notes"
+
+
+def test_item_that_breaks_its_batch_does_not_lose_the_others(
+    model, pictures, tmp_path, monkeypatch
+):
+    bad = folder.prepare(model, "image", pictures[2]).tensor
+    encode = model.encode
+
+    def fragile(kind, items):
+        if any(item.equal(bad) for item in items):
+            raise RuntimeError("out of memory")
+        return encode(kind, items)
+
+    monkeypatch.setattr(model, "encode", fragile)
+    out = tmp_path / "out.jsonl"
+    counts = run_folder(model, "caption", pictures, out)
+    assert (counts.done, counts.failed) == (4, 1)
+    (failed,) = lines(out.with_suffix(".failed.jsonl"))
+    assert failed["file"] == pictures[2]
+    assert failed["error"].startswith("RuntimeError: out of memory")
+
+
+def test_results_are_on_disk_before_the_next_batch(model, pictures, tmp_path, monkeypatch):
+    out = tmp_path / "out.jsonl"
+    there = []
+    caption = folder.caption
+    monkeypatch.setattr(
+        folder, "caption", lambda *a, **k: there.append(len(lines(out))) or caption(*a, **k)
+    )
+    run_folder(model, "caption", pictures, out, batch_size=2)
+    assert there == [0, 2, 4]
+
+
+def test_questions_share_a_file_of_results(model, pictures, tmp_path):
+    out = tmp_path / "out.jsonl"
+    for question in ("is it red ?", "what is it ?"):
+        counts = run_folder(model, "answer", pictures, out, question=question, details=True)
+        assert counts.done == 5
+    again = run_folder(model, "answer", pictures, out, question="what is it ?")
+    assert (again.done, again.skipped) == (0, 5)
+    assert lines(out)[-1]["question"] == "what is it ?"
+    assert {"tokens", "forwards", "words", "confidence", "step"} <= set(lines(out)[-1])
+
+
+def test_vectors_are_kept_too(model, pictures, tmp_path):
+    run_folder(model, "embed", pictures, tmp_path / "v.jsonl", batch_size=2)
+    found = lines(tmp_path / "v.jsonl")
+    assert found[3]["embedding"] == pytest.approx(
+        mmdlm.embed(model, image=pictures[3]).tolist(), abs=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("captoin", {}, "'captoin' is unknown"),
+        ("answer", {}, "question="),
+        ("caption", {"question": "a ?"}, "question="),
+        ("caption", {"prompt": "a dragon"}, "dragon"),
+        ("caption", {"length": 0}, "length"),
+        ("caption", {"strategies": "quick"}, "preset 'quick'"),
+        ("describe", {}, "is image|no prompt"),
+    ],
+)
+def test_what_would_fail_for_every_file_fails_at_once(
+    model, pictures, tmp_path, task, options, message
+):
+    out = tmp_path / "out.jsonl"
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_folder(model, task, pictures, out, **options)
+    assert not out.exists()

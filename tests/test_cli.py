@@ -1,0 +1,314 @@
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mmdlm
+from adapters.mlp import MLP
+from encoders.vit import ViT
+from mmdlm import checkpoint, cli
+from mmdlm.backbones.family import Spec
+from mmdlm.backbones.transformer import TransformerConfig
+from mmdlm.cli import COMMANDS, arguments, main
+from mmdlm.model import MultimodalDLM
+from mmdlm.text import Tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*filled the canvas")
+
+
+@pytest.fixture
+def model() -> MultimodalDLM:
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.from_words("a red blue circle is it describe ? yes no".split())  # noqa: SIM905
+    config = TransformerConfig(vocab=len(tokenizer), width=32, layers=1, heads=2, inner=64)
+    spec = Spec("mmdlm", config, mask_id=2, eos_id=1, pad_id=0, attention="cascade")
+    model = MultimodalDLM(spec, {"image": ViT.tiny()}, {"image": MLP(32, 32)}, tokenizer)
+    model.backbone.reset(torch.Generator().manual_seed(0))
+    return model.eval()
+
+
+@pytest.fixture
+def loaded(model, monkeypatch) -> MultimodalDLM:
+    """The model that every command finds under any name."""
+    model.preset = {"caption": {"prompt": "describe it", "length": 3, "strategies": []}}
+    monkeypatch.setattr(checkpoint, "load", lambda *a, **k: model)
+    return model
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(4):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+def test_help_answers_at_once_and_names_every_command():
+    begin = time.perf_counter()
+    run = subprocess.run(
+        [sys.executable, "-m", "mmdlm.cli", "--help"], capture_output=True, text=True
+    )
+    assert time.perf_counter() - begin < 5  # 0.1 s on an idle machine
+    assert run.returncode == 0, run.stderr
+    for name, command in COMMANDS.items():
+        assert f"  {name} " in run.stdout
+        assert command.line in run.stdout
+
+
+def test_help_of_a_command_imports_no_torch():
+    code = (
+        "import sys; from mmdlm.cli import main\n"
+        "try: main(['caption', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "mmdlm caption photos/" in run.stdout
+
+
+@pytest.mark.parametrize("name", [n for n, c in COMMANDS.items() if c.place != cli.TRAINING])
+def test_every_option_of_every_command_is_explained(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*name.split(), "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert f"mmdlm {name}" in text
+    import re
+
+    assert not re.findall(r"^  (--\S+ [A-Z-]+)$\n(?=  \S|\Z)", text, re.MULTILINE)
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mmdlm {mmdlm.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["capton", "a.png"], "did you mean caption"),
+        (["data", "make", "sceens"], "did you mean data make scenes"),
+        (["frobnicate"], "known: caption, answer"),
+        (["caption", "no-such.png"], "no-such.png"),
+        (["info", "no/such/folder"], "there is no checkpoint"),
+        (["fit", "-c", "train/nothing"], "no config 'train/nothing'"),
+    ],
+)
+def test_user_errors_are_one_line_and_status_2(args, told, capsys):
+    assert main(args) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("mmdlm: error: ")
+    assert told in err
+    assert err.count("\n") == 1
+
+
+def test_debug_shows_where(monkeypatch):
+    monkeypatch.setenv("MMDLM_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        main(["caption", "no-such.png"])
+
+
+def test_misspelt_option_names_the_near_one(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["caption", "a.png", "--lenght", "3"])
+    assert stopped.value.code == 2
+    assert "unknown '--lenght'; did you mean --length" in capsys.readouterr().err
+
+
+def test_group_of_commands_is_listed(capsys):
+    assert main(["data"]) == 0
+    assert "mmdlm data make speech" in capsys.readouterr().out
+
+
+def test_caption_prints_a_line_per_file(loaded, photos, capsys):
+    assert main(["caption", str(photos)]) == 0
+    wanted = mmdlm.caption(loaded, sorted(map(str, photos.iterdir())))
+    found = capsys.readouterr().out.splitlines()
+    assert found == [f"{photos / f'{i}.png'}: {text}" for i, text in enumerate(wanted)]
+
+
+def test_json_with_details(loaded, photos, capsys):
+    assert main(["caption", str(photos / "0.png"), "--json", "--details", "--length", "2"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["file"] == str(photos / "0.png")
+    assert record["forwards"] == 2
+    assert len(record["words"]) == len(record["tokens"])
+
+
+def test_details_are_shown_below_the_text(loaded, photos, capsys):
+    assert main(["caption", str(photos / "0.png"), "--details"]) == 0
+    assert "3 forwards" in capsys.readouterr().out
+
+
+def test_folder_job_ends_with_status_1_and_is_resumed(loaded, photos, tmp_path, capsys):
+    (photos / "2.png").write_bytes(b"broken")
+    out = tmp_path / "captions.jsonl"
+    assert main(["caption", str(photos), "--out", str(out)]) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "3 done, 0 done before, 1 failed" in told.err
+    assert "mmdlm: failed: " in told.err
+    (photos / "2.png").unlink()
+    assert main(["caption", str(photos), "--out", str(out)]) == 0
+    assert "0 done, 3 done before, 0 failed" in capsys.readouterr().err
+    assert len(out.read_text().splitlines()) == 3
+
+
+def test_broken_file_without_out_ends_with_status_1(loaded, photos, capsys):
+    (photos / "2.png").write_bytes(b"broken")
+    assert main(["caption", str(photos)]) == 1
+    told = capsys.readouterr()
+    assert len(told.out.splitlines()) == 3
+    assert "2.png" in told.err
+
+
+def test_answer_with_and_without_pictures(loaded, photos, capsys):
+    assert main(["answer", str(photos), "--question", "is it red ?", "--choices", "yes,no"]) == 0
+    found = capsys.readouterr().out.splitlines()
+    assert len(found) == 4
+    assert all(line.endswith((": yes", ": no")) for line in found)
+    assert main(["answer", "--question", "is it red ?", "--length", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["question"] == "is it red ?"
+    with pytest.raises(SystemExit):
+        main(["answer", str(photos)])
+    assert "--question" in capsys.readouterr().err
+
+
+def test_infill_and_embed(loaded, photos, capsys):
+    image = str(photos / "0.png")
+    assert main(["infill", "a [MASK] circle", "[MASK:2] circle", "--image", image]) == 0
+    found = capsys.readouterr().out.splitlines()
+    assert found[0].startswith("a ")
+    assert found[1].endswith("circle")
+    assert main(["embed", image]) == 0
+    assert "32 numbers" in capsys.readouterr().out
+
+
+def test_task_without_a_prompt_says_what_to_pass(loaded, photos, capsys):
+    loaded.preset = {}
+    assert main(["caption", str(photos)]) == 2
+    assert "--prompt" in capsys.readouterr().err
+
+
+def test_info_of_a_folder(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    checkpoint.save(model, tmp_path / "mine")
+    assert main(["info", str(tmp_path / "mine")]) == 0
+    text = capsys.readouterr().out
+    count = sum(p.numel() for p in model.parameters())
+    for part in (f"{count:,}", "cascade", "mask 2, end 1", "ViT", "circle", "float32"):
+        assert part in text
+
+
+def test_saved_model_is_used_from_its_folder(model, photos, tmp_path, capsys):
+    checkpoint.save(model, tmp_path / "mine")
+    args = ["--model", str(tmp_path / "mine"), "--prompt", "describe it", "--length", "3"]
+    assert main(["caption", str(photos / "0.png"), *args]) == 0
+    wanted = mmdlm.caption(model, photos / "0.png", prompt="describe it", length=3)
+    assert capsys.readouterr().out == f"{photos / '0.png'}: {wanted}\n"
+
+
+@pytest.mark.parametrize("what", ["decoding", "strategies", "families", "simulators", "configs"])
+def test_lists(what, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["list", what]) == 0
+    known = {
+        "decoding": "fast_dllm",
+        "strategies": "mmdlm.decoding.threshold.Threshold",
+        "families": "LLaDA",
+        "simulators": "metaworld/TASK",
+        "configs": "train/tiny",
+    }
+    assert known[what].lower() in capsys.readouterr().out.lower()
+
+
+def test_make_scenes(tmp_path, capsys):
+    assert main(["data", "make", "scenes", str(tmp_path / "s"), "--count", "3"]) == 0
+    assert len(list((tmp_path / "s").glob("*.png"))) == 3
+
+
+def test_make_episodes_records_missing_tasks_only(tmp_path, capsys):
+    pytest.importorskip("pyarrow", reason='needs pip install "mmdlm[data]"')
+    args = ["data", "make", "episodes", str(tmp_path), "--tasks", "toy", "--size", "16"]
+    assert main([*args, "--episodes", "2"]) == 0
+    assert "2 episodes" in capsys.readouterr().out
+    assert main([*args, "--episodes", "2"]) == 0
+    assert "recorded before" in capsys.readouterr().out
+    assert main([*args, "--episodes", "9"]) == 2
+    assert "holds 2 episodes, not 9" in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class Way:
+    """How.
+
+    Args:
+        speed: metres per second.
+        loud: whether it is heard.
+    """
+
+    speed: float = 1.5
+    loud: bool = False
+
+
+def example(
+    files: list[str],
+    way: Way,
+    mode: Literal["a", "b"] = "a",
+    names: list[str] | None = None,
+    horizon: int | None = 200,
+    place: Path = Path("here"),
+    quick: bool = True,
+) -> int:
+    """Does it.
+
+    Args:
+        files: some, 100 %.
+        way: how.
+        mode: which,
+            in two lines.
+        names: of them.
+        horizon: null for none.
+        place: where.
+        quick: whether.
+    """
+    return 0
+
+
+def test_signature_becomes_options():
+    assert arguments(example, ["x", "y"], "t", ("files",)) == {
+        "files": ["x", "y"],
+        "way": Way(),
+        "mode": "a",
+        "names": None,
+        "horizon": 200,
+        "place": Path("here"),
+        "quick": True,
+    }
+    line = "x --speed 2 --loud --mode b --names p,q --horizon null --place there --no-quick"
+    found = arguments(example, line.split(), "t", ("files",))
+    assert found["way"] == Way(2.0, True)
+    assert found["mode"] == "b"
+    assert found["names"] == ["p", "q"]
+    assert found["horizon"] is None
+    assert found["place"] == Path("there")
+    assert found["quick"] is False
+
+
+@pytest.mark.parametrize("line", ["", "x --mode c", "x --horizon many", "x --spee 2"])
+def test_wrong_options_are_refused(line, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        arguments(example, line.split(), "t", ("files",))
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err
