@@ -26,7 +26,8 @@ class DivPrune(Adapter):
     Args:
         in_dim: encoder width E.
         out_dim: backbone width D.
-        inner: class or function called as inner(in_dim, out_dim) for the adapter that projects.
+        inner: the adapter that projects, or a class or function that makes it, called as
+            inner(in_dim, out_dim).
         keep: a share of the real tokens in (0, 1] when a float (the paper's LLaVA runs use
             0.098), a count when an int. At least one token of a non-empty row is kept.
         order: original keeps the tokens' order, picked gives them in the order of choice.
@@ -47,7 +48,8 @@ class DivPrune(Adapter):
             )
         if order not in ("original", "picked"):
             raise ValueError(f"DivPrune: order={order!r}; expected 'original' or 'picked'")
-        self.inner = inner(in_dim, out_dim)
+        self.inner = inner if isinstance(inner, Adapter) else inner(in_dim, out_dim)
+        self.arguments["inner"] = self.inner  # a function could not be written to a checkpoint
         self.keep, self.order = keep, order
 
     def forward(self, features: Features, query: Tensor | None = None) -> Features:

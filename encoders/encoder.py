@@ -16,11 +16,12 @@ class Encoder(Rebuildable, nn.Module):
     Attributes:
         kind: modality, "image", "audio" or "state".
         dim: width E of the tokens it gives.
-        KEYS: published tensor names to ours, where a published layout exists.
+        KEYS: our tensor names to published ones, `{i}` for the layer, a tuple for parts that are
+            stacked along the first axis; where a published layout exists.
     """
 
     kind: ClassVar[str]
-    KEYS: ClassVar[dict[str, str]] = {}
+    KEYS: ClassVar[dict[str, str | tuple[str, ...]]] = {}
     dim: int
 
     def prepare(self, item: Any) -> Tensor:

@@ -22,6 +22,10 @@ class Rebuildable:
         object.__setattr__(made, "arguments", own)
         return made
 
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]:
+        """What copying and unpickling call `__new__` with."""
+        return (), self.arguments
+
     def recipe(self) -> dict[str, Any]:
         """`class_path` and `init_args`, plain types only, as in a YAML config."""
         cls = type(self)
@@ -45,7 +49,10 @@ def rebuild(recipe: dict[str, Any]) -> Any:
     module, _, name = path.rpartition(".")
     if module.split(".")[0] not in {"encoders", "adapters"}:
         raise ValueError(f"class_path {path!r} is outside encoders and adapters; refused")
-    cls = getattr(importlib.import_module(module), name, None)
+    try:
+        cls = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError:
+        cls = None
     if not (isinstance(cls, type) and issubclass(cls, Rebuildable)):
         raise ValueError(f"class_path {path!r} names no encoder or adapter; check config.json")
     args = {

@@ -151,6 +151,8 @@ def write(
     for old in [*folder.glob("model-*-of-*.safetensors"), folder / SINGLE, folder / INDEX]:
         old.unlink(missing_ok=True)
     for file in files:
+        # save_file makes files that only their owner can read.
+        (folder / f"{file}.tmp").chmod(0o644)
         os.replace(folder / f"{file}.tmp", folder / file)
     if count > 1:
         where = {n: file for file, names in zip(files, shards, strict=True) for n in names}

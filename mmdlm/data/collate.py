@@ -45,7 +45,7 @@ def collate(model: MultimodalDLM, samples: Items[Sample], seeds: Tensor, phase: 
     """One batch of samples that hold the same modalities.
 
     Raises:
-        ValueError: the samples differ in modalities, or an answer does not fit its canvas.
+        ValueError: the samples differ in what they hold, or an answer does not fit its canvas.
     """
     media: dict[str, list[Tensor]] = {}
     for kind in MEDIA_ORDER:
@@ -58,6 +58,10 @@ def collate(model: MultimodalDLM, samples: Items[Sample], seeds: Tensor, phase: 
             media[kind] = [model.prepare(kind, item) for item in items]
     turns = [tuple(encode(model, turn) for turn in sample.turns) for sample in samples]
     names = [_names(model, s.names) for s in samples if s.names is not None]
+    if names and len(names) != len(samples):
+        raise ValueError(
+            f"{len(names)} of {len(samples)} samples name their media; all or none must"
+        )
     return Collated(media, turns, seeds, phase, tuple(s.group for s in samples), names)
 
 

@@ -1,8 +1,7 @@
 """Drawn scenes of coloured shapes with exact captions and questions: what `tiny` learns from.
 
 Every scene has one right caption and every question one right answer: a masked model predicts the
-words of a step independently, so two right captions would teach it a mixture of both. Answers are
-computed from the scene, not annotated, as in CLEVR (arXiv 1612.06890).
+words of a step independently, so two right captions would teach it a mixture (CLEVR: 1612.06890).
 Positions and radii are pixels of a 64 x 64 picture (`GRID`), y downwards; `draw` scales them.
 """
 
@@ -161,8 +160,7 @@ def draw(scene: Scene, size: int = GRID) -> np.ndarray:
 def random_scene(rng: np.random.Generator, n: int) -> Scene:
     """A scene of `n` shapes that fit, keep apart, and have one right caption.
 
-    Kinds, colours and sizes are drawn first and kept; only positions are drawn again until they
-    satisfy the margins, so that large shapes are as frequent as small ones.
+    Only positions are drawn again until they fit: large shapes are as frequent as small ones.
 
     Args:
         rng: every choice comes from it.
@@ -283,8 +281,7 @@ _ASKED = {
 def questions(scene: Scene, rng: np.random.Generator, n: int) -> tuple[Turn, ...]:
     """`n` questions about a scene with their answers, of kinds as different as possible.
 
-    Every kind that applies is equally likely, and none comes twice before all came once. Yes and
-    no are equally likely; relations are asked only where they hold by at least `MARGIN` pixels.
+    No kind comes twice before all that apply came once; yes and no are equally likely.
 
     Args:
         scene: what is asked about.
@@ -305,9 +302,8 @@ def questions(scene: Scene, rng: np.random.Generator, n: int) -> tuple[Turn, ...
 class Scenes(Dataset):
     """Scenes drawn on demand, each with its caption first and then questions about it.
 
-    The scene at an index depends on `seed` and the index only, and `sample`'s generator chooses
-    the questions. Every seed is another stream of pictures (captions recur, pictures do not), so
-    train on `Scenes(seed=0)` and score on `Scenes(seed=1)`.
+    The scene at an index depends on `seed` and the index only. Every seed is another stream of
+    pictures, so train on `Scenes(seed=0)` and score on `Scenes(seed=1)`.
 
     Args:
         objects: possible numbers of shapes in a scene, each 1 to 3, equally likely.
@@ -357,8 +353,8 @@ class Scenes(Dataset):
         if self.caption:
             turns = (Turn(CAPTION_PROMPT, describe(scene), CAPTION_LENGTH), *turns)
         names = cell_words(scene, self.cells, GRID) if self.cells else None
-        picture, group = draw(scene, self.size), f"scene{len(scene.shapes)}"
-        return Sample(turns, image=picture, group=group, names=names)
+        group = f"scene{len(scene.shapes)}"
+        return Sample(turns, draw(scene, self.size), group=group, names=names)
 
     def vocabulary(self) -> list[str]:
         """Every word that these prompts and answers can hold, sorted."""
@@ -375,8 +371,7 @@ class Scenes(Dataset):
 def make(out: Path, count: int = 1000, seed: int = 0, size: int = GRID, asked: int = 4) -> Path:
     """The path of a written `metadata.jsonl`, beside the PNG pictures it describes.
 
-    The layout is that of Hugging Face's `imagefolder`: one line per picture with `file_name`,
-    `text` (the caption) and `questions` (a list of `prompt` and `answer`).
+    One line per picture, as in Hugging Face's `imagefolder`: `file_name`, `text`, `questions`.
 
     Args:
         out: folder to write; made if missing, must be empty.

@@ -158,7 +158,8 @@ def start(
             raise ValueError(f"canvas is {list(canvas.shape)}, expected {[batch, length]}")
         answer = canvas.to(order)
     kind = torch.full_like(order, ANSWER)
-    positions = prompt.mask.sum(1, keepdim=True) + order
+    last = (prompt.positions * prompt.mask).amax(1, keepdim=True)
+    positions = last + 1 + order
     level = levels(kind, positions, order, spec.attention, spec.block_size)
     sequence = replace(
         prompt,

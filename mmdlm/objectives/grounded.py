@@ -35,14 +35,14 @@ class Grounded(Objective):
     weight: float = 1.0
 
     def step(self, model: MultimodalDLM, batch: Batch) -> Losses:
-        """The main loss, with the naming loss added so that sum / count is their weighted sum."""
+        """The main loss, with the naming loss as an extra term."""
         total, count = self.named(model, batch)
-        mean = total / count.clamp(min=1)
         logs = {"naming": (total.detach(), count)}
         if self.objective is None:
-            return Losses(total, count.clamp(min=1), logs)
+            return Losses(total, count, logs)
         main = self.objective.step(model, batch)
-        return Losses(main.sum + self.weight * mean * main.count, main.count, {**main.logs, **logs})
+        extra = (*main.extra, (total, count, self.weight))
+        return Losses(main.sum, main.count, {**main.logs, **logs}, extra)
 
     def named(self, model: MultimodalDLM, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sum and count of the naming loss; zero with a graph where nothing is named."""

@@ -99,8 +99,8 @@ class Masked(Objective):
             p: [N] their mask probability.
             answers: scalar, answer tokens of the batch.
         Returns:
-            two float scalars; the count is at least 1, so a batch without masks gives 0, not NaN.
+            two float scalars.
         """
         total = losses.sum() if self.weight == "one" else (losses / p).sum()
         count = answers if self.normaliser == "answer" else losses.new_tensor(len(losses))
-        return total, count.float().clamp(min=1)
+        return total, count.float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,13 +18,24 @@ class Losses(NamedTuple):
 
     Args:
         sum: scalar with gradient.
-        count: scalar, what the sum is divided by.
+        count: scalar, what the sum is divided by; 0 makes the loss 0.
         logs: name to (sum, count), for metrics averaged the same way.
+        extra: further losses as (sum, count, weight), each divided by its own count.
     """
 
     sum: Tensor
     count: Tensor
     logs: dict[str, tuple[Tensor, Tensor]]
+    extra: tuple[tuple[Tensor, Tensor, float], ...] = ()
+
+    def mean(self, over: Callable[[Tensor], Tensor] = lambda count: count) -> Tensor:
+        """The weighted sum of all sum / count.
+
+        Args:
+            over: adds a count up over all processes.
+        """
+        terms = ((self.sum, self.count, 1.0), *self.extra)
+        return sum(weight * total / over(count).clamp(min=1) for total, count, weight in terms)
 
 
 @dataclass(frozen=True)

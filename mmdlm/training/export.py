@@ -53,6 +53,8 @@ def export(
     from mmdlm import preset
     from mmdlm.checkpoint import save
 
+    table = None if decoding is None else preset.read(Path(decoding))
+    text = None if card is None else Path(card).read_text(encoding="utf-8")
     saved = read(checkpoint)
     model = build(saved[ENTRY])
     weights = {
@@ -61,9 +63,8 @@ def export(
         if name.startswith(PREFIX)
     }
     model.load_state_dict(weights, strict=True)
-    if decoding is not None:
-        model.preset = preset.read(Path(decoding))
-    text = None if card is None else Path(card).read_text(encoding="utf-8")
+    if table is not None:
+        model.preset = table
     save(model.eval(), out, dtype=dtype, card=text)
     return model
 

@@ -120,8 +120,12 @@ class Module(lightning.LightningModule):
         self.model = MultimodalDLM(spec, encoders, built, tokenizer, robot)
         self.model.backbone.reset(torch.Generator().manual_seed(seed))
         if init is not None:
-            saved = torch.load(init, map_location="cpu", weights_only=True)["state_dict"]
-            self.load_state_dict(saved)
+            saved = torch.load(init, map_location="cpu", weights_only=True)
+            if saved[ENTRY]["tokenizer"] != tokenizer.backend.to_str():
+                raise ValueError(
+                    f"{init} was trained with another vocabulary; use the data sets of that stage"
+                )
+            self.load_state_dict(saved["state_dict"])
 
     def training_step(self, batch: dict[str, Collated], index: int) -> Tensor:
         """Loss of one step over all data sets."""
@@ -129,9 +133,8 @@ class Module(lightning.LightningModule):
         share = sum(self.weights.get(name, 1.0) for name in batch)
         for name, part in batch.items():
             losses = self.losses(part)
-            count = self._over_processes(losses.count)
             # DDP averages gradients over processes; the sum must not be divided by their number.
-            mean = losses.sum * self.trainer.world_size / count
+            mean = losses.mean(self._over_processes) * self.trainer.world_size
             total = total + mean * self.weights.get(name, 1.0) / share
             logs = {"loss": (losses.sum.detach(), losses.count), **losses.logs}
             self._log(f"train/{name}", logs)

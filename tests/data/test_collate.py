@@ -42,10 +42,10 @@ def test_answers_are_completed_with_end_tokens():
 
 def test_turns_share_a_row_only_where_attention_allows_it():
     turns = (("what is this ?", "circle", 2), ("what ?", "red", 2))
-    shared, _, _ = rows(build(), one(build(), sample(*turns)))
+    shared, *_ = rows(build(), one(build(), sample(*turns)))
     assert [len(r.turns) for r in shared] == [2]
     model = build("full")
-    apart, seeds, phase = rows(model, one(model, sample(*turns)))
+    apart, seeds, phase, _ = rows(model, one(model, sample(*turns)))
     assert [len(r.turns) for r in apart] == [1, 1]
     assert len(set(seeds.tolist())) == 2
     assert len(phase) == 2

@@ -171,7 +171,7 @@ def test_nothing_masked_is_zero_with_a_graph():
     objective = Masked(eps=0.0)
     batch = Batch(batch.sequence, batch.seeds, torch.tensor([1 - GOLDEN], dtype=torch.float64))
     losses = objective.step(model, batch)
-    assert (losses.sum / losses.count).item() == 0
+    assert losses.mean().item() == 0
     losses.sum.backward()
 
 

@@ -1,0 +1,179 @@
+"""A trained checkpoint becomes a folder that says the same, or the first weights of a new run."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import mmdlm
+from adapters.mlp import MLP
+from encoders.vit import ViT
+from mmdlm.backbones.family import Spec
+from mmdlm.backbones.transformer import TransformerConfig
+from mmdlm.data.scenes import CAPTION_LENGTH, CAPTION_PROMPT, Scenes
+from mmdlm.model import MultimodalDLM
+from mmdlm.training.cli import run
+from mmdlm.training.export import blueprint, build, export
+from mmdlm.training.module import Module
+
+STEPS = [{"class_path": "mmdlm.decoding.top_k.TopK", "init_args": {"steps": 4}}]
+PRESET = {
+    "caption": {"prompt": CAPTION_PROMPT, "length": CAPTION_LENGTH, "strategies": STEPS},
+}
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Modules at the start and at the end of every fit, in order."""
+    found = []
+    monkeypatch.setattr(Module, "on_fit_start", lambda self: found.append(weights(self)))
+    monkeypatch.setattr(Module, "on_fit_end", lambda self: found.append(self))
+    return found
+
+
+def weights(module):
+    return {name: tensor.clone() for name, tensor in module.model.state_dict().items()}
+
+
+def fit(config, *options):
+    run(["fit", "-c", str(config), "--trainer.max_steps", "2", *options])
+
+
+@pytest.fixture
+def trained(config, seen, tmp_path):
+    """The model a fit of two steps ended with, and its checkpoint."""
+    fit(config)
+    return seen[-1].model.eval(), tmp_path / "ckpt" / "step=2.ckpt"
+
+
+@pytest.fixture
+def decoding(tmp_path):
+    file = tmp_path / "decoding.yaml"
+    file.write_text(yaml.safe_dump(PRESET))
+    return file
+
+
+def picture():
+    return Scenes(seed=9, size=32).sample(0, np.random.default_rng(0)).image
+
+
+@pytest.mark.filterwarnings("ignore:.*filled the canvas")
+def test_exported_folder_says_what_the_trained_model_says(trained, decoding, tmp_path):
+    model, checkpoint = trained
+    card = tmp_path / "card.md"
+    card.write_text("# A test\n")
+    returned = export(checkpoint, tmp_path / "out", decoding=decoding, card=card)
+    loaded = mmdlm.load(tmp_path / "out", device="cpu")
+    assert (tmp_path / "out" / "README.md").read_text() == "# A test\n"
+    tokens = torch.tensor([[3, 4, 5, 2, 2]])
+    with torch.no_grad():
+        want = model.logits(tokens)
+        assert torch.equal(loaded.logits(tokens), want)
+        assert torch.equal(returned.logits(tokens), want)
+    model.preset = PRESET
+    said = [mmdlm.caption(one, picture(), details=True) for one in (model, loaded, returned)]
+    assert said[0].tokens == said[1].tokens == said[2].tokens
+    assert said[0].confidence == pytest.approx(said[1].confidence, abs=1e-6)
+    assert loaded.preset == returned.preset == PRESET
+
+
+def test_bfloat16_halves_the_file(trained, tmp_path):
+    model, checkpoint = trained
+    export(checkpoint, tmp_path / "full")
+    export(checkpoint, tmp_path / "half", dtype="bfloat16")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("full", "half")]
+    header = 12_000  # bytes at most, the same in both
+    assert abs(sizes[0] - 2 * sizes[1]) < header
+    tokens = torch.tensor([[3, 4, 5, 2]])
+    loaded = mmdlm.load(tmp_path / "half", device="cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.logits(tokens), model.logits(tokens), rtol=0, atol=0.02)
+
+
+def test_new_run_starts_from_the_weights_of_a_checkpoint(config, trained, seen, tmp_path):
+    model, checkpoint = trained
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    again = ("--trainer.callbacks.dirpath", str(tmp_path / "again"), "--model.seed", "7")
+    fit(config, "--seed_everything", "3", "--model.init", str(checkpoint), *again)
+    start, end = seen[-2], seen[-1]
+    assert start.keys() == before.keys()
+    assert all(torch.equal(start[name], before[name]) for name in before)
+    last = torch.load(tmp_path / "again" / "step=2.ckpt", weights_only=True)
+    assert last["global_step"] == 2  # a run of its own, which goes on from weights only
+    assert any(not torch.equal(w, before[name]) for name, w in weights(end).items())
+
+
+def test_weights_that_do_not_fit_start_no_run(config, trained, tmp_path):
+    _, checkpoint = trained
+    with pytest.raises(RuntimeError, match=r"(?s)size mismatch.*backbone"):
+        fit(config, "--model.init", str(checkpoint), "--model.backbone.width", "16")
+    saved = torch.load(checkpoint, weights_only=True)
+    del saved["state_dict"]["model.backbone.norm.weight"]
+    torch.save(saved, tmp_path / "less.ckpt")
+    with pytest.raises(RuntimeError, match=r"Missing key.*backbone\.norm\.weight"):
+        fit(config, "--model.init", str(tmp_path / "less.ckpt"))
+
+
+def write(path, kind):
+    """A file that is no checkpoint of ours."""
+    if kind == "text":
+        path.write_text("hello world")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "tensor":
+        torch.save(torch.zeros(3), path)
+    elif kind == "code":
+        torch.save({"mmdlm": write}, path)
+    else:
+        torch.save({"state_dict": {}}, path)
+    if kind == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("text", "no checkpoint of mmdlm fit, or it was cut short"),
+        ("empty", "no checkpoint of mmdlm fit, or it was cut short"),
+        ("cut", "no checkpoint of mmdlm fit, or it was cut short"),
+        ("tensor", "holds no 'mmdlm' entry"),
+        ("foreign", "holds no 'mmdlm' entry"),
+        ("code", "more than tensors and plain types, which is not read"),
+    ],
+)
+def test_files_that_are_no_checkpoint_are_refused(kind, message, tmp_path):
+    write(tmp_path / "x.ckpt", kind)
+    with pytest.raises(ValueError, match=message):
+        export(tmp_path / "x.ckpt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_are_not_there_are_named(tmp_path):
+    absent, out = tmp_path / "absent.ckpt", tmp_path / "out"
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*absent\.ckpt; see runs"):
+        export(absent, out)
+    with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
+        export(absent, out, decoding=tmp_path / "absent.yaml")
+    with pytest.raises(FileNotFoundError, match=r"absent\.md"):
+        export(absent, out, card=tmp_path / "absent.md")
+    assert not out.exists()
+
+
+def test_decoding_that_would_not_load_is_refused(decoding, tmp_path):
+    decoding.write_text("caption: {prompts: describe the picture}")
+    with pytest.raises(ValueError, match=r"task 'caption' has \['prompts'\]; expected"):
+        export(tmp_path / "absent.ckpt", tmp_path / "out", decoding=decoding)
+
+
+def test_blueprint_is_plain_and_downloads_nothing():
+    config = TransformerConfig(vocab=9, width=16, layers=1, heads=2, inner=16)
+    spec = Spec("mmdlm", config, mask_id=2, eos_id=1, pad_id=0)
+    model = MultimodalDLM(spec, {"image": ViT.tiny()}, {"image": MLP(32, 16)})
+    plan = json.loads(json.dumps(blueprint(model)))
+    # As if this tower had come with published weights.
+    plan["encoders"]["image"]["init_args"] |= {"name": "vit_tiny_patch16_224", "pretrained": True}
+    again = build(plan)
+    assert again.encoders["image"].arguments["pretrained"] is False
+    assert again.spec == model.spec
