@@ -82,7 +82,9 @@ def demo(out: Path = Path("demo_out"), model: str = "tiny", seed: int = 12345) -
             parts.append(part)
             true = f"   (true: {part.right})" if part.right else ""
             console.print(f"{part.name}: {part.said}{true}", markup=False, soft_wrap=True)
+    sheet = _sheet(parts, out)
     console.print(_summary(parts, out))
+    console.print(f"all on one page: {sheet}", markup=False)
     console.print(f"{time.perf_counter() - begin:.1f} s in all; files in {out}/", markup=False)
     return 0
 
@@ -193,6 +195,47 @@ def _robot(model: MultimodalDLM, out: Path, seed: int) -> list[Part]:
     said = f"{name}, {result.settings['instruction']!r}: {end} after {episode.steps} steps"
     spent = time.perf_counter() - begin
     return [Part("robot", said, files=[file], seconds=spent, forwards=episode.queries)]
+
+
+def _sheet(parts: list[Part], out: Path) -> Path:
+    """One picture of it all: the caption's trace, the transcript, frames of the video."""
+    files = [file for part in parts for file in part.files]
+    strips = [Image.open(file) for file in files if file.name == "caption.png"]
+    for part in parts:
+        if part.name == "speech" and part.files:
+            strips.append(_line(f"transcribe the speech: {part.said}"))
+    for file in files:
+        if file.suffix == ".mp4":
+            strips.append(_frames(file))
+    width = max(strip.width for strip in strips)
+    page = Image.new("RGB", (width, sum(strip.height for strip in strips)), "white")
+    top = 0
+    for strip in strips:
+        page.paste(strip, (0, top))
+        top += strip.height
+    page.save(out / "journeys.png")
+    return out / "journeys.png"
+
+
+def _line(text: str) -> Image.Image:
+    from PIL import ImageDraw, ImageFont
+
+    strip = Image.new("RGB", (16 + 8 * len(text), 44), "white")
+    ImageDraw.Draw(strip).text((16, 12), text, "black", ImageFont.load_default(15))
+    return strip
+
+
+def _frames(film: Path, count: int = 4, width: int = 190) -> Image.Image:
+    """Evenly spaced frames of a video side by side."""
+    import imageio.v3 as imageio
+
+    frames = imageio.imread(film)
+    chosen = [frames[i] for i in np.linspace(0, len(frames) - 1, count).round().astype(int)]
+    height = width * frames.shape[1] // frames.shape[2]
+    strip = Image.new("RGB", (count * width, height), "white")
+    for i, frame in enumerate(chosen):
+        strip.paste(Image.fromarray(frame).resize((width, height)), (i * width, 0))
+    return strip
 
 
 def _summary(parts: list[Part], out: Path) -> Table:

@@ -1,0 +1,79 @@
+"""Every training config trains, on the smallest data of the shape it asks for."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from mmdlm import preset
+from mmdlm.data.lerobot_writer import Writer
+from mmdlm.training.cli import run
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+TASKS = yaml.safe_load((CONFIGS / "train" / "tiny.yaml").read_text())["data"]["train"]["episodes"][
+    "init_args"
+]["tasks"]
+STAGES = {
+    "tiny": ("train/tiny",),
+    "tiny_towers": ("train/tiny", "train/tiny_towers"),
+    "tiny_ar": ("train/tiny", "train/tiny_ar"),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The folder a run starts in, with a few clips and two short episodes per task."""
+    from mmdlm.data import speech
+
+    root = tmp_path_factory.mktemp("run")
+    speech.make(root / "data" / "speech" / "train", 4, "train")
+    speech.make(root / "data" / "speech" / "held_out", 2, "held_out")
+    rng = np.random.default_rng(0)
+    shapes = {"observation.image": (64, 64, 3), "observation.state": (4,), "action": (4,)}
+    for task in TASKS:
+        with Writer(root / "data" / "episodes" / task, shapes, 80) as writer:
+            for _ in range(2):
+                frames = {
+                    name: rng.integers(0, 255, (3, *shape)).astype(np.uint8)
+                    if len(shape) == 3
+                    else rng.uniform(-1, 1, (3, *shape)).astype(np.float32)
+                    for name, shape in shapes.items()
+                }
+                writer.add_episode(task.replace("-", " "), frames)
+    return root
+
+
+def test_every_training_config_is_here():
+    assert {path.stem for path in (CONFIGS / "train").glob("*.yaml")} == set(STAGES)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_config_trains_two_steps(stage, data, monkeypatch):
+    monkeypatch.chdir(data)
+    names = [part for config in STAGES[stage] for part in ("-c", config)]
+    sizes = {"scenes": 2, "digits": 1, "speech": 2, "episodes": 2}
+    run(
+        [
+            "fit",
+            *names,
+            "--trainer.max_steps=2",
+            "--trainer.accelerator=cpu",
+            "--trainer.val_check_interval=2",
+            "--trainer.limit_val_batches=1",
+            "--trainer.enable_progress_bar=false",
+            "--data.val_rows=2",
+            f"--data.batch_size={sizes}",
+        ]
+    )
+    saved = data / "runs" / stage / "version_0" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(saved, weights_only=True)
+    assert checkpoint["global_step"] == 2
+    assert all(w.isfinite().all() for w in checkpoint["state_dict"].values())
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "tasks").glob("*.yaml")), ids=lambda f: f.stem)
+def test_task_configs_are_valid_presets(file):
+    table = preset.read(file)
+    assert {"caption", "transcribe", "act"} <= set(table)
