@@ -227,11 +227,13 @@ def _line(text: str) -> Image.Image:
 
 def _frames(film: Path, count: int = 4, width: int = 190) -> Image.Image:
     """Evenly spaced frames of a video side by side."""
-    import imageio.v3 as imageio
+    import imageio_ffmpeg
 
-    frames = imageio.imread(film)
+    reader = imageio_ffmpeg.read_frames(str(film))
+    columns, rows = next(reader)["size"]
+    frames = [np.frombuffer(raw, np.uint8).reshape(rows, columns, 3) for raw in reader]
     chosen = [frames[i] for i in np.linspace(0, len(frames) - 1, count).round().astype(int)]
-    height = width * frames.shape[1] // frames.shape[2]
+    height = width * rows // columns
     strip = Image.new("RGB", (count * width, height), "white")
     for i, frame in enumerate(chosen):
         strip.paste(Image.fromarray(frame).resize((width, height)), (i * width, 0))

@@ -79,8 +79,9 @@ def test_demo_writes_what_it_names(model, tmp_path, capsys):
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names == {
         *("picture.png", "caption.png", "caption.gif", "digit.png", "speech.wav", "speech.txt"),
-        "toy-seed345.mp4",
+        *("toy-seed345.mp4", "journeys.png"),
     }
+    assert Image.open(tmp_path / "out" / "journeys.png").height > 400  # the video's frames too
     assert Image.open(tmp_path / "out" / "picture.png").size == (64, 64)
     for word in ("caption", "handwritten digit", "speech", "robot", "toy", "seconds", "in all"):
         assert word in said
