@@ -1,0 +1,82 @@
+"""What the README shows is what happens."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from mmdlm.cli import main
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    shlex.split(line, comments=True)[1:]
+    for kind, block in BLOCKS
+    if kind == "bash"
+    for line in block.splitlines()
+    if line.startswith("mmdlm ")
+]
+# These take minutes or a simulator; that their options exist is checked, the rest is run.
+LONG = ("fit", "act", "bench", "export")
+
+
+def test_there_are_commands_to_try():
+    assert {command[0] for command in COMMANDS} >= {"caption", "answer", "transcribe", "act"}
+
+
+def test_short_commands_run_as_written(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("espeakng_loader", reason='pip install "mmdlm[speech]"')
+    monkeypatch.chdir(tmp_path)
+    for command in COMMANDS:
+        made_later = "my-tiny" in " ".join(command) or "data/" in " ".join(command)
+        if command[0] in LONG or made_later:
+            continue
+        assert main(command) == 0, command
+    said = capsys.readouterr().out
+    assert "0000000.png" in said
+    assert len((tmp_path / "captions.jsonl").read_text().splitlines()) == 100
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] in ("act", "bench", "export")])
+def test_options_of_long_commands_exist(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command[0], "--help"])
+    assert end.value.code == 0
+    help_text = capsys.readouterr().out
+    assert all(part in help_text for part in command if part.startswith("--"))
+
+
+def test_the_first_lines_caption_a_picture(tmp_path, monkeypatch, capsys):
+    import numpy as np
+    from PIL import Image
+
+    from mmdlm.data.scenes import Scenes
+
+    sample = Scenes(objects=(1,), seed=5).sample(0, np.random.default_rng(0))
+    Image.fromarray(sample.image).save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    first = next(block for kind, block in BLOCKS if kind == "python")
+    exec(compile(first, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == sample.turns[0].answer
+
+
+def test_the_strategy_of_the_readme_decodes():
+    import torch
+
+    import mmdlm
+    from mmdlm.decoding.decode import decode
+
+    code = next(block for kind, block in BLOCKS if kind == "python" and "class Halve" in block)
+    space: dict = {"__name__": "halve"}
+    exec(
+        "from dataclasses import dataclass\nfrom torch import Tensor\n"
+        "from mmdlm.decoding.state import DecodeState\n"
+        "from mmdlm.decoding.strategy import Strategy\nfrom mmdlm.decoding.top_k import rank\n",
+        space,
+    )
+    exec(code, space)
+    model = mmdlm.load("tiny")
+    done = decode(model, torch.tensor([[5, 6, 7]]), 8, [space["Halve"]()])
+    assert (done.tokens[:, 3:] != model.spec.mask_id).all()
+    assert done.nfe == 4  # 8 open positions: 4, 2, 1, 1
