@@ -92,8 +92,7 @@ class Module(lightning.LightningModule):
 
             self.model = load(source, device="cpu", dtype="float32")
             return
-        robot_ids = bins if statistics else 0
-        tokenizer = Tokenizer.from_words(words or [], robot_ids)
+        tokenizer = Tokenizer.from_words(words or [], bins if statistics else 0)
         spec = Spec(
             "mmdlm",
             replace(backbone, vocab=len(tokenizer)),
@@ -104,28 +103,29 @@ class Module(lightning.LightningModule):
             attention=attention,
             block_size=block_size,
         )
-        robot = None
-        if statistics:
-            robot = Robot(
-                ActionBins(bins, last_id=len(tokenizer) - 1, reverse=False),
-                Normalizer(statistics["action"]),
-                Normalizer(statistics["state"]),
-                chunk,
-            )
         encoders = encoders or {}
         built = {
             name: (adapters or {})[name](encoder.dim, backbone.width)
             for name, encoder in encoders.items()
         }
+        robot = new_robot(statistics, bins, len(tokenizer) - 1, chunk) if statistics else None
         self.model = MultimodalDLM(spec, encoders, built, tokenizer, robot)
         self.model.backbone.reset(torch.Generator().manual_seed(seed))
         if init is not None:
-            saved = torch.load(init, map_location="cpu", weights_only=True)
-            if saved[ENTRY]["tokenizer"] != tokenizer.backend.to_str():
-                raise ValueError(
-                    f"{init} was trained with another vocabulary; use the data sets of that stage"
-                )
-            self.load_state_dict(saved["state_dict"])
+            self.start_from(init)
+
+    def start_from(self, checkpoint: str) -> None:
+        """Takes the weights of an earlier stage.
+
+        Raises:
+            ValueError: that stage had another vocabulary, so its rows mean other words.
+        """
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if saved[ENTRY]["tokenizer"] != self.model.tokenizer.backend.to_str():
+            raise ValueError(
+                f"{checkpoint} was trained with another vocabulary; use the data sets of that stage"
+            )
+        self.load_state_dict(saved["state_dict"])
 
     def training_step(self, batch: dict[str, Collated], index: int) -> Tensor:
         """Loss of one step over all data sets."""
@@ -192,3 +192,20 @@ class Module(lightning.LightningModule):
             total, count = self._over_processes(total), self._over_processes(count)
             if count > 0:
                 self.log(f"{prefix}/{name}", total / count, prog_bar=name == "ce", batch_size=1)
+
+
+def new_robot(statistics: dict[str, Any], bins: int, last_id: int, chunk: int) -> Robot:
+    """A robot whose action ids are the last ones of the vocabulary.
+
+    Args:
+        statistics: "action" and "state", see `Normalizer`.
+        bins: ids.
+        last_id: the largest of them.
+        chunk: actions per answer.
+    """
+    return Robot(
+        ActionBins(bins, last_id=last_id, reverse=False),
+        Normalizer(statistics["action"]),
+        Normalizer(statistics["state"]),
+        chunk,
+    )

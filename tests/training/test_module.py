@@ -88,6 +88,23 @@ def test_two_processes_train_as_one_with_the_doubled_batch(config, tmp_path):
     assert [two[s] for s in one] == pytest.approx(list(one.values()), abs=1e-5)
 
 
+def test_a_checkpoint_is_trained_further(config, tmp_path):
+    import mmdlm
+
+    text = config.read_text()
+    begin, end = text.index("  backbone:"), text.index("  warmup:")
+    text = text[:begin] + "  source: tiny\n" + text[end:]
+    config.write_text(text.replace("size: 32, questions", "size: 64, questions"))
+    fit(config, "--trainer.max_steps", "2")
+    before = mmdlm.load("tiny").state_dict()
+    after = weights(tmp_path / "ckpt" / "step=2.ckpt")
+    assert {f"model.{name}" for name in before} == set(after)
+    moved = [name for name, w in before.items() if not torch.equal(w, after[f"model.{name}"])]
+    assert any(name.startswith("backbone.") for name in moved)
+    assert any(name.startswith("encoders.image.") for name in moved)
+    assert not any(name.startswith("encoders.audio.") for name in moved)  # no sound in these data
+
+
 def test_without_source_or_backbone_it_says_so(config):
     from mmdlm.objectives.masked import Masked
     from mmdlm.training.module import Module
