@@ -41,6 +41,17 @@ def waveform(item: Any, longest: float | None = None) -> Tensor:
             f"audio is {type(item).__name__}, expected (samples, rate), such as "
             "soundfile.read gives"
         ) from None
+    wave = _mono(samples, rate)
+    _check_samples(wave, rate, longest)
+    if rate == RATE:
+        return wave
+    # The kernel grows with the reduced ratio: 44101 Hz would need gigabytes for 4 parts in 10^6.
+    ratio = Fraction(RATE / rate).limit_denominator(1000)
+    return resample(wave, ratio.denominator, ratio.numerator)
+
+
+def _mono(samples: Any, rate: Any) -> Tensor:
+    """Float32 [T] of samples of any accepted type and number of channels."""
     wave = torch.as_tensor(samples).detach().cpu()
     if wave.dtype == torch.int16:
         wave = wave.float() / 32768
@@ -57,6 +68,11 @@ def waveform(item: Any, longest: float | None = None) -> Tensor:
     wave = wave.float()
     if wave.ndim == 2:
         wave = wave.mean(dim=int(wave.shape[0] > wave.shape[1]))  # [T]
+    return wave
+
+
+def _check_samples(wave: Tensor, rate: float, longest: float | None) -> None:
+    """Refuses clips of the wrong length or range."""
     seconds = len(wave) / rate
     if seconds < SHORTEST:
         raise ValueError(
@@ -76,11 +92,6 @@ def waveform(item: Any, longest: float | None = None) -> Tensor:
         raise ValueError(
             f"audio reaches {peak:.6g}, expected [-1, 1]; divide 16-bit values by 32768"
         )
-    if rate == RATE:
-        return wave
-    # The kernel grows with the reduced ratio: 44101 Hz would need gigabytes for 4 parts in 10^6.
-    ratio = Fraction(RATE / rate).limit_denominator(1000)
-    return resample(wave, ratio.denominator, ratio.numerator)
 
 
 @functools.cache

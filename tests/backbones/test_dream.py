@@ -38,7 +38,7 @@ def numbers(golden: Path) -> dict[str, Tensor]:
     return load_file(golden / "backbones" / "dream" / "golden.safetensors")
 
 
-def close(ours: Tensor, expected: Tensor) -> None:
+def assert_close_to(ours: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(ours, expected, **TOLERANCE)
 
 
@@ -47,8 +47,8 @@ def test_dream_logits_equal_the_reference_one_position_on(
     model: MultimodalDLM, numbers: dict[str, Tensor]
 ) -> None:
     logits = model.logits(numbers["input_ids"])
-    close(logits[:, 1:], numbers["logits"][:, :-1])
-    close(logits[:, 0], numbers["logits"][:, 0])
+    assert_close_to(logits[:, 1:], numbers["logits"][:, :-1])
+    assert_close_to(logits[:, 0], numbers["logits"][:, 0])
 
 
 @torch.inference_mode()
@@ -62,7 +62,7 @@ def test_dream_hidden_states_equal_the_reference(
     for hook in hooks:
         hook.remove()
     for i, state in enumerate([*states[:-1], final]):
-        close(state, numbers[f"hidden_states.{i}"])
+        assert_close_to(state, numbers[f"hidden_states.{i}"])
 
 
 @torch.inference_mode()
@@ -75,9 +75,9 @@ def test_dream_padding_equals_the_reference(
     logits = model.logits(numbers["input_ids"], mask=mask)
     assert logits.isfinite().all()
     source = mask[:, :-1]
-    close(logits[:, 1:][source], numbers["logits_masked"][:, :-1][source])
+    assert_close_to(logits[:, 1:][source], numbers["logits_masked"][:, :-1][source])
     # The first real token has no row before it but padding; its own stands in, as at position 0.
-    close(logits[0, 5], numbers["logits_masked"][0, 5])
+    assert_close_to(logits[0, 5], numbers["logits_masked"][0, 5])
 
 
 @torch.inference_mode()
@@ -90,7 +90,7 @@ def test_dream_prefix_cache_equals_the_reference(
     model.run(old, slice(0, length), slice(1, length), kv)
     # Row i scores token i + 1, so the tail's rows score positions one further.
     tail = model.run(new, slice(start, length), slice(start + 1, length + 1), kv)
-    close(tail, numbers["logits_prefix_cache"])
+    assert_close_to(tail, numbers["logits_prefix_cache"])
 
 
 @torch.inference_mode()
@@ -109,7 +109,7 @@ def test_dream_dual_cache_equals_the_reference(
     ):
         canvas = from_tokens(numbers[ids], None, "full", None)
         logits = model.run(canvas, slice(start, stop), slice(start + 1, stop + 1), kv)
-        close(logits, numbers[expected])
+        assert_close_to(logits, numbers[expected])
 
 
 @torch.inference_mode()
@@ -127,7 +127,7 @@ def test_dream_rows_left_padded_equal_rows_alone(
     ids = numbers["input_ids"]
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[0, :7] = False
-    close(model.logits(ids, mask=mask)[0, 7:], model.logits(ids[:1, 7:])[0])
+    assert_close_to(model.logits(ids, mask=mask)[0, 7:], model.logits(ids[:1, 7:])[0])
 
 
 def test_dream_absent_keys_have_the_defaults_of_the_class() -> None:

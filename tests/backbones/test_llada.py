@@ -48,13 +48,13 @@ def numbers(golden: Path) -> dict[str, Tensor]:
     return load_file(golden / "backbones" / "llada" / "golden.safetensors")
 
 
-def close(ours: Tensor, expected: Tensor) -> None:
+def assert_close_to(ours: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(ours, expected, **TOLERANCE)
 
 
 @torch.inference_mode()
 def test_llada_logits_equal_the_reference(model: MultimodalDLM, numbers: dict[str, Tensor]) -> None:
-    close(model.logits(numbers["input_ids"]), numbers["logits"])
+    assert_close_to(model.logits(numbers["input_ids"]), numbers["logits"])
 
 
 @torch.inference_mode()
@@ -69,7 +69,7 @@ def test_llada_hidden_states_equal_the_reference(
     for hook in hooks:
         hook.remove()
     for i, state in enumerate([*states[:-1], final]):
-        close(state, numbers[f"hidden_states.{i}"])
+        assert_close_to(state, numbers[f"hidden_states.{i}"])
 
 
 @torch.inference_mode()
@@ -79,7 +79,7 @@ def test_llada_padding_equals_the_reference(
     mask = numbers["attention_mask"]
     logits = model.logits(numbers["input_ids"], mask=mask)
     assert logits.isfinite().all()
-    close(logits[mask.bool()], numbers["logits_masked"][mask.bool()])
+    assert_close_to(logits[mask.bool()], numbers["logits_masked"][mask.bool()])
 
 
 @torch.inference_mode()
@@ -91,7 +91,7 @@ def test_llada_prefix_cache_equals_the_reference(
     old, new = (from_tokens(numbers[n], None, "full", None) for n in ("cache_ids", "cache_ids_new"))
     model.run(old, slice(0, length), slice(0, length), kv)
     tail = slice(start, length)
-    close(model.run(new, tail, tail, kv), numbers["logits_prefix_cache"])
+    assert_close_to(model.run(new, tail, tail, kv), numbers["logits_prefix_cache"])
 
 
 @torch.inference_mode()
@@ -107,7 +107,7 @@ def test_llada_dual_cache_equals_the_reference(
         ("cache_ids_new2", "logits_dual_cache_2"),
     ):
         canvas = from_tokens(numbers[ids], None, "full", None)
-        close(model.run(canvas, block, block, kv), numbers[expected])
+        assert_close_to(model.run(canvas, block, block, kv), numbers[expected])
 
 
 @torch.inference_mode()
@@ -282,7 +282,7 @@ def test_llada_config_variant_equals_plain_loops(name: str, tmp_path: Path) -> N
     ours = model.logits(ids, mask=mask)
     for row in range(2):
         expected = slow_logits(config, weights, ids[row].tolist(), mask[row].tolist())
-        close(ours[row][mask[row]].double(), expected[mask[row]])
+        assert_close_to(ours[row][mask[row]].double(), expected[mask[row]])
 
 
 @torch.inference_mode()
@@ -292,7 +292,7 @@ def test_llada_hole_in_the_mask_keeps_positions(tmp_path: Path) -> None:
     ids, mask = [3, 1, 4, 1, 5, 9], [True, True, False, False, True, True]
     ours = model.logits(torch.tensor([ids]), mask=torch.tensor([mask]))[0]
     expected = slow_logits(SMALL, weights, ids, mask)
-    close(ours[mask].double(), expected[torch.tensor(mask)])
+    assert_close_to(ours[mask].double(), expected[torch.tensor(mask)])
 
 
 def test_llada_absent_keys_have_the_defaults_of_the_class() -> None:
@@ -384,7 +384,7 @@ def test_llada_cache_variants_agree_with_a_full_pass(tmp_path: Path) -> None:
     canvas = from_tokens(ids, None, "full", None)
     full = model.logits(ids)
     kv = model.backbone.cache(2, 8)
-    close(model.run(canvas, slice(0, 8), slice(0, 8), kv), full)
+    assert_close_to(model.run(canvas, slice(0, 8), slice(0, 8), kv), full)
     for start, stop in itertools.combinations(range(9), 2):
         rows = slice(start, stop)
-        close(model.run(canvas, rows, rows, kv), full[:, rows])
+        assert_close_to(model.run(canvas, rows, rows, kv), full[:, rows])
