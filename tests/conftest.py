@@ -51,3 +51,52 @@ def clean_state() -> Iterator[None]:
 def golden() -> Path:
     """The folder of numbers recorded from reference code."""
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def build():
+    """A function that makes an untrained policy for the toy, with words for all bundled data."""
+    from adapters.action_bins import ActionBins
+    from adapters.mlp import MLP
+    from adapters.normalize import Normalizer
+    from adapters.robot import Robot
+    from encoders.state import StateEncoder
+    from encoders.vit import ViT
+    from encoders.whisper import WhisperEncoder
+    from mmdlm.backbones.family import Spec
+    from mmdlm.backbones.transformer import TransformerConfig
+    from mmdlm.data import digits, scenes, speech
+    from mmdlm.model import MultimodalDLM
+    from mmdlm.text import Tokenizer
+
+    known = {*scenes.Scenes().vocabulary(), *digits.WORDS, *digits.QUESTION.split()}
+    known |= {
+        *speech.words(),
+        *["go", "to", "the", "red", "green", "blue", "disc", "close", "drawer"],
+    }
+
+    def make(seed=0, size=2, audio=False, **spec):
+        tokenizer = Tokenizer.from_words(sorted(known), actions=16)
+        config = TransformerConfig(
+            vocab=len(tokenizer), width=32, layers=1, heads=2, inner=64, qk_norm="head"
+        )
+        ends = {"mask_id": 2, "eos_id": 1, "pad_id": 0, "attention": "cascade"}
+        unit = Normalizer({"q01": [-1.0] * size, "q99": [1.0] * size})
+        robot = Robot(
+            ActionBins(16, last_id=len(tokenizer) - 1, reverse=False), unit, unit, chunk=3
+        )
+        torch.manual_seed(seed)
+        encoders = {
+            "image": ViT(size=32, patch=8, dim=32, depth=1, heads=2),
+            "state": StateEncoder(size, dim=32),
+        }
+        if audio:
+            encoders["audio"] = WhisperEncoder(32, 1, 2, seconds=None, positions=200)
+        adapters = {name: MLP(32, 32, layers=1) for name in encoders}
+        model = MultimodalDLM(
+            Spec("mmdlm", config, **ends | spec), encoders, adapters, tokenizer, robot
+        )
+        model.backbone.reset(torch.Generator().manual_seed(seed))
+        return model.eval()
+
+    return make

@@ -2,69 +2,19 @@ import sys
 from functools import partial
 
 import pytest
-import torch
 from PIL import Image
 
-from adapters.action_bins import ActionBins
-from adapters.mlp import MLP
-from adapters.normalize import Normalizer
-from adapters.robot import Robot
-from encoders.state import StateEncoder
-from encoders.vit import ViT
-from encoders.whisper import WhisperEncoder
 from mmdlm import demo as module
-from mmdlm.backbones.family import Spec
-from mmdlm.backbones.transformer import TransformerConfig
-from mmdlm.data import digits, speech
-from mmdlm.data.scenes import Scenes
+from mmdlm.data import speech
 from mmdlm.demo import demo
-from mmdlm.model import MultimodalDLM
 from mmdlm.simulators.rollout import evaluate
-from mmdlm.text import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*filled the canvas")
 
 
-def build(seed=0, **spec):
-    """An untrained policy for the toy that also has words for pictures."""
-    words = sorted(
-        {
-            *Scenes().vocabulary(),
-            *digits.WORDS,
-            *digits.QUESTION.split(),
-            *speech.words(),
-            *["go", "to", "the", "red", "green", "blue", "disc"],
-        }
-    )
-    tokenizer = Tokenizer.from_words(words, actions=16)
-    config = TransformerConfig(
-        vocab=len(tokenizer), width=32, layers=1, heads=2, inner=64, qk_norm="head"
-    )
-    ends = {"mask_id": 2, "eos_id": 1, "pad_id": 0, "attention": "cascade"}
-    unit = {name: [value] * 2 for name, value in (("q01", -1.0), ("q99", 1.0))}
-    robot = Robot(
-        ActionBins(16, last_id=len(tokenizer) - 1, reverse=False),
-        Normalizer(unit),
-        Normalizer(unit),
-        chunk=3,
-    )
-    torch.manual_seed(seed)
-    encoders = {
-        "image": ViT(size=32, patch=8, dim=32, depth=1, heads=2),
-        "state": StateEncoder(2, dim=32),
-    }
-    encoders["audio"] = WhisperEncoder(dim=32, layers=1, heads=2, seconds=None, positions=200)
-    adapters = {name: MLP(32, 32, layers=1) for name in encoders}
-    model = MultimodalDLM(
-        Spec("mmdlm", config, **ends | spec), encoders, adapters, tokenizer, robot
-    )
-    model.backbone.reset(torch.Generator().manual_seed(seed))
-    return model.eval()
-
-
 @pytest.fixture
-def model(monkeypatch):
-    built = build()
+def model(build, monkeypatch):
+    built = build(audio=True)
     built.preset = {"act": {"tasks": ["toy"]}}
     monkeypatch.setattr(module, "load", lambda name, device: built)
     monkeypatch.setattr(module, "evaluate", partial(evaluate, horizon=8))

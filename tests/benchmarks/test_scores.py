@@ -3,14 +3,6 @@ import json
 import pytest
 import torch
 
-from adapters.action_bins import ActionBins
-from adapters.mlp import MLP
-from adapters.normalize import Normalizer
-from adapters.robot import Robot
-from encoders.state import StateEncoder
-from encoders.vit import ViT
-from mmdlm.backbones.family import Spec
-from mmdlm.backbones.transformer import TransformerConfig
 from mmdlm.benchmarks import captions, scores
 from mmdlm.benchmarks.answers import Answered, answer, hits, ways
 from mmdlm.benchmarks.captions import caption_parts, exact, kind_of, question_parts
@@ -22,47 +14,17 @@ from mmdlm.data.scenes import Scenes
 from mmdlm.decoding.end_of_text import EndOfText
 from mmdlm.decoding.threshold import Threshold
 from mmdlm.decoding.top_k import TopK
-from mmdlm.model import MultimodalDLM
-from mmdlm.text import Tokenizer
-
-
-def build(seed=0, **spec):
-    """An untrained policy for the toy that also has words for pictures."""
-    words = sorted({*Scenes().vocabulary(), *["go", "to", "the", "red", "green", "blue", "disc"]})
-    tokenizer = Tokenizer.from_words(words, actions=16)
-    config = TransformerConfig(
-        vocab=len(tokenizer), width=32, layers=1, heads=2, inner=64, qk_norm="head"
-    )
-    ends = {"mask_id": 2, "eos_id": 1, "pad_id": 0, "attention": "cascade"}
-    unit = {name: [value] * 2 for name, value in (("q01", -1.0), ("q99", 1.0))}
-    robot = Robot(
-        ActionBins(16, last_id=len(tokenizer) - 1, reverse=False),
-        Normalizer(unit),
-        Normalizer(unit),
-        chunk=3,
-    )
-    torch.manual_seed(seed)
-    encoders = {
-        "image": ViT(size=32, patch=8, dim=32, depth=1, heads=2),
-        "state": StateEncoder(2, dim=32),
-    }
-    adapters = {name: MLP(32, 32, layers=1) for name in encoders}
-    model = MultimodalDLM(
-        Spec("mmdlm", config, **ends | spec), encoders, adapters, tokenizer, robot
-    )
-    model.backbone.reset(torch.Generator().manual_seed(seed))
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(build):
     built = build()
     built.preset = {"act": {"tasks": ["toy"]}}
     return built
 
 
 @pytest.fixture(scope="module")
-def twin():
+def twin(build):
     return build(block_size=1, shift=True)
 
 

@@ -5,51 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from adapters.action_bins import ActionBins
-from adapters.mlp import MLP
-from adapters.normalize import Normalizer
-from adapters.robot import Robot
-from encoders.state import StateEncoder
-from encoders.vit import ViT
-from mmdlm.backbones.family import Spec
-from mmdlm.backbones.transformer import TransformerConfig
 from mmdlm.checkpoint import save
-from mmdlm.data.scenes import Scenes
-from mmdlm.model import MultimodalDLM
 from mmdlm.simulators import video
 from mmdlm.simulators.rollout import act, evaluate, rollout, simulators, wilson
 from mmdlm.simulators.simulator import choose_gl
 from mmdlm.simulators.toy import Toy
 from mmdlm.tasks.act import Policy
-from mmdlm.text import Tokenizer
-
-
-def build(seed=0, size=2, **spec):
-    """An untrained policy for the toy that also has words for pictures."""
-    words = sorted({*Scenes().vocabulary(), *["go", "to", "the", "disc", "close", "drawer"]})
-    tokenizer = Tokenizer.from_words(words, actions=16)
-    config = TransformerConfig(
-        vocab=len(tokenizer), width=32, layers=1, heads=2, inner=64, qk_norm="head"
-    )
-    ends = {"mask_id": 2, "eos_id": 1, "pad_id": 0, "attention": "cascade"}
-    unit = {name: [value] * size for name, value in (("q01", -1.0), ("q99", 1.0))}
-    robot = Robot(
-        ActionBins(16, last_id=len(tokenizer) - 1, reverse=False),
-        Normalizer(unit),
-        Normalizer(unit),
-        chunk=3,
-    )
-    torch.manual_seed(seed)
-    encoders = {
-        "image": ViT(size=32, patch=8, dim=32, depth=1, heads=2),
-        "state": StateEncoder(size, dim=32),
-    }
-    adapters = {name: MLP(32, 32, layers=1) for name in encoders}
-    model = MultimodalDLM(
-        Spec("mmdlm", config, **ends | spec), encoders, adapters, tokenizer, robot
-    )
-    model.backbone.reset(torch.Generator().manual_seed(seed))
-    return model.eval()
 
 
 class Expert:
@@ -72,7 +33,7 @@ class Still(Expert):
 
 
 @pytest.fixture(scope="module")
-def policy():
+def policy(build):
     return Policy(build())
 
 
@@ -226,7 +187,7 @@ def test_long_captions_are_cut_not_spilt():
 
 
 @pytest.mark.sim
-def test_metaworld_result_says_how_it_was_drawn():
+def test_metaworld_result_says_how_it_was_drawn(build):
     if choose_gl() is None:
         pytest.skip("nothing renders; apt-get install libegl1 libegl-mesa0")
     arm = Policy(build(size=4))

@@ -1,57 +1,19 @@
 import numpy as np
 import pytest
-import torch
 
 import mmdlm
-from adapters.action_bins import ActionBins
-from adapters.mlp import MLP
 from adapters.normalize import Normalizer
 from adapters.robot import Robot
-from encoders.state import StateEncoder
-from encoders.vit import ViT
-from mmdlm.backbones.family import Spec
-from mmdlm.backbones.transformer import TransformerConfig
 from mmdlm.checkpoint import save
-from mmdlm.data.scenes import Scenes
 from mmdlm.decoding.decode import decode
 from mmdlm.decoding.top_k import TopK
-from mmdlm.model import MultimodalDLM
 from mmdlm.simulators.toy import Toy
 from mmdlm.tasks import act
 from mmdlm.tasks.act import Policy, load_policy
-from mmdlm.text import Tokenizer
-
-
-def build(seed=0, **spec):
-    """An untrained policy for the toy that also has words for pictures."""
-    words = sorted({*Scenes().vocabulary(), *["go", "to", "the", "red", "green", "blue", "disc"]})
-    tokenizer = Tokenizer.from_words(words, actions=16)
-    config = TransformerConfig(
-        vocab=len(tokenizer), width=32, layers=1, heads=2, inner=64, qk_norm="head"
-    )
-    ends = {"mask_id": 2, "eos_id": 1, "pad_id": 0, "attention": "cascade"}
-    unit = {name: [value] * 2 for name, value in (("q01", -1.0), ("q99", 1.0))}
-    robot = Robot(
-        ActionBins(16, last_id=len(tokenizer) - 1, reverse=False),
-        Normalizer(unit),
-        Normalizer(unit),
-        chunk=3,
-    )
-    torch.manual_seed(seed)
-    encoders = {
-        "image": ViT(size=32, patch=8, dim=32, depth=1, heads=2),
-        "state": StateEncoder(2, dim=32),
-    }
-    adapters = {name: MLP(32, 32, layers=1) for name in encoders}
-    model = MultimodalDLM(
-        Spec("mmdlm", config, **ends | spec), encoders, adapters, tokenizer, robot
-    )
-    model.backbone.reset(torch.Generator().manual_seed(seed))
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(build):
     return build()
 
 
@@ -186,7 +148,7 @@ def test_observation_that_is_no_dict(policy):
         policy.infer_batch([])
 
 
-def test_model_without_statistics_is_no_policy(tmp_path):
+def test_model_without_statistics_is_no_policy(build, tmp_path):
     model = build()
     model.robot = None
     with pytest.raises(ValueError, match="statistics.json"):
@@ -209,6 +171,6 @@ def test_statistics_travel_with_the_weights(model, policy, tmp_path):
     np.testing.assert_array_equal(loaded.infer(obs)["actions"], policy.infer(obs)["actions"])
 
 
-def test_autoregressive_model_acts_token_by_token():
+def test_autoregressive_model_acts_token_by_token(build):
     twin = Policy(build(block_size=1, shift=True))
     assert twin.infer(observe(0))["timing"]["forwards"] == 6
