@@ -132,15 +132,14 @@ class MetaWorld(Simulator):
         self._close = weakref.finalize(self, env.close)
         self._close.atexit = False
 
-    def _reset(self, seed: int) -> dict[str, Any]:
+    def _reset(self, seed: int) -> None:
         self._env.seed(seed)
         self._full, _ = self._env.reset()
         self._expert = self._policy()  # some experts count steps: a fresh one per episode
-        return self._observe()
 
-    def _step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool]:
+    def _step(self, action: np.ndarray) -> tuple[float, bool]:
         self._full, reward, _, _, info = self._env.step(action)
-        return self._observe(), reward, bool(info["success"])
+        return reward, bool(info["success"])
 
     def expert(self) -> np.ndarray:
         """The action of the benchmark's scripted policy, float32 [4] clipped to [-1, 1]."""

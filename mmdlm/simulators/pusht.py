@@ -52,16 +52,16 @@ class PushT(Simulator):
         """Frees the world."""
         self._env.close()
 
-    def _reset(self, seed: int) -> dict[str, Any]:
-        return self._observed(self._env.reset(seed=seed)[0])
+    def _reset(self, seed: int) -> None:
+        self._found = self._env.reset(seed=seed)[0]
 
-    def _step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool]:
-        found, reward, _, _, info = self._env.step(action)
-        return self._observed(found), reward, bool(info["is_success"])
+    def _step(self, action: np.ndarray) -> tuple[float, bool]:
+        self._found, reward, _, _, info = self._env.step(action)
+        return reward, bool(info["is_success"])
 
-    def _observed(self, found: dict[str, np.ndarray]) -> dict[str, Any]:
+    def _observe(self) -> dict[str, Any]:
         return {
-            "image": np.ascontiguousarray(found["pixels"]),
-            "state": found["agent_pos"].astype(np.float32),
+            "image": np.ascontiguousarray(self._found["pixels"]),
+            "state": self._found["agent_pos"].astype(np.float32),
             "prompt": self.instruction,
         }

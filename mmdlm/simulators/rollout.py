@@ -154,8 +154,8 @@ def rollout(
         times.append(1e3 * (time.perf_counter() - begin))
         if not 1 <= execute <= len(actions):
             raise ValueError(f"execute is {execute}, expected 1 to {len(actions)}, the chunk")
-        for action in actions[:execute]:
-            obs, gained, success, done = simulator.step(action)
+        for i, action in enumerate(actions[:execute], 1):
+            obs, gained, success, done = simulator.step(action, look=film or i == execute)
             reward, steps = reward + gained, steps + 1
             if film:
                 frames.append(_shot(obs, simulator, steps, success if success or done else None))

@@ -20,8 +20,9 @@ GL_PACKAGES = "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri   (or: libos
 class Simulator:
     """A robot in a world: observation in, reward and success out.
 
-    Subclasses set the attributes below and define `_reset`, `_step` and, if there is one,
-    `expert`. Observations are `{"image": uint8 [Y X 3] RGB, "state": float32 [S], "prompt": str}`.
+    Subclasses set the attributes below and define `_reset`, `_step`, `_observe` and, if there is
+    one, `expert`. Observations are
+    `{"image": uint8 [Y X 3] RGB, "state": float32 [S], "prompt": str}`.
 
     Attributes:
         instruction: what the robot is asked to do, lower-case words.
@@ -54,17 +55,22 @@ class Simulator:
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
             raise ValueError(f"reset: seed is {seed!r}, expected an integer of 0 or more")
         self.clipped, self._steps, self._succeeded = 0, 0, False
-        return self._reset(int(seed))
+        self._reset(int(seed))
+        return self._observe()
 
-    def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool]:
+    def step(
+        self, action: np.ndarray, look: bool = True
+    ) -> tuple[dict[str, Any], float, bool, bool]:
         """Observation, reward, success and done after one action.
 
         Args:
             action: float [A] in robot units; values outside the limits are clipped and counted.
+            look: whether the observation is wanted; drawing it takes most of a step's time, and a
+                policy that plays several actions of a chunk looks only before the next one.
         Returns:
-            observation; reward of this step; whether the task has been solved at this or any
-            earlier step; whether the episode is over (solved, or out of steps). Stepping on after
-            success is allowed up to the horizon.
+            observation, empty unless wanted; reward of this step; whether the task has been solved
+            at this or any earlier step; whether the episode is over (solved, or out of steps).
+            Stepping on after success is allowed up to the horizon.
         Raises:
             ValueError: the action is not finite or not of shape [A].
             RuntimeError: the episode has not been started or has run out of steps.
@@ -75,9 +81,10 @@ class Simulator:
             raise RuntimeError(
                 f"step: the episode ended after {self.horizon} steps; call reset(seed)"
             )
-        obs, reward, success = self._step(self._checked(action))
+        reward, success = self._step(self._checked(action))
         self._steps += 1
         self._succeeded = self._succeeded or bool(success)
+        obs = self._observe() if look else {}
         return obs, float(reward), self._succeeded, self._succeeded or self._steps >= self.horizon
 
     def expert(self) -> np.ndarray:
@@ -114,11 +121,14 @@ class Simulator:
         self.clipped += int((within != action).any())
         return within
 
-    def _reset(self, seed: int) -> dict[str, Any]:
+    def _reset(self, seed: int) -> None:
         raise TypeError(f"{type(self).__name__} cannot start an episode; define _reset(seed)")
 
-    def _step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool]:
+    def _step(self, action: np.ndarray) -> tuple[float, bool]:
         raise TypeError(f"{type(self).__name__} cannot move; define _step(action)")
+
+    def _observe(self) -> dict[str, Any]:
+        raise TypeError(f"{type(self).__name__} cannot see; define _observe()")
 
 
 def open_simulator(name: str, **options: Any) -> Simulator:

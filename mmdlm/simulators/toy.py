@@ -37,7 +37,7 @@ class Toy(Simulator):
             raise RuntimeError("expert: no episode is running; call reset(seed) first")
         return np.clip((self._discs[self._named] - self._dot) / REACH, -1, 1).astype(np.float32)
 
-    def _reset(self, seed: int) -> dict[str, Any]:
+    def _reset(self, seed: int) -> None:
         rng = np.random.default_rng(seed)
         first, second = rng.permutation(list(COLOURS))[:2].tolist()
         places = rng.uniform(-0.8, 0.8, (2, 2))
@@ -46,12 +46,11 @@ class Toy(Simulator):
         self._named = [first, second][rng.integers(2)]
         self._dot = rng.uniform([-0.1, -0.8], [0.1, 0.8])
         self.instruction = f"go to the {self._named} disc"
-        return self._observe()
 
-    def _step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool]:
+    def _step(self, action: np.ndarray) -> tuple[float, bool]:
         self._dot = np.clip(self._dot + REACH * action, -1, 1)
         distance = float(np.linalg.norm(self._dot - self._discs[self._named]))
-        return self._observe(), -distance, distance < NEAR
+        return -distance, distance < NEAR
 
     def _observe(self) -> dict[str, Any]:
         middle = (np.arange(self.size) + 0.5) / self.size * 2 - 1

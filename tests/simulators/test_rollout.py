@@ -74,6 +74,17 @@ def test_frames_show_every_step_in_a_size_videos_take():
     assert (episode.frames[0][:256] != episode.frames[-1][:256]).any()
 
 
+def test_pictures_are_drawn_only_for_what_the_policy_looks_at(monkeypatch):
+    looks = []
+    draw = Toy._observe
+    monkeypatch.setattr(Toy, "_observe", lambda toy: looks.append(1) or draw(toy))
+    simulator = Toy(horizon=10)
+    drawn = [rollout(Still(simulator), simulator, 0, execute=4, film=f) for f in (False, True)]
+    assert drawn[0].to_dict() | {"infer_ms": 0} == drawn[1].to_dict() | {"infer_ms": 0}
+    # The first look, then one before each further query; a film needs every step.
+    assert len(looks) == (1 + 2) + (1 + 10)
+
+
 @pytest.mark.parametrize(
     ("successes", "count", "low", "high"),
     [
