@@ -5,7 +5,7 @@ override VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.mmdlm-installed
 BUSY := $(VENV)/.mmdlm-installing
-EXTRAS := sim,data,speech,eval,demo,train,dev
+EXTRAS := sim,data,speech,eval,demo,train,quant,dev
 GL := libegl1 libegl-mesa0 libgl1-mesa-dri
 
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))

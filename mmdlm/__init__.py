@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mmdlm.tasks.act import Policy, load_policy
     from mmdlm.tasks.answer import answer
     from mmdlm.tasks.caption import caption
+    from mmdlm.tasks.chat import generate
     from mmdlm.tasks.describe import describe
     from mmdlm.tasks.embed import embed
     from mmdlm.tasks.infill import infill
@@ -36,6 +37,7 @@ __all__ = [
     "decode",
     "describe",
     "embed",
+    "generate",
     "infill",
     "load",
     "load_policy",
@@ -52,6 +54,7 @@ _FILES = {
     "caption": "mmdlm.tasks.caption",
     "describe": "mmdlm.tasks.describe",
     "embed": "mmdlm.tasks.embed",
+    "generate": "mmdlm.tasks.chat",
     "infill": "mmdlm.tasks.infill",
     "transcribe": "mmdlm.tasks.transcribe",
 }

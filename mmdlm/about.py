@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from mmdlm.backbones.family import Spec
+    from mmdlm.backbones.transformer import TransformerConfig
     from mmdlm.model import MultimodalDLM
 
 PACKAGES = {
@@ -17,6 +19,8 @@ PACKAGES = {
     "objectives": "mmdlm.objectives",
     "data": "mmdlm.data",
 }
+# Bytes per weight. Those of the integer types are an estimate: scales and norms come on top.
+SIZES = {"float32": 4, "bfloat16 or float16": 2, "int8": 1, "int4": 0.5}
 WHAT = Literal[
     *("all", "models", "decoding", "strategies", "families", "encoders", "adapters"),
     *("objectives", "data", "simulators", "configs"),
@@ -54,7 +58,7 @@ def names(kind: str) -> list[tuple[str, str]]:
         held = discover.classes(PACKAGES[kind])
         return [(f"{c.__module__}.{name}", _line(c)) for name, c in held.items()]
     if kind == "models":
-        from mmdlm.checkpoint import MODELS, bundled
+        from mmdlm.source import MODELS, bundled
 
         return [(name, _first(MODELS / name / "README.md")) for name in bundled()]
     if kind == "decoding":
@@ -105,18 +109,21 @@ def facts(model: MultimodalDLM) -> dict[str, str]:
     spec = model.spec
     sizes, count = spec.transformer, sum(p.numel() for p in model.parameters())
     blocks = f", blocks of {spec.block_size}" if spec.block_size else ""
+    reach = "no limit" if spec.reach is None else f"{spec.reach:,} tokens of prompt and answer"
     found = {
         "family": spec.family,
         "backbone": f"{sizes.layers} layers of width {sizes.width}, {sizes.heads} heads, "
-        f"vocabulary {sizes.vocab}",
+        f"{sizes.keys_heads} of keys and values, vocabulary {sizes.vocab}",
         "parameters": f"{count:,}",
-        "memory": ", ".join(
-            f"{k} {_bytes(count * n)}" for k, n in (("float32", 4), ("bfloat16", 2))
-        ),
+        **_experts(sizes, count),
+        "memory": ", ".join(f"{kind} {_bytes(count * size)}" for kind, size in SIZES.items())
+        + " (weights only)",
+        "KV cache": _cache(model),
+        "context": reach,
         "attention": f"{spec.attention}{blocks}",
         "rows score": "the next token (undone inside)" if spec.shift else "their own token",
-        "special ids": f"mask {spec.mask_id}, end {spec.eos_id}, padding {spec.pad_id}"
-        + (f", also end {', '.join(map(str, spec.stop_ids))}" if spec.stop_ids else ""),
+        "special ids": ", ".join(f"{role} {_token(model, i)}" for role, i in _specials(spec)),
+        "chat template": _template(model),
         "takes": ", ".join(["text", *model.encoders]),
     }
     for kind, encoder in model.encoders.items():
@@ -144,6 +151,53 @@ def doctor() -> int:
     from mmdlm.doctor import print_report
 
     return print_report()
+
+
+def _experts(sizes: TransformerConfig, count: int) -> dict[str, str]:
+    """The numbers of a mixture of experts, where the backbone is one."""
+    moe = sizes.moe
+    if moe is None:
+        return {}
+    sparse = sizes.layers - len(moe.dense)
+    idle = sparse * (moe.experts - moe.top) * 3 * sizes.width * moe.inner
+    shared = f", one of width {moe.shared} for all tokens" if moe.shared else ""
+    return {
+        "experts": f"{moe.experts} of width {moe.inner} in {sparse} layers, {moe.top} per token"
+        f"{shared}; {count - idle:,} parameters at work on a token"
+    }
+
+
+def _cache(model: MultimodalDLM) -> str:
+    """Size of the keys and values of one token, and of a full context."""
+    spec = model.spec
+    sizes = spec.transformer
+    one = 2 * sizes.layers * sizes.keys_heads * sizes.head_width
+    full = "" if spec.reach is None else f", {_bytes(2 * one * spec.reach)} for the whole context"
+    return f"per token {4 * one:,} bytes in float32, {2 * one:,} in bfloat16{full}"
+
+
+def _specials(spec: Spec) -> list[tuple[str, int]]:
+    fixed = [("mask", spec.mask_id), ("end", spec.eos_id), ("padding", spec.pad_id)]
+    return fixed + [("also end", number) for number in spec.stop_ids]
+
+
+def _token(model: MultimodalDLM, number: int) -> str:
+    """An id with its text, where there is a tokenizer."""
+    if model.tokenizer is None:
+        return str(number)
+    return f"{number} {model.tokenizer.backend.id_to_token(number) or 'without a text'}"
+
+
+def _template(model: MultimodalDLM) -> str:
+    from mmdlm.chat import find
+
+    tokenizer, name = model.tokenizer, model.spec.template
+    if tokenizer is None and name != "plain":
+        return f"the family's, {name}, of no use without a tokenizer"
+    if find(tokenizer, name) is None:
+        return "none: text is taken as it is"
+    whose = f"the family's, {name}" if tokenizer.template is None else "the checkpoint's own"
+    return whose + (", for text without media only on request" if len(model.encoders) else "")
 
 
 def _task(entry: dict[str, Any]) -> str:

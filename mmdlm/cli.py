@@ -55,6 +55,8 @@ COMMANDS = {
     "answer": Command("mmdlm.commands:answer", "a question about pictures", ASK, ("files",)),
     "describe": Command("mmdlm.commands:describe", "what sounds are", ASK, ("files",)),
     "transcribe": Command("mmdlm.commands:transcribe", "what is said", ASK, ("files",)),
+    "generate": Command("mmdlm.terminal:generate", "what follows a text", ASK, ("texts",)),
+    "chat": Command("mmdlm.terminal:chat", "talk with a text model", ASK, ("checkpoint",)),
     "infill": Command("mmdlm.commands:infill", "the [MASK]s of a text", ASK, ("templates",)),
     "embed": Command("mmdlm.commands:embed", "vectors of pictures or sounds", ASK, ("files",)),
     "act": Command("mmdlm.simulators.rollout:act", "drive a simulated robot", ASK),

@@ -115,7 +115,7 @@ def answer(
     from mmdlm.tasks.answer import answer as tell
 
     result = tell(run.load(), question, batch_size=run.batch_size, **options)
-    _print({"question": question, **_plain(result)}, run.json, "question")
+    print_result({"question": question, **plain(result)}, run.json, "question")
     return 0
 
 
@@ -163,7 +163,7 @@ def infill(templates: list[str], run: Run, ask: Ask, image: str | None = None) -
 
     results = fill(run.load(), list(templates), image, batch_size=run.batch_size, **ask.options())
     for template, result in zip(templates, results, strict=True):
-        _print({"template": template, **_plain(result)}, run.json, None)
+        print_result({"template": template, **plain(result)}, run.json, None)
     return 0
 
 
@@ -187,26 +187,43 @@ def embed(
 
 
 def export(
-    checkpoint: Path,
+    checkpoint: str,
     out: Path,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     decoding: Path | None = None,
     card: Path | None = None,
+    layout: Literal["own", "published"] = "own",
+    family: str | None = None,
+    shard_bytes: float = 5e9,
 ) -> int:
-    """Writes the model of a training checkpoint as a folder for `mmdlm.load`.
+    """Writes a model as a folder for `mmdlm.load`, from a training checkpoint or another folder.
 
     mmdlm export runs/tiny/version_0/checkpoints/last.ckpt --out my-model --dtype bfloat16
+    mmdlm export my-llada --out llada-for-others --layout published
 
     Args:
-        checkpoint: a .ckpt file of mmdlm fit.
+        checkpoint: a .ckpt file of mmdlm fit; or a bundled name, folder or hub id.
         out: folder to write.
-        dtype: type of the weights in the file; by default float32.
+        dtype: type of the weights in the file; by default float32 from a .ckpt, else as stored.
         decoding: YAML file with prompt, length and strategies by task.
         card: Markdown file that becomes README.md.
+        layout: own, or published: the one other tools of a family read (text models only).
+        family: how to read a published checkpoint whose config.json does not tell; of any other,
+            whose published layout is written.
+        shard_bytes: most bytes per file of weights in the published layout.
     """
     from mmdlm.training.export import export as write
 
-    write(checkpoint, out, dtype=dtype, decoding=decoding, card=card)
+    write(
+        checkpoint,
+        out,
+        dtype=dtype,
+        decoding=decoding,
+        card=card,
+        layout=layout,
+        family=family,
+        shard_bytes=shard_bytes,
+    )
     print(f"{out}: written; mmdlm info {out}")
     return 0
 
@@ -323,7 +340,7 @@ def _over_files(
             failed += 1
             print(f"mmdlm: failed: {record['file']}: {record['error']}", file=sys.stderr)
         elif out is None or run.json:
-            _print(record, run.json, "file")
+            print_result(record, run.json, "file")
 
     if out is None:
         for record in each(model, task, found, **given):
@@ -338,11 +355,12 @@ def _over_files(
     return int(counts.failed > 0)
 
 
-def _plain(result: Any) -> dict[str, Any]:
+def plain(result: Any) -> dict[str, Any]:
+    """A text, or an answer with its details, as a table."""
     return {"text": result} if isinstance(result, str) else result.to_dict()
 
 
-def _print(record: dict[str, Any], as_json: bool, label: str | None) -> None:
+def print_result(record: dict[str, Any], as_json: bool, label: str | None) -> None:
     """One result: a JSON line, or "label: text" with its details below."""
     if as_json:
         print(json.dumps(record, ensure_ascii=False), flush=True)

@@ -28,7 +28,7 @@ TRIO = {"torch": "2.11", "torchvision": "0.26", "torchaudio": "2.11"}
 TORCHCODEC = "0.11"  # the release made for that torch
 CORE = (
     *("transformers", "timm", "lightning", "jsonargparse", "einops", "numpy", "pillow"),
-    *("safetensors", "soundfile", "pyyaml", "rich", "tqdm"),
+    *("jinja2", "safetensors", "soundfile", "pyyaml", "rich", "tqdm"),
 )
 # Extra: what it adds, and its distributions as pyproject.toml names them.
 EXTRAS = {
@@ -41,6 +41,7 @@ EXTRAS = {
     "eval": ("word error rates", ("jiwer",)),
     "demo": ("the demo's pictures and videos", ("matplotlib", "imageio-ffmpeg")),
     "train": ("TensorBoard logs", ("tensorboard",)),
+    "quant": ("weights in 8 or 4 bits", ("torchao",)),
     "dev": (
         "tests, style checks and builds",
         ("pytest", "pytest-xdist", "ruff", "hypothesis", "nbclient", "ipykernel", "build")

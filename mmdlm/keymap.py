@@ -16,16 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from mmdlm.backbones.family import Keys
-from mmdlm.shards import Stored, some
+from mmdlm.shards import TYPES, Stored, some
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+FLOATS = {name: dtype for name, dtype in TYPES.items() if dtype.is_floating_point}
 
 
 @dataclass(frozen=True)
@@ -166,12 +161,14 @@ def resolve(
     ignored, unexpected = {}, []
     for name in sorted(stored.keys() - found.keys()):
         bare = name.removeprefix(prefix)
-        if name.endswith("rotary_emb.inv_freq"):
+        if "rotary_emb." in name:
             ignored[name] = "rotary table, computed from config.json"
         elif bare in (unused or {}):
             ignored[name] = unused[bare]
         elif any(fnmatch.fnmatchcase(n, d) for n in (name, bare) for d in dropped):
             ignored[name] = "known, and no part of this model"
+        elif 0 in stored[name].shape:  # such as a shared expert of width 0
+            ignored[name] = "holds no numbers"
         else:
             unexpected.append(name)
     missing = sorted(found.keys() - stored.keys())
@@ -213,7 +210,11 @@ def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def allocate(
-    module: nn.Module, device: torch.device, dtype: torch.dtype, keep: tuple[str, ...] = ()
+    module: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    keep: tuple[str, ...] = (),
+    prefix: str = "",
 ) -> None:
     """Gives tensors on the meta device memory, without values.
 
@@ -222,13 +223,15 @@ def allocate(
         device: where to.
         dtype: of floating tensors.
         keep: ends of names that keep their type.
+        prefix: what the module is called where those names begin.
     """
     for path, part in module.named_modules():
         for group in (part._parameters, part._buffers):
             for name, old in group.items():
                 if old is None or not old.is_meta:
                     continue
-                fixed = not old.is_floating_point() or f"{path}.{name}".endswith(keep)
+                full = ".".join(filter(None, (prefix, path, name)))
+                fixed = not old.is_floating_point() or full.endswith(keep)
                 new = torch.empty(old.shape, device=device, dtype=old.dtype if fixed else dtype)
                 is_weight = group is part._parameters
                 group[name] = nn.Parameter(new, old.requires_grad) if is_weight else new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from encoders.encoder import Encoder
 from mmdlm.backbones.family import Spec
 from mmdlm.backbones.kv import KV, Rows
 from mmdlm.backbones.transformer import Transformer
+from mmdlm.chat import encode as encode_chat
+from mmdlm.chat import find as find_template
 from mmdlm.layout import MEDIA, Attention, Row, Sequence, arrange, from_tokens, visible
 from mmdlm.text import Tokenizer
 
@@ -128,7 +131,10 @@ class MultimodalDLM(nn.Module):
 
         Args:
             tokens: [B L] int64 ids.
-            mask: [B L] key padding, True = real, or [B L L] bool, True = query may see key.
+            mask: [B L] key padding, True = real; or, of queries and keys, [B L L] or [B 1 L L],
+                within what the attention allows: bool or 0/1 integers, True = query may see key,
+                or floating, added to the scores (minus infinity or a type's least number where
+                blocked).
             attention: None for the model's own, else see `mmdlm.layout.Attention`.
             block_size: tokens per block for "block_causal"; None for the model's own.
         Returns:
@@ -141,13 +147,8 @@ class MultimodalDLM(nn.Module):
         kind = attention or self.spec.attention
         sequence = from_tokens(tokens, padding, kind, block_size or self.spec.block_size)
         seen = sequence.visible()
-        if mask is not None and mask.ndim == 3:
-            if mask.shape != (*tokens.shape, tokens.shape[1]):
-                raise ValueError(
-                    f"mask is {list(mask.shape)}; expected [B L] or [B L L] for tokens "
-                    f"{list(tokens.shape)}"
-                )
-            seen = mask.bool() if seen is None else seen & mask.bool()
+        if mask is not None and mask.ndim != 2:
+            seen = allowed(mask, seen, tokens)
         x = self.backbone.tokens(tokens)
         raw = self.backbone.head(self.backbone(x, sequence.positions, mask=seen)).float()
         return align(raw, sequence.mask) if self.spec.shift else raw
@@ -181,21 +182,66 @@ class MultimodalDLM(nn.Module):
         hidden = self.backbone(x, sequence.positions[:, rows], kv, mask, rows=rows, read=within)
         return self.backbone.head(hidden, columns).float()
 
-    def prompt(self, text: str) -> Tensor:
+    def prompt(self, text: str | Items[Mapping[str, str]], *, chat: bool | None = None) -> Tensor:
         """Token ids [n] of a prompt in the model's own template.
 
+        In a chat template only the template writes special tokens; one typed by a user is spelt
+        out like any other text. A text that is taken as it is may name them. The mask token (an
+        answer slot smuggled into a prompt) is refused in both.
+
+        Args:
+            text: a text, or a conversation of {"role": "system", "user" or "assistant", "content":
+                text} that the assistant is to answer.
+            chat: True: a text is what the user says; False: it is taken as it is. None: it is what
+                the user says where there is a chat template (`mmdlm.chat.find`) and the model takes
+                text only; models with encoders are prompted without.
         Raises:
-            ValueError: the checkpoint came without a tokenizer, or the text is empty or holds the
-                mask token (an answer slot smuggled into a prompt).
+            ValueError: the checkpoint came without a tokenizer or without the chat template it
+                takes, the text holds the mask token, or the conversation is none.
         """
         if self.tokenizer is None:
-            raise ValueError("this checkpoint holds no tokenizer.json; use token ids (decode)")
-        ids = torch.tensor(self.tokenizer.encode(text), dtype=torch.long)
-        if (ids == self.spec.mask_id).any():
+            raise ValueError(
+                "this checkpoint holds no tokenizer.json, nor vocab.json with merges.txt; use "
+                "token ids (decode)"
+            )
+        template = find_template(self.tokenizer, self.spec.template)
+        if chat is None:
+            chat = not isinstance(text, str) or (template is not None and not len(self.encoders))
+        if chat:
+            messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
+            ids = encode_chat(self.tokenizer, messages, template, self.spec.family)
+            read = [i for m in messages for i in self.tokenizer.encode(m["content"])]
+        elif isinstance(text, str):
+            ids = read = self.tokenizer.encode(text)
+        else:
+            raise ValueError("chat=False takes a text as it is, not a conversation")
+        if self.spec.mask_id in (*ids, *read):
             raise ValueError(
                 f"prompt {text!r} holds the mask token; remove it, or use infill() for templates"
             )
-        return ids
+        return torch.tensor(ids, dtype=torch.long)
+
+
+def allowed(mask: Tensor, seen: Tensor | None, tokens: Tensor) -> Tensor:
+    """A mask of queries and keys, bool or floating [B L L], blocked where the attention blocks.
+
+    Args:
+        mask: [B L L] or [B 1 L L], see `MultimodalDLM.logits`.
+        seen: bool [B L L], what the attention allows; None for everything.
+        tokens: [B L].
+    Raises:
+        ValueError: the shapes disagree.
+    """
+    batch, length = tokens.shape
+    if mask.shape not in ((batch, length, length), (batch, 1, length, length)):
+        raise ValueError(
+            f"mask is {list(mask.shape)}; expected [B L], [B L L] or [B 1 L L] for tokens "
+            f"{[batch, length]}"
+        )
+    mask = mask.reshape(batch, length, length)
+    if not mask.is_floating_point():
+        return mask.bool() if seen is None else seen & mask.bool()
+    return mask if seen is None else mask.masked_fill(~seen, -torch.inf)
 
 
 def align(raw: Tensor, mask: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What safetensors calls the types that a model of ours may have.
+TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CHUNK = 2**22  # bytes held at once on their way to another type or device; fits into a CPU cache
 
 
 @dataclass(frozen=True)
@@ -26,11 +41,13 @@ class Stored:
         file: safetensors file.
         shape: its shape.
         dtype: its type as safetensors spells it, "BF16".
+        start: where its bytes begin in the file.
     """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    start: int = 0
 
 
 def survey(folder: Path) -> dict[str, Stored]:
@@ -44,21 +61,14 @@ def survey(folder: Path) -> dict[str, Stored]:
     files, listed = _files(folder)
     stored: dict[str, Stored] = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as f:
-                for name in f.keys():  # noqa: SIM118 (no mapping)
-                    if name in stored:
-                        raise ValueError(
-                            f"{folder}: tensor {name} is in {stored[name].file.name} and in "
-                            f"{file.name}; expected it once, download the folder again"
-                        )
-                    part = f.get_slice(name)
-                    stored[name] = Stored(file, tuple(part.get_shape()), part.get_dtype())
-        except (SafetensorError, OSError) as error:
+        held = _header(file)
+        if twice := stored.keys() & held.keys():
+            name = min(twice)
             raise ValueError(
-                f"{file}: {file.stat().st_size} bytes that are no complete safetensors file "
-                f"({error}); download it again (a git-lfs pointer has about 130 bytes)"
-            ) from error
+                f"{folder}: tensor {name} is in {stored[name].file.name} and in {file.name}; "
+                "expected it once, download the folder again"
+            )
+        stored |= held
     absent = [n for n, file in listed.items() if n not in stored or stored[n].file.name != file]
     if absent:
         raise ValueError(
@@ -105,17 +115,71 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     return [folder / name for name in names], listed
 
 
+def _header(file: Path) -> dict[str, Stored]:
+    """The tensors of one file."""
+    try:
+        with safe_open(file, framework="pt"):  # checks that table and length of the file agree
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file}: {file.stat().st_size} bytes that are no complete safetensors file "
+            f"({error}); download it again (a git-lfs pointer has about 130 bytes)"
+        ) from error
+    with file.open("rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+        table = json.loads(f.read(size))
+    return {
+        name: Stored(file, tuple(e["shape"]), e["dtype"], 8 + size + e["data_offsets"][0])
+        for name, e in table.items()
+        if name != "__metadata__"
+    }
+
+
 def copy(stored: Mapping[str, Stored], targets: Mapping[str, Tensor]) -> None:
-    """Copies stored tensors into given ones of the same shape, one at a time.
+    """Copies stored tensors into given ones of the same shape, a chunk at a time.
+
+    Bytes are read, not mapped: mapped pages count as memory of the process until the file is
+    closed, and faulting them in one by one is slower.
 
     Args:
         stored: tensors in files by name.
-        targets: under the same names, views of any type and device; overwritten.
+        targets: under the same names, contiguous views of any type and device; overwritten. Those
+            on the meta device are skipped.
+
+    Raises:
+        ValueError: a file was changed meanwhile, or a type has no equal in torch.
     """
-    for file in sorted({stored[name].file for name in targets}):
-        with safe_open(file, framework="pt") as f:
-            for name in sorted(n for n in targets if stored[n].file == file):
-                targets[name].copy_(f.get_tensor(name))
+    real = {name: target for name, target in targets.items() if not target.is_meta}
+    pinned = any(target.is_cuda for target in real.values())
+    chunk = torch.empty(0, dtype=torch.uint8)
+    for file in sorted({stored[name].file for name in real}):
+        names = [name for name in real if stored[name].file == file]
+        with file.open("rb", buffering=0) as f:
+            for name in sorted(names, key=lambda n: stored[n].start):
+                source, flat = stored[name], real[name].view(-1)
+                if source.dtype not in TYPES:
+                    raise ValueError(f"{file}: {name} is {source.dtype}, expected {list(TYPES)}")
+                kind = TYPES[source.dtype]
+                f.seek(source.start)
+                if flat.dtype == kind and flat.device.type == "cpu":
+                    _fill(f, flat)
+                    continue
+                if not len(chunk):
+                    chunk = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=pinned)
+                for part in flat.split(CHUNK // kind.itemsize):
+                    read = chunk[: len(part) * kind.itemsize].view(kind)
+                    _fill(f, read)
+                    part.copy_(read)
+
+
+def _fill(file: FileIO, target: Tensor) -> None:
+    """Reads the next bytes of a file into a contiguous tensor on the CPU."""
+    left = memoryview(target.view(torch.uint8).numpy())
+    while left:
+        count = file.readinto(left)
+        if not count:
+            raise ValueError(f"{file.name} ends early: it was changed while it was read")
+        left = left[count:]
 
 
 def write(

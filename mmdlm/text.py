@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import json
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +13,39 @@ if TYPE_CHECKING:
     import tokenizers
 
 PAD, END, MASK = "<pad>", "<eos>", "<mask>"
+# What chat templates know special tokens by.
+NAMES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+# Byte-level BPE with Qwen2's way of cutting text; Dream re-uses it under a name of its own.
+# huggingface/transformers: models/qwen2/tokenization_qwen2.py
+BYTE_LEVEL = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "DreamTokenizer", "DreamTokenizerFast")
+CUT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+CHAT = "chat_template.jinja"
+# Whether special tokens are read as such is a switch of the backend, so one thread at a time.
+_SWITCH = threading.Lock()
 
 
 class Tokenizer:
-    """Encodes and decodes text with a `tokenizer.json`.
+    """Encodes and decodes text with a checkpoint's vocabulary.
 
     Args:
         backend: the loaded tokenizer.
+        template: the checkpoint's own chat template (Jinja); None when it has none.
+        names: special tokens by what templates call them, see `NAMES`.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        template: str | None = None,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
         self.backend = backend
+        self.template = template
+        self.names = dict(names or {})
         # A word-level vocabulary has no way to spell a new word, so it must be refused.
         self.words = backend.get_vocab() if _is_word_level(backend) else None
 
@@ -45,17 +69,46 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer | None:
-        """The tokenizer of a checkpoint folder, or None when it holds no `tokenizer.json`."""
-        file = folder / "tokenizer.json"
-        if not file.exists():
-            return None
-        from tokenizers import Tokenizer as Backend
+        """The tokenizer of a checkpoint folder, or None when it holds none.
 
-        return cls(Backend.from_file(str(file)))
+        It is `tokenizer.json`, else `vocab.json` with `merges.txt` (Qwen2 and Dream); further
+        special tokens and the chat template come from the files beside. No code is run.
+
+        Raises:
+            ValueError: a file is damaged, the files contradict each other, or a `vocab.json`
+                belongs to a tokenizer of another kind.
+        """
+        whole, parts = folder / "tokenizer.json", folder / "vocab.json"
+        if not whole.exists() and not parts.exists():
+            return None
+        config = {
+            key: v for name in reversed(BESIDE[:2]) for key, v in _read(folder / name).items()
+        }
+        added = _added(folder, config)
+        if whole.exists():
+            from tokenizers import Tokenizer as Backend
+
+            backend = Backend.from_file(str(whole))
+            # Only those with an id: others would become rows the embedding does not have.
+            added = {text: entry for text, entry in added.items() if entry["id"] is not None}
+        else:
+            backend = _byte_level(folder, config.get("tokenizer_class"), added)
+        _add(backend, added, folder)
+        names = {name: _content(config[name]) for name in NAMES if config.get(name)}
+        return cls(backend, _template(folder, config.get("chat_template")), names)
 
     def save(self, folder: Path) -> None:
-        """Writes `tokenizer.json`."""
+        """Writes `tokenizer.json`, and `tokenizer_config.json` for template and names."""
         self.backend.save(str(folder / "tokenizer.json"))
+        for name in (*BESIDE, CHAT):  # of an earlier tokenizer there
+            (folder / name).unlink(missing_ok=True)
+        config = dict(self.names)
+        if self.template is not None:
+            config["chat_template"] = self.template
+        if config:
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"  # what transformers opens it with
+            text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
+            (folder / BESIDE[0]).write_text(text + "\n", encoding="utf-8")
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
@@ -64,15 +117,28 @@ class Tokenizer:
         """The id of a token, None when the vocabulary lacks it."""
         return self.backend.token_to_id(token)
 
-    def encode(self, text: str) -> list[int]:
+    @property
+    def added(self) -> dict[str, tokenizers.AddedToken]:
+        """Tokens that are found in a text before it is cut into words, by their text."""
+        return {token.content: token for token in self.backend.get_added_tokens_decoder().values()}
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text.
 
+        Args:
+            text: any text.
+            special: read special tokens as such; False: spell them out like any other text.
         Raises:
             ValueError: the vocabulary is a word list and lacks a word of the text.
         """
         if self.words is not None:
             self._check(text)
-        return self.backend.encode(text, add_special_tokens=False).ids
+        with _SWITCH:
+            self.backend.encode_special_tokens = not special
+            try:
+                return self.backend.encode(text, add_special_tokens=False).ids
+            finally:
+                self.backend.encode_special_tokens = False
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens are left out."""
@@ -100,3 +166,118 @@ class Tokenizer:
 
 def _is_word_level(backend: Any) -> bool:
     return type(backend.model).__name__ == "WordLevel"
+
+
+def _byte_level(
+    folder: Path, kind: str | None, added: Mapping[str, dict[str, Any]]
+) -> tokenizers.Tokenizer:
+    """Qwen2's tokenizer from `vocab.json` and `merges.txt`, its added tokens not yet marked."""
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    if kind is not None and kind not in BYTE_LEVEL:
+        raise ValueError(
+            f"{folder}: a vocab.json of {kind}, expected one of {', '.join(BYTE_LEVEL)}; put the "
+            "tokenizer.json beside it that transformers writes for this tokenizer"
+        )
+    if not (folder / "merges.txt").exists():
+        raise ValueError(f"{folder}: vocab.json without merges.txt; download the folder again")
+    vocab = _read(folder / "vocab.json")
+    taken = {number: text for text, number in vocab.items()}
+    given = {text: entry["id"] for text, entry in added.items() if entry["id"] is not None}
+    for text, number in given.items():
+        if taken.setdefault(number, text) != text or vocab.get(text, number) != number:
+            raise ValueError(
+                f"{folder}: {text!r} has id {number} beside vocab.json, which gives that id to "
+                f"{taken[number]!r} and has {text!r} at {vocab.get(text)}; the files are of "
+                "different tokenizers"
+            )
+    # In the vocabulary an id may leave a gap behind the last word; appended, it could not.
+    vocab |= given
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    wrong = next((pair for pair in merges if len(pair) != 2), None)
+    if wrong is not None:
+        raise ValueError(f"{folder}: merges.txt has the line {' '.join(wrong)!r}, expected 2 parts")
+    backend = Backend(models.BPE(vocab, [(a, b) for a, b in merges]))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(CUT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _added(folder: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Added tokens the files beside the vocabulary name: text to id (or None) and flags."""
+    further = [config.get("additional_special_tokens"), config.get("extra_special_tokens")]
+    lists = [list(x.values()) if isinstance(x, Mapping) else list(x or ()) for x in further]
+    named = [config[name] for name in NAMES if config.get(name)] + lists[0] + lists[1]
+    special = dict.fromkeys(map(_content, named))
+    found: dict[str, dict[str, Any]] = {}
+    for number, entry in config.get("added_tokens_decoder", {}).items():
+        found[entry["content"]] = {**entry, "id": int(number)}
+    for text, number in _read(folder / BESIDE[2]).items():
+        found.setdefault(text, {"id": number, "normalized": text not in special})
+    for text in special:
+        found.setdefault(text, {"id": None, "normalized": False})["special"] = True
+    return found
+
+
+def _add(backend: tokenizers.Tokenizer, added: Mapping[str, dict[str, Any]], folder: Path) -> None:
+    """Marks tokens as added, in the order of their ids; those without one follow.
+
+    Raises:
+        ValueError: a token does not get the id it was published with.
+    """
+    from tokenizers import AddedToken
+
+    there = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    for text, entry in sorted(added.items(), key=lambda e: (e[1]["id"] is None, e[1]["id"] or 0)):
+        if text in there and (there[text].special or not entry.get("special")):
+            continue
+        known = backend.token_to_id(text) is not None
+        given = {flag: bool(entry[flag]) for flag in flags if flag in entry}
+        backend.add_tokens([AddedToken(text, **given)])
+        if not known and entry["id"] not in (None, backend.token_to_id(text)):
+            raise ValueError(
+                f"{folder}: {text!r} has id {entry['id']} in {BESIDE[0]} or {BESIDE[2]}, but "
+                f"tokenizer.json ends at {backend.token_to_id(text) - 1}; the files are of "
+                "different tokenizers"
+            )
+
+
+def _template(folder: Path, found: Any) -> str | None:
+    """The chat template of a folder; of several the one called "default"."""
+    if (folder / CHAT).exists():
+        return (folder / CHAT).read_text(encoding="utf-8")
+    if isinstance(found, list):
+        named = {entry["name"]: entry["template"] for entry in found}
+        if "default" not in named:
+            raise ValueError(
+                f"{folder}: chat templates {sorted(named)}, none called 'default'; put the one "
+                f"you want into {CHAT}"
+            )
+        return named["default"]
+    return found or None
+
+
+def _content(token: str | Mapping[str, Any]) -> str:
+    return token if isinstance(token, str) else token["content"]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The table in a JSON file, empty when there is no file."""
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error}); download it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds a {type(found).__name__}, expected a table")
+    return found

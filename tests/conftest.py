@@ -100,3 +100,32 @@ def build():
         return model.eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def speller():
+    """A function that makes a model which spells text byte by byte, with markers as tokens."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    from mmdlm.backbones.family import Spec
+    from mmdlm.backbones.transformer import TransformerConfig
+    from mmdlm.model import MultimodalDLM
+    from mmdlm.text import Tokenizer
+
+    def make(special=(), added=(), own=None, names=None, **spec):
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        backend = Backend(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        first = [AddedToken(text, special=True) for text in ("<|pad|>", "<|end|>", "<|mask|>")]
+        backend.add_tokens([*first, *(AddedToken(text, special=True) for text in special)])
+        backend.add_tokens([AddedToken(text, special=False) for text in added])
+        tokenizer = Tokenizer(backend, own, names)
+        config = TransformerConfig(vocab=len(tokenizer), width=16, layers=1, heads=2, inner=24)
+        ids = {"pad_id": 256, "eos_id": 257, "mask_id": 258}
+        model = MultimodalDLM(Spec("mmdlm", config, **ids | spec), tokenizer=tokenizer)
+        model.backbone.reset(torch.Generator().manual_seed(0))
+        return model.eval()
+
+    return make

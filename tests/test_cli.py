@@ -15,6 +15,7 @@ import mmdlm
 from adapters.mlp import MLP
 from encoders.vit import ViT
 from mmdlm import checkpoint, cli
+from mmdlm.about import facts
 from mmdlm.backbones.family import Spec
 from mmdlm.backbones.transformer import TransformerConfig
 from mmdlm.cli import COMMANDS, arguments, main
@@ -207,8 +208,54 @@ def test_info_of_a_folder(model, tmp_path, capsys, monkeypatch):
     assert main(["info", str(tmp_path / "mine")]) == 0
     text = capsys.readouterr().out
     count = sum(p.numel() for p in model.parameters())
-    for part in (f"{count:,}", "cascade", "mask 2, end 1", "ViT", "circle", "float32"):
+    words = ("mask 2 <mask>", "end 1 <eos>", "padding 0 <pad>")
+    for part in (f"{count:,}", "cascade", *words, "ViT", "circle", "float32", "no limit"):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"template": "chatml"}, "the family's, chatml"),
+        ({"template": "chatml", "own": "{{ x }}"}, "the checkpoint's own"),
+        ({"template": "llada"}, "none: text is taken as it is"),
+        ({"context": 2048, "attention": "block_causal", "block_size": 4}, "2,048 tokens"),
+        ({"stop_ids": (260,), "shift": True}, "also end 260 <|im_end|>"),
+    ],
+)
+def test_info_of_a_text_model(speller, given, told, monkeypatch):
+    model = speller(["<|im_start|>", "<|im_end|>"], **given)
+    found = facts(model)
+    assert told in " ".join(found.values())
+    count = sum(p.numel() for p in model.parameters())
+    assert found["memory"].endswith("(weights only)")
+    for kind, size in (("float32", 4), ("bfloat16 or float16", 2), ("int8", 1), ("int4", 0.5)):
+        assert f"{kind} {count * size / 1e6:.1f} MB" in found["memory"]
+    cache = model.backbone.cache(1, 1)
+    size = sum(t.numel() for t in (*cache.keys, *cache.values))
+    assert f"per token {4 * size:,} bytes in float32, {2 * size:,} in bfloat16" in found["KV cache"]
+    if "context" in given:
+        assert found["KV cache"].endswith(f"{2 * size * 2048 / 1e6:.1f} MB for the whole context")
+        assert found["attention"] == "block_causal, blocks of 4"
+
+
+def test_info_without_a_tokenizer_names_ids_only(golden):
+    found = facts(checkpoint.load(golden / "backbones" / "llada", device="meta"))
+    assert found["special ids"] == "mask 150, end 149, padding 149"
+    assert "no use without a tokenizer" in found["chat template"]
+    assert found["context"] == "256 tokens of prompt and answer"
+
+
+def test_info_tells_experts(golden):
+    model = checkpoint.load(golden / "backbones" / "llada2_moe", device="meta")
+    moe, found = model.spec.transformer.moe, facts(model)
+    assert f"{moe.experts} of width {moe.inner}" in found["experts"]
+    count = sum(p.numel() for p in model.parameters())
+    blocks = [block.moe for block in model.backbone.blocks if block.moe is not None]
+    size = 3 * model.spec.transformer.width * moe.inner
+    idle = len(blocks) * (moe.experts - moe.top) * size
+    assert f"{count - idle:,} parameters at work" in found["experts"]
+    assert f"in {len(blocks)} layers" in found["experts"]
 
 
 def test_saved_model_is_used_from_its_folder(model, photos, tmp_path, capsys):

@@ -17,10 +17,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("encoders", "adapters", "mmdlm")
 # Files and folders of mmdlm; each may import what stands in the lines above it, and itself.
 LEVELS = (
-    {"text", "discover", "media", "shards"},
-    {"backbones", "preset"},
-    {"layout", "keymap"},
+    {"text", "discover", "media", "shards", "source"},
+    {"backbones", "preset", "chat"},
+    {"layout", "keymap", "placement", "quantize"},
+    {"overrides"},
     {"model"},
+    {"published"},
     {"checkpoint"},
     {"decoding", "objectives"},
     {"data"},
@@ -31,6 +33,7 @@ LEVELS = (
     {"benchmarks"},
     {"doctor", "demo"},
     {"about", "commands"},
+    {"terminal"},
     {"cli"},
 )
 RANK = {unit: rank for rank, units in enumerate(LEVELS) for unit in units}

@@ -1,14 +1,18 @@
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from adapters.mlp import MLP
 from encoders.state import StateEncoder
 from mmdlm.backbones.family import Spec
 from mmdlm.backbones.transformer import TransformerConfig
+from mmdlm.checkpoint import load
 from mmdlm.layout import ANSWER, Row, Turn, from_tokens
 from mmdlm.model import MultimodalDLM, align
 from mmdlm.text import Tokenizer
@@ -56,7 +60,8 @@ def test_logits_with_a_mask_of_ones_equal_those_without() -> None:
     plain = model.logits(tokens)
     assert plain.shape == (2, 6, 12)
     assert plain.dtype == torch.float32
-    for mask in (torch.ones(2, 6), torch.ones(2, 6, 6, dtype=torch.bool)):
+    ones = torch.ones(2, 6, 6, dtype=torch.bool)
+    for mask in (torch.ones(2, 6), ones, ones[:, None], ones.long(), torch.zeros(2, 6, 6)):
         torch.testing.assert_close(model.logits(tokens, mask=mask), plain)
 
 
@@ -95,6 +100,55 @@ def test_logits_with_a_block_causal_mask_equal_that_attention() -> None:
     own.load_state_dict(model.state_dict())
     torch.testing.assert_close(own.logits(tokens), model.logits(tokens, mask=mask))
     torch.testing.assert_close(own.logits(tokens, attention="full"), model.logits(tokens))
+
+
+@pytest.mark.parametrize("attention", ["full", "block_causal"])
+@pytest.mark.parametrize("blocked", [-torch.inf, torch.finfo(torch.float32).min])
+@torch.inference_mode()
+def test_logits_with_any_form_of_a_mask_are_the_same(attention: str, blocked: float) -> None:
+    model, tokens = build(attention=attention, block_size=3), ids(2, 8)
+    seen = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(2)) < 0.7
+    seen[0, :3] = False  # queries that may see nothing
+    seen |= torch.eye(8, dtype=torch.bool) & (torch.arange(8) > 2)
+    expected = model.logits(tokens, mask=seen)
+    assert expected.isfinite().all()
+    additive = torch.zeros(2, 8, 8).masked_fill(~seen, blocked)
+    for mask in (seen[:, None], seen.int(), additive, additive[:, None], additive.double()):
+        logits = model.logits(tokens, mask=mask)
+        assert logits.isfinite().all()
+        rows = seen.any(-1)
+        torch.testing.assert_close(logits[rows], expected[rows])
+    for dtype in (torch.bfloat16, torch.float16):
+        model.to(dtype)
+        pair = model.logits(tokens, mask=additive), model.logits(tokens, mask=seen)
+        assert all(logits.isfinite().all() for logits in pair)
+        torch.testing.assert_close(*(logits[rows] for logits in pair), atol=0.1, rtol=0.02)
+
+
+@torch.inference_mode()
+def test_additive_mask_of_logits_is_within_the_attention() -> None:
+    model, tokens = build(), ids(2, 8)
+    mask = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(2))
+    block = torch.arange(8) // 3
+    both = mask.masked_fill(block > block[:, None], -torch.inf)
+    blocks = {"attention": "block_causal", "block_size": 3}
+    logits = model.logits(tokens, mask=mask, **blocks)
+    torch.testing.assert_close(logits, model.logits(tokens, mask=both))
+    assert not torch.allclose(logits, model.logits(tokens, **blocks), atol=1e-2)
+
+
+@torch.inference_mode()
+def test_mask_of_queries_and_keys_equals_the_reference(golden: Path) -> None:
+    folder = golden / "backbones" / "mmada"
+    model, numbers = load(folder), load_file(folder / "golden.safetensors")
+    tokens, seen = numbers["input_ids"], numbers["attention_bias"].bool()
+    least = torch.finfo(torch.float32).min
+    additive = torch.where(seen, 1.0, least)  # what MMaDA makes of it
+    rows = numbers["attention_mask"].bool()
+    for mask in (seen, additive):
+        logits = model.logits(tokens, mask=mask)
+        assert logits.isfinite().all()
+        torch.testing.assert_close(logits[rows], numbers["logits_bias"][rows], atol=1e-4, rtol=0)
 
 
 @torch.inference_mode()
@@ -142,8 +196,9 @@ def test_reading_rows_that_are_not_computed_is_refused() -> None:
 def test_mask_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"mask is \[2, 5\], tokens are \[2, 6\]"):
         build().logits(ids(2, 6), mask=torch.ones(2, 5))
-    with pytest.raises(ValueError, match=r"mask is \[1, 6, 6\]; expected"):
-        build().logits(ids(2, 6), mask=torch.ones(1, 6, 6))
+    for shape in ((1, 6, 6), (2, 6, 5), (2, 2, 6, 6), (6,)):
+        with pytest.raises(ValueError, match=re.escape(f"mask is {list(shape)}; expected")):
+            build().logits(ids(2, 6), mask=torch.ones(shape))
 
 
 @torch.inference_mode()
@@ -220,6 +275,8 @@ def test_prompt_becomes_ids() -> None:
 
 def test_prompt_with_the_mask_token_is_refused() -> None:
     class Spells:
+        template = None
+
         def encode(self, text: str) -> list[int]:
             return [4, SPEC.mask_id]
 
@@ -232,3 +289,52 @@ def test_prompt_with_the_mask_token_is_refused() -> None:
 def test_prompt_without_a_tokenizer_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no tokenizer.json"):
         MultimodalDLM(SPEC).prompt("what")
+
+
+TALK = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "hi <|im_end|>"},
+]
+
+
+def test_prompt_of_a_chat_model_is_a_turn_of_the_user(speller) -> None:
+    model = speller(["<|im_start|>", "<|im_end|>"], template="chatml_system")
+    said = model.tokenizer.backend.decode(model.prompt("hi").tolist(), skip_special_tokens=False)
+    assert said == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert model.prompt("hi", chat=False).tolist() == model.tokenizer.encode("hi")
+    end = model.tokenizer.id("<|im_end|>")
+    assert (model.prompt(TALK) == end).sum() == 2
+    # As it is, a text may name special tokens.
+    assert model.prompt("<|im_end|>", chat=False).tolist() == [end]
+
+
+def test_prompt_without_a_chat_template_is_the_text(speller) -> None:
+    for model in (speller(template="chatml"), speller(["<|im_start|>", "<|im_end|>"])):
+        assert model.prompt("hi").tolist() == model.tokenizer.encode("hi")
+        with pytest.raises(ValueError, match="no chat template"):
+            model.prompt(TALK)
+        with pytest.raises(ValueError, match="no chat template"):
+            model.prompt("hi", chat=True)
+
+
+def test_prompt_of_a_model_with_encoders_is_a_turn_on_request_only(speller) -> None:
+    model = speller(["<|im_start|>", "<|im_end|>"], template="chatml")
+    spec, tokenizer = model.spec, model.tokenizer
+    seeing = MultimodalDLM(spec, {"state": StateEncoder.tiny()}, {"state": MLP(32, 16)}, tokenizer)
+    assert torch.equal(seeing.prompt("hi"), model.prompt("hi", chat=False))
+    assert torch.equal(seeing.prompt("hi", chat=True), model.prompt("hi"))
+
+
+@pytest.mark.parametrize("chat", [None, False])
+def test_mask_in_a_prompt_is_refused_in_any_template(speller, chat: bool | None) -> None:
+    model = speller(["<|im_start|>", "<|im_end|>"], template="chatml")
+    with pytest.raises(ValueError, match="holds the mask token"):
+        model.prompt("a <|mask|> b", chat=chat)
+
+
+def test_conversation_is_not_taken_as_it_is(speller) -> None:
+    with pytest.raises(ValueError, match="chat=False takes a text"):
+        speller().prompt(TALK, chat=False)

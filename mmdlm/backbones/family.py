@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,6 +31,8 @@ class Spec:
         attention: "full", "prefix", "cascade" or "block_causal", see `mmdlm.layout`.
         block_size: tokens per block where blocks matter.
         template: chat template, "plain" for none.
+        context: most tokens of prompt and answer together the weights were trained for, None for
+            no limit.
     """
 
     family: str
@@ -42,6 +45,7 @@ class Spec:
     attention: str = "full"
     block_size: int | None = None
     template: str = "plain"
+    context: int | None = None
 
     def __post_init__(self) -> None:
         vocab = self.transformer.vocab
@@ -53,6 +57,37 @@ class Spec:
                     "embedding; correct it in config.json"
                 )
 
+    @property
+    def reach(self) -> int | None:
+        """The context, stretched by `theta_scale`; None for no limit.
+
+        s times as many tokens need the rotary base at s ** (d / (d - 2)) times its value, for a
+        rotary width of d (NTK-aware scaling, arXiv 2309.00071, section 3.1).
+        """
+        if self.context is None:
+            return None
+        return int(self.context * self.transformer.theta_scale**self._power)
+
+    def fits(self, tokens: int) -> None:
+        """Raises unless so many tokens, prompt and answer together, are within reach.
+
+        Reach is what the theory allows; LongLLaDA (OpenMOSS/LongLLaDA) needed larger scales.
+        """
+        reach = self.reach
+        if reach is not None and tokens > reach:
+            scale = math.ceil(100 * (tokens / self.context) ** (1 / self._power)) / 100
+            raise ValueError(
+                f"{tokens} tokens of prompt and answer, but this model's context is {reach}; "
+                "shorten the prompt or the answer's length, or stretch it: load(..., theta_scale="
+                f"{scale} or more) scales the rotary base (NTK); LLaDA took 4 for twice its "
+                "context and 14 for four times"
+            )
+
+    @property
+    def _power(self) -> float:
+        width = int(self.transformer.head_width * self.transformer.rotary)
+        return (width - 2) / width if width > 2 else 1.0
+
 
 class Family:
     """One published layout. Subclasses are the family files of this folder.
@@ -60,10 +95,12 @@ class Family:
     Attributes:
         KEYS: our names to the published ones.
         FLOAT32: ends of our names that stay float32 whatever the model's type (router biases).
+        ON_REQUEST: model types that other systems use as well; read only with `family=`.
     """
 
     KEYS: ClassVar[Keys] = {}
     FLOAT32: ClassVar[tuple[str, ...]] = ()
+    ON_REQUEST: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def matches(cls, config: dict[str, Any], names: set[str]) -> bool:
@@ -100,6 +137,20 @@ def end_ids(value: int | list[int]) -> tuple[int, tuple[int, ...]]:
     """The end id, and further ids that end an answer, of an `eos_token_id`."""
     first, *rest = value if isinstance(value, list) else [value]
     return first, tuple(rest)
+
+
+def special(config: dict[str, Any], key: str, published: int, vocab: int) -> Any:
+    """The id config.json gives, else the published one, or the last row where that is too high.
+
+    Args:
+        config: config.json.
+        key: such as "mask_token_id"; null counts as absent.
+        published: id in the published tokenizer.
+        vocab: rows of the embedding.
+    """
+    if config.get(key) is not None:
+        return config[key]
+    return published if published < vocab else vocab - 1
 
 
 def rotary_base(config: dict[str, Any], default: float) -> float:

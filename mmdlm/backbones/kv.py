@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ class KV:
         heads: key/value heads.
         length: canvas length L.
         head_dim: width of a head.
-        device: where the buffers live.
+        device: where the buffers live; one per layer where the model is split over devices.
         dtype: type of the buffers.
     """
 
@@ -33,14 +35,15 @@ class KV:
         length: int,
         head_dim: int,
         *,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | Sequence[torch.device] = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        shape = (layers, batch, heads, length, head_dim)
+        shape = (batch, heads, length, head_dim)
+        places = [device] * layers if isinstance(device, str | torch.device) else device
         # Zeros, not empty: a row that was never written may be attended under a mask, and
         # 0 x NaN would poison the sum.
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.keys = [torch.zeros(shape, device=place, dtype=dtype) for place in places]
+        self.values = [torch.zeros(shape, device=place, dtype=dtype) for place in places]
         self.length = length
         self.end = length
         """Rows [0, end) are attended; the loop lowers it while later rows are not yet valid."""
@@ -57,13 +60,18 @@ class KV:
             two views [B heads end head_dim] of the buffers.
         """
         if isinstance(rows, slice):
-            self.keys[layer][:, :, rows] = keys.to(self.keys.dtype)
-            self.values[layer][:, :, rows] = values.to(self.values.dtype)
+            self.keys[layer][:, :, rows] = keys.to(self.keys[layer].dtype)
+            self.values[layer][:, :, rows] = values.to(self.values[layer].dtype)
         else:
             at = rows[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-            self.keys[layer].scatter_(2, at, keys.to(self.keys.dtype))
-            self.values[layer].scatter_(2, at, values.to(self.values.dtype))
+            self.keys[layer].scatter_(2, at, keys.to(self.keys[layer].dtype))
+            self.values[layer].scatter_(2, at, values.to(self.values[layer].dtype))
         return self.keys[layer][:, :, : self.end], self.values[layer][:, :, : self.end]
+
+    def keep(self, rows: Tensor) -> None:
+        """Shrinks the batch to some of its rows, int64 [n]."""
+        self.keys = [keys[rows.to(keys.device)] for keys in self.keys]
+        self.values = [values[rows.to(values.device)] for values in self.values]
 
 
 def take(x: Tensor, rows: Rows | None) -> Tensor:

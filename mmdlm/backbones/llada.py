@@ -39,6 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "layer_norm_type": "default",
     "layer_norm_with_affine": True,
     "mask_token_id": 50256,
+    "max_sequence_length": 1024,
     "mlp_hidden_size": None,
     "mlp_ratio": 4,
     "multi_query_attention": None,
@@ -146,6 +147,7 @@ class LLaDA(Family):
             pad_id=c["pad_token_id"],
             stop_ids=stops,
             template="llada",
+            context=c["max_sequence_length"],
         )
 
     @classmethod
@@ -179,6 +181,7 @@ class LLaDA(Family):
             "include_qkv_bias": t.qkv_bias,
             "input_emb_norm": t.embed_scale != 1.0,
             "mask_token_id": spec.mask_id,
+            "max_sequence_length": spec.reach,
             "mlp_hidden_size": t.inner,
             "n_heads": t.heads,
             "n_kv_heads": t.keys_heads,

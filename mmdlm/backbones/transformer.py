@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmdlm.backbones.kv import KV, Rows, take
+from mmdlm.backbones.moe import MLP, MoE, MoEConfig
+
+# A score this much lower has weight zero in every type, whatever the other scores are.
+BLOCKED = -1e4
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,15 @@ class TransformerConfig:
         rotary: fraction of each head that is rotated.
         rotary_float32: rotate in float32 (LLaDA) instead of in the activations' type (Qwen-like).
         qkv_bias: biases on queries, keys and values.
+        o_bias: a bias on the attention's output.
         bias: biases on every other linear layer, head included.
         norm_bias: biases on the norms.
         qk_norm: no norm of queries and keys, one per head, or one over all heads together.
+        clip: bound on the size of queries, keys and values, before they are rotated; None for none.
         tied: the head is the embedding.
         embed_scale: factor on the embeddings.
         logit_scale: factor on the logits.
+        moe: experts instead of the MLP; None for a dense model.
     """
 
     width: int
@@ -59,18 +66,23 @@ class TransformerConfig:
     rotary: float = 1.0
     rotary_float32: bool = False
     qkv_bias: bool = False
+    o_bias: bool = False
     bias: bool = False
     norm_bias: bool = False
     qk_norm: Literal["none", "head", "whole"] = "none"
+    clip: float | None = None
     tied: bool = False
     embed_scale: float = 1.0
     logit_scale: float = 1.0
+    moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
         if self.heads % self.keys_heads:
             raise ValueError(f"{self.heads} query heads cannot share {self.keys_heads} key heads")
         if self.head_dim is None and self.width % self.heads:
             raise ValueError(f"width {self.width} is no multiple of {self.heads} heads")
+        if self.inner < 1 and not all(map(self.is_sparse, range(self.layers))):
+            raise ValueError(f"inner is {self.inner}, expected the width inside the MLP")
 
     @property
     def keys_heads(self) -> int:
@@ -81,6 +93,10 @@ class TransformerConfig:
     def head_width(self) -> int:
         """Width of one head in use."""
         return self.head_dim or self.width // self.heads
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return self.moe is not None and layer not in self.moe.dense
 
 
 class RMSNorm(nn.Module):
@@ -139,7 +155,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: int) -> 
         q: [B H R hd].
         k: [B KV M hd].
         v: [B KV M hd].
-        mask: bool [B 1 R M], True = attend; None for all.
+        mask: bool [B 1 R M], True = attend, or floating, added to the scores; None for all.
         group: H / KV.
     """
     half = q.dtype == torch.bfloat16 and q.device.type == "cpu"
@@ -149,8 +165,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: int) -> 
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    if mask is not None:
+    if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
     return scores.softmax(-1) @ v
 
 
@@ -162,11 +180,12 @@ class Attention(nn.Module):
         self.heads, self.kv_heads = config.heads, config.keys_heads
         self.head_dim = config.head_width
         self.float32 = config.rotary_float32
+        self.clip = config.clip
         self.q_size, self.kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.qkv = nn.Linear(
             config.width, self.q_size + 2 * self.kv_size, bias=config.qkv_bias or config.bias
         )
-        self.o = nn.Linear(self.q_size, config.width, bias=config.bias)
+        self.o = nn.Linear(self.q_size, config.width, bias=config.o_bias or config.bias)
         self.per_head = config.qk_norm == "head"
         self.q_norm = self.k_norm = None
         if config.qk_norm != "none":
@@ -177,10 +196,11 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, read: Rows | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of the read rows, keys and values of all: [B H R hd], [B KV M hd] twice."""
-        if read is None:
+        weight, bias = self.qkv.weight, self.qkv.bias
+        if read is None or type(weight) is not nn.Parameter:  # rounded weights cannot be cut
             q, k, v = self.qkv(x).split([self.q_size, self.kv_size, self.kv_size], -1)
+            q = take(q, read)
         else:
-            weight, bias = self.qkv.weight, self.qkv.bias
             cut = self.q_size
             q = F.linear(take(x, read), weight[:cut], None if bias is None else bias[:cut])
             k, v = F.linear(x, weight[cut:], None if bias is None else bias[cut:]).chunk(2, -1)
@@ -191,6 +211,8 @@ class Attention(nn.Module):
         v = rearrange(v, "b m (h c) -> b h m c", c=self.head_dim)
         if self.q_norm is not None and self.per_head:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.clip is not None:
+            q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
         return q, k, v
 
     def forward(
@@ -213,29 +235,17 @@ class Attention(nn.Module):
         return self.o(rearrange(y, "b h m c -> b m (h c)"))
 
 
-class MLP(nn.Module):
-    """SwiGLU with gate and up projections fused: down(silu(gate x) * up x)."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.gate_up = nn.Linear(config.width, 2 * config.inner, bias=config.bias)
-        self.down = nn.Linear(config.inner, config.width, bias=config.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[... D] -> [... D]."""
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
-
-
 class Block(nn.Module):
-    """Pre-norm attention and MLP with residuals."""
+    """Pre-norm attention and MLP, or experts, with residuals."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(config.width, config.eps, config.norm_bias)
         self.attn = Attention(config)
         self.mlp_norm = RMSNorm(config.width, config.eps, config.norm_bias)
-        self.mlp = MLP(config)
+        sparse = config.is_sparse(layer)
+        self.mlp = None if sparse else MLP(config.width, config.inner, config.bias)
+        self.moe = MoE(config.width, config.moe) if sparse else None
 
     def forward(
         self,
@@ -247,7 +257,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """[B R D]: all rows go in as keys, only the read ones come out."""
         y = take(x, read) + self.attn(self.attn_norm(x), rotary, mask, cache, read)
-        return y + self.mlp(self.mlp_norm(y))
+        feed_forward = self.mlp if self.moe is None else self.moe
+        return y + feed_forward(self.mlp_norm(y))
 
 
 class Transformer(nn.Module):
@@ -262,7 +273,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab, config.width)
         self.rotary = Rotary(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
         self.norm = RMSNorm(config.width, config.eps, config.norm_bias)
         self.out = None if config.tied else nn.Linear(config.width, config.vocab, bias=config.bias)
         self.checkpointing = False
@@ -275,7 +286,7 @@ class Transformer(nn.Module):
             elif "norm" in name:
                 nn.init.ones_(weight)
             else:
-                residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
+                residual = name.endswith(("attn.o.weight", ".down.weight"))
                 std = 0.02 / math.sqrt(2 * self.config.layers) if residual else 0.02
                 nn.init.normal_(weight, std=std, generator=generator)
 
@@ -299,8 +310,9 @@ class Transformer(nn.Module):
             x: [B M D] embeddings of the rows to compute.
             positions: [B M] rotary positions of these rows.
             kv: buffers that hold the rows not in x; None when x is the whole sequence.
-            mask: bool, True = attend: [B M keys], or None for full attention; the keys are the rows
-                of x, or the first `kv.end` rows of the canvas.
+            mask: bool, True = attend, or floating, added to the scores: [B M keys], or None for
+                full attention; the keys are the rows of x, or the first `kv.end` rows of the
+                canvas. Rows that may attend to nothing attend to everything.
             rows: the M canvas rows of x inside `kv`; None: all of them.
             read: the rows of x (counted within x) whose states are wanted; the last block
                 computes nothing else for the others but keys and values.
@@ -308,9 +320,13 @@ class Transformer(nn.Module):
             [B R D], R = M when `read` is None.
         """
         cos_sin = self.rotary(positions)
-        mask = finite(mask)
+        mask = finite(mask, x.dtype)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
+            home = block.attn_norm.weight.device
+            if x.device != home:  # the model is split over devices
+                moving = (x, cos_sin, mask, rows, read)
+                x, cos_sin, mask, rows, read = moved(moving, home)
             only = read if i == last else None
             here = mask if only is None or mask is None else take(mask, only)
             rotary = (tuple(take_rows(t, only) for t in cos_sin), cos_sin)
@@ -320,7 +336,7 @@ class Transformer(nn.Module):
                 x = checkpoint(block, *args, use_reentrant=False)
             else:
                 x = block(*args)
-        return self.norm(x)
+        return self.norm(x).to(self.embed.weight.device)
 
     def head(self, hidden: Tensor, columns: slice | None = None) -> Tensor:
         """Logits [... V] of hidden states, or of a range of token ids only.
@@ -346,9 +362,16 @@ class Transformer(nn.Module):
             c.keys_heads,
             length,
             c.head_width,
-            device=weight.device,
+            device=[block.attn_norm.weight.device for block in self.blocks],
             dtype=weight.dtype,
         )
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """The tensors of nested tuples on another device; everything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(moved(each, device) for each in value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def take_rows(x: Tensor, rows: Rows | None) -> Tensor:
@@ -356,10 +379,19 @@ def take_rows(x: Tensor, rows: Rows | None) -> Tensor:
     return x if rows is None else take(x[:, 0], rows)[:, None]
 
 
-def finite(mask: Tensor | None) -> Tensor | None:
+def finite(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The mask with rows that may attend to nothing opened to all keys.
 
     Such rows (padding) are never read, but an empty softmax would make them NaN and a NaN value
     survives a multiplication with weight zero.
+
+    Args:
+        mask: bool or floating [B M keys], see `Transformer.forward`.
+        dtype: type of a floating mask's result; attention takes that of its queries only.
     """
-    return None if mask is None else mask | ~mask.any(-1, keepdim=True)
+    if mask is None or mask.dtype == torch.bool:
+        return None if mask is None else mask | ~mask.any(-1, keepdim=True)
+    # "Blocked" is written as minus infinity or as the least number of some type, which the cast to
+    # a narrower one, or autocast, makes minus infinity.
+    empty = (mask <= BLOCKED).all(-1, keepdim=True)
+    return mask.masked_fill(empty, 0.0).to(dtype)

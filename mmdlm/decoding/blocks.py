@@ -38,16 +38,15 @@ class Blocks(Strategy):
             return Window(state.length, state.length)
         spec = state.model.spec
         if self.size is None and spec.attention == "block_causal":
-            return self._turn(state)
+            state.turn_size = spec.block_size
+            return next_turn(state)
         size = self.size or spec.block_size or state.length - state.prompt
         start = state.prompt + (int(left[0]) - state.prompt) // size * size
         return Window(start, min(start + size, state.length))
 
-    def _turn(self, state: DecodeState) -> Window:
-        """The columns of the first unfinished block of the model's own."""
-        if "turns" not in state.memory:
-            state.memory["turns"] = state.turns.cpu()
-        turns = state.memory["turns"]
-        turn = int(turns[state.left[:, state.prompt :]].min())
-        at = (turns == turn).any(0).nonzero() + state.prompt
-        return Window(int(at[0]), int(at[-1]) + 1, turn)
+
+def next_turn(state: DecodeState) -> Window:
+    """The first turn that holds a mask in any row; the columns are those it has in all rows."""
+    turn = int(state.turns[state.left].min())
+    at = (state.turns[:, state.prompt :] == turn).any(0).nonzero() + state.prompt
+    return Window(int(at[0]), int(at[-1]) + 1, turn)

@@ -28,8 +28,9 @@ class History:
     """When and how surely each answer position was committed.
 
     Args:
-        step: [B G] int64, 0-based step whose logits filled the position (steps and forwards are the
-            same without guidance); -1 where none did: known beforehand, or ended.
+        step: [B G] int64, 0-based step whose logits filled the position (a step is one forward,
+            unless guidance or `Refresh.store` adds to it); -1 where none did: known beforehand, or
+            ended.
         confidence: [B G] float32 probability of the token at that step, 0 where none did.
     """
 
@@ -83,7 +84,8 @@ def decode(
         canvas: [B G] int64 answer of which only the masks are filled in; None: all masks.
     Raises:
         ValueError: two strategies decide the same one-owner hook, the length is not positive, the
-            prompt is empty, or nothing could be written because the model gave NaN.
+            prompt is empty, both are longer than the context of the model, or nothing could be
+            written because the model gave NaN.
     """
     owners = assign(given := preset.strategies(strategies))
     state = start(model, prompt, length, mask, generator, columns, canvas)
@@ -159,6 +161,8 @@ def start(
         answer = canvas.to(order)
     kind = torch.full_like(order, ANSWER)
     last = (prompt.positions * prompt.mask).amax(1, keepdim=True)
+    if spec.context is not None:
+        spec.fits(int(last.max()) + 1 + length)
     positions = last + 1 + order
     level = levels(kind, positions, order, spec.attention, spec.block_size)
     sequence = replace(
@@ -190,11 +194,12 @@ def _open(state: DecodeState, owners: Owners) -> bool:
     window = owners["plan"][0].plan(state)
     if window.start >= window.stop:
         return False
-    if window != state.window:
+    before, state.window = state.window, window
+    # The columns of a turn are fewer once rows have left, but it is the same turn.
+    if window != before if window.turn is None else window.turn != before.turn:
         if state.step:
             state.block += 1
         state.block_step = 0
-        state.window = window
         state.block_masks = state.opened(window.start, window.stop).sum(1)
     return True
 

@@ -26,14 +26,23 @@ class Exact(Strategy):
         levels = column_levels(state)
         if levels is None:
             return Refresh(0, state.length, cached=False)
-        highest, lowest = levels
-        start, stop, _ = state.window
-        shift = state.model.spec.shift
-        top = highest[start:stop].max()
-        end = int((lowest <= top).nonzero()[-1]) + 1
-        if shift and top > highest[stop - 2]:
-            end = stop - 1  # the row before the window's last token scores it, and sees no further
-        return Refresh(min(renewed(state), start - shift), end, cached=True, attend=end)
+        end = scored_from(state, levels)
+        start = min(renewed(state), state.window.start - state.model.spec.shift)
+        return Refresh(start, end, cached=True, attend=end)
+
+
+def scored_from(state: DecodeState, levels: tuple[Tensor, Tensor]) -> int:
+    """End of the rows that the window's scores depend on.
+
+    Args:
+        state: the run.
+        levels: see `column_levels`.
+    """
+    highest, lowest = levels
+    start, stop, _ = state.window
+    shift = state.model.spec.shift
+    top = highest[start - shift : stop - shift].max()  # of the rows whose logits are read
+    return int((lowest <= top).nonzero()[-1]) + 1
 
 
 def column_levels(state: DecodeState) -> tuple[Tensor, Tensor] | None:

@@ -31,7 +31,16 @@ def full_pass(state: DecodeState) -> Refresh | None:
 
     In a shifted family the row before the block scores its first position. That row is not among
     those recomputed within the block, so the full pass fills this position and nothing else.
+
+    Raises:
+        ValueError: the blocks are the model's own, which begin at other columns in every row.
     """
+    if state.window.turn is not None:
+        raise ValueError(
+            "PrefixCache and DualCache renew the same columns in all rows, but this model's own "
+            "blocks begin elsewhere in each; leave the cache out (the default keeps all that is "
+            "final), take SubBlockCache, or give Blocks a size"
+        )
     shift, start = state.model.spec.shift, state.window.start
     stuck = shift and bool(state.left[:, start].any())
     if state.block_step and not stuck:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmdlm.backbones.kv import KV
+from mmdlm.backbones.kv import KV, Rows, take
 from mmdlm.decoding.strategy import Refresh, Window
 from mmdlm.layout import MEDIA, Sequence
 from mmdlm.model import MultimodalDLM
@@ -49,6 +49,12 @@ class DecodeState:
     left: Tensor = field(init=False)
     """[B L] bool, `masked` on the CPU as of the latest write: the one look at the device a step
     needs, so hooks that decide on the host use this."""
+    turns: Tensor = field(init=False)
+    """[B L] int64 on the CPU, when each position is opened by a plan in which every row has blocks
+    of its own: 0 first; negative for earlier text and padding. The model's own blocks, counted from
+    the one that holds the first canvas position, unless the plan says otherwise."""
+    turn_size: int = 0
+    """Positions of a whole turn, from the plan that opens turns."""
     nfe: int = 0
     """Forwards of the backbone so far, cache refreshes and guidance included."""
     step: int = 0
@@ -97,6 +103,9 @@ class DecodeState:
             )
         self.commit_step = torch.full(answer, -1, device=self.tokens.device)
         self.commit_confidence = torch.zeros(answer, device=self.tokens.device)
+        level, real = self.sequence.level.cpu(), self.sequence.mask.cpu()
+        first = level[:, self.prompt : self.prompt + 1]
+        self.turns = (level - first).masked_fill(~real, -1)
         self.look()
 
     @property
@@ -125,33 +134,31 @@ class DecodeState:
         """Copies which positions are masked to the host."""
         self.left = self.masked.cpu()
 
-    @property
-    def turns(self) -> Tensor:
-        """[B G] int64, which of the model's own blocks of its answer a position is in."""
-        level = self.sequence.level[:, self.prompt :]
-        return level - level[:, :1]
-
     def opened(self, start: int, stop: int) -> Tensor:
         """[B stop-start] bool, canvas positions that are masked and inside the window."""
         is_open = self.masked[:, start:stop]
         is_open[:, : max(0, self.window.start - start)] = False
         is_open[:, max(0, self.window.stop - start) :] = False
         if self.window.turn is not None:
-            is_open &= self.turns[:, start - self.prompt : stop - self.prompt] == self.window.turn
+            is_open &= (self.turns[:, start:stop] == self.window.turn).to(is_open.device)
         return is_open
 
     def focus(self, read: Window) -> None:
         """Sets the positions this step scores, and which of them may commit."""
         self.read, self.open = read, self.opened(read.start, read.stop)
 
+    @property
+    def size(self) -> int:
+        """Positions of a window like this one in a row that holds all of it."""
+        start, stop, turn = self.window
+        return stop - start if turn is None else self.turn_size
+
     def share(self, steps: int) -> int:
         """This window's part of steps that are given for the whole answer, at least one."""
-        start, stop, turn = self.window
-        size = stop - start if turn is None else self.model.spec.block_size
-        return max(1, round(steps * size / (self.length - self.prompt)))
+        return max(1, round(steps * self.size / (self.length - self.prompt)))
 
     def forward(self, tokens: Tensor | None = None, cache: str = "canvas") -> Tensor:
-        """Logits [B R V] of the read positions; counts one forward.
+        """Logits [B R V] of the read positions; counts one forward, or two with rows to store.
 
         Args:
             tokens: [B L] another filling of the canvas (guidance); None for the canvas itself.
@@ -164,15 +171,20 @@ class DecodeState:
             if cache not in self.caches:
                 self.caches[cache] = self.model.backbone.cache(len(self.tokens), self.length)
             kv = self.caches[cache]
+        if rows.store is not None:
+            start, stop, _ = rows.store
+            one = start + self.model.spec.shift  # not none: kernels may refuse empty queries
+            kv.end = stop
+            self._run(sequence, slice(start, stop), slice(one, one + 1), kv)
+        if kv is not None:
             kv.end = rows.attend or self.length
+            if rows.renew is not None:
+                kv = Held(kv, rows.renew.to(self.tokens.device))
+        return self._run(sequence, slice(rows.start, rows.stop), slice(*self.read[:2]), kv)
+
+    def _run(self, sequence: Sequence, rows: slice, read: slice, kv: KV | None) -> Tensor:
         self.nfe += 1
-        return self.model.run(
-            sequence,
-            slice(rows.start, rows.stop),
-            slice(self.read.start, self.read.stop),
-            kv,
-            self.columns,
-        )
+        return self.model.run(sequence, rows, read, kv, self.columns)
 
     def uniform(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Random numbers [B R *size] in [0, 1), 0.5 at positions that are not open.
@@ -197,11 +209,11 @@ class DecodeState:
             rows: [n] int64 on the CPU, ascending: the rows that stay.
         """
         self.rows = [self.rows[i] for i in rows.tolist()]
-        self.left = self.left[rows]
+        self.left, self.turns = self.left[rows], self.turns[rows]
         at = rows.to(self.tokens.device)
         self.sequence = chosen(self.sequence, at)
         for kv in self.caches.values():
-            kv.keys, kv.values = kv.keys[:, at], kv.values[:, at]
+            kv.keep(at)
         for name, value in self.memory.items():
             if isinstance(value, Tensor):
                 self.memory[name] = value[rows.to(value.device)]
@@ -211,6 +223,26 @@ class DecodeState:
         ):
             value = getattr(self, name)
             setattr(self, name, value[at] if len(value) else value)
+
+
+class Held(KV):
+    """Buffers of which a forward rewrites some rows only, others in every row of the batch.
+
+    Args:
+        kv: the buffers, shared, not copied.
+        renew: [B L] bool, which rows take their new keys and values.
+    """
+
+    def __init__(self, kv: KV, renew: Tensor) -> None:
+        self.keys, self.values, self.length, self.end = kv.keys, kv.values, kv.length, kv.end
+        self.renew = renew
+
+    def write(self, layer: int, keys: Tensor, values: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """See `KV.write`; a row that is not renewed is attended as it was."""
+        new = take(self.renew.to(keys.device), rows)[:, None, :, None]  # [B 1 M 1]
+        keys = torch.where(new, keys, self.keys[layer][:, :, rows])
+        values = torch.where(new, values, self.values[layer][:, :, rows])
+        return super().write(layer, keys, values, rows)
 
 
 def chosen(sequence: Sequence, rows: Tensor) -> Sequence:

@@ -17,8 +17,8 @@ class Window(NamedTuple):
     Args:
         start: first position.
         stop: position after the last.
-        turn: only the n-th block of each row, from 0, counted by the model's own blocks; for blocks
-            that start at different canvas positions in different rows. None: no such limit.
+        turn: only the positions of this number in `DecodeState.turns`; for blocks that start at
+            different canvas positions in different rows. None: no such limit.
     """
 
     start: int
@@ -38,6 +38,10 @@ class Refresh(NamedTuple):
             the whole canvas.
         fill: positions that commit in this step whatever `select` would say, the only ones scored;
             for positions that later steps of the block cannot score. None: `select` decides.
+        store: rows that a forward of its own computes before, for nothing but their keys and
+            values, which `cached` keeps; None: there is no such forward.
+        renew: [B L] bool on the CPU, the computed rows whose new keys and values are kept, the
+            others keep the old ones; for batches whose rows renew different positions. None: all.
     """
 
     start: int
@@ -45,6 +49,8 @@ class Refresh(NamedTuple):
     cached: bool
     attend: int | None = None
     fill: Window | None = None
+    store: Window | None = None
+    renew: Tensor | None = None
 
 
 @dataclass(frozen=True)

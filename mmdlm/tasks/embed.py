@@ -76,10 +76,11 @@ def embed(
 def _vectors(model: MultimodalDLM, requests: list[Request], encoded: Encoded, first: int) -> Tensor:
     """[B D] float32 vectors of a batch that begins with item `first` of the call."""
     taken = encoded.take(requests, range(first, first + len(requests)))
-    rows = [
-        Row((*parts, model.prompt(text) if isinstance(text := request.prompt, str) else text))
-        for request, parts in zip(requests, taken.parts, strict=True)
+    texts = [  # a vector of the text alone, not of a chat around it
+        model.prompt(r.prompt, chat=False) if isinstance(r.prompt, str) else r.prompt
+        for r in requests
     ]
+    rows = [Row((*parts, text)) for parts, text in zip(taken.parts, texts, strict=True)]
     sequence = model.arrange(rows)
     hidden = model.hidden(sequence).float() * sequence.mask[..., None]  # [B L D]
     return torch.nn.functional.normalize(hidden.sum(1), dim=1).cpu()

@@ -182,15 +182,61 @@ def test_dream_config_that_it_cannot_say_is_refused(golden: Path) -> None:
         Dream.write(spec)
 
 
-def test_dream_is_told_from_later_models_of_that_name() -> None:
-    qwen2 = {"model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.bias"}
-    qwen3 = {"model.embed_tokens.weight", "model.layers.0.self_attn.q_norm.weight"}
-    assert Dream.matches({"architectures": ["DreamModel"], "model_type": "Dream"}, qwen2)
-    assert Dream.matches({"model_type": "Dream"}, qwen2)
-    later = {"architectures": ["DreamForCausalLM"], "model_type": "Dream"}
-    assert Dream.matches(later, qwen2)
-    assert not Dream.matches(later, qwen3)
-    assert not Dream.matches(later | {"block_size": 32}, qwen2)
-    assert not Dream.matches({"architectures": ["Qwen2ForCausalLM"]}, qwen2)
-    assert not Dream.matches({"architectures": ["LLaDAModelLM"], "model_type": "llada"}, qwen2)
-    assert not Dream.matches({}, qwen2)
+QWEN2_NAMES = {"model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.bias"}
+QWEN3_NAMES = {"model.embed_tokens.weight", "model.layers.0.self_attn.q_norm.weight"}
+LATER = SMALL | {"architectures": ["DreamForCausalLM"]}
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "later"),
+    [
+        (SMALL, QWEN2_NAMES, False),
+        (LATER, QWEN2_NAMES, False),
+        (LATER | {"block_size": 32}, QWEN2_NAMES, False),
+        (LATER, set(), False),
+        (LATER, QWEN3_NAMES, True),
+        (SMALL, QWEN3_NAMES, True),
+        (LATER | {"block_size": 32}, set(), True),
+    ],
+)
+def test_dream_tensors_and_blocks_tell_the_successor(
+    config: dict[str, Any], names: set[str], later: bool
+) -> None:
+    spec = Dream.read(config, names)
+    t = spec.transformer
+    assert (t.qk_norm, t.qkv_bias, spec.shift) == (
+        ("head", False, False) if later else ("none", True, True)
+    )
+    assert (spec.attention, spec.block_size, spec.template) == (
+        ("block_causal", 32, "chatml") if later else ("full", None, "chatml_system")
+    )
+
+
+def test_dream_successor_absent_keys_have_the_defaults_of_the_class() -> None:
+    spec = Dream.read({"block_size": 32}, set())
+    t = spec.transformer
+    assert (t.width, t.heads, t.keys_heads, t.head_width, t.theta) == (4096, 32, 32, 128, 1e4)
+    assert (spec.mask_id, spec.eos_id, spec.pad_id) == (151669, 151643, 151643)
+    assert spec.stop_ids == (151645,)
+    small = Dream.read(LATER | {"head_dim": None, "block_size": None}, QWEN3_NAMES)
+    assert (small.transformer.head_width, small.block_size) == (4, 32)
+
+
+@pytest.mark.parametrize(
+    "variant", [{}, {"head_dim": 8, "attention_bias": True}, {"tie_word_embeddings": True}]
+)
+def test_dream_successor_written_config_reads_back(variant: dict[str, Any]) -> None:
+    spec = Dream.read(LATER | {"block_size": 16} | variant, QWEN3_NAMES)
+    config = json.loads(json.dumps(Dream.write(spec)))
+    assert config["architectures"] == ["DreamForCausalLM"]
+    assert Dream.read(config, set()) == spec
+
+
+def test_dream_is_told_from_other_families() -> None:
+    assert Dream.matches({"architectures": ["DreamModel"], "model_type": "Dream"}, QWEN2_NAMES)
+    assert Dream.matches({"model_type": "Dream"}, QWEN2_NAMES)
+    for names in (QWEN2_NAMES, QWEN3_NAMES):
+        assert Dream.matches(LATER, names)
+    assert not Dream.matches({"architectures": ["Qwen2ForCausalLM"]}, QWEN2_NAMES)
+    assert not Dream.matches({"architectures": ["LLaDAModelLM"], "model_type": "llada"}, set())
+    assert not Dream.matches({}, QWEN2_NAMES)

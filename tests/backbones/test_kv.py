@@ -25,9 +25,10 @@ def test_kv_write_by_slice_equals_write_by_index() -> None:
     by_slice, by_index = (KV(2, 2, 3, 6, 5) for _ in range(2))
     by_slice.write(1, keys, values, slice(3, 5))
     by_index.write(1, keys, values, torch.tensor([[3, 4], [3, 4]]))
-    assert torch.equal(by_slice.keys, by_index.keys)
-    assert torch.equal(by_slice.values, by_index.values)
-    assert torch.equal(by_slice.keys[1, :, :, 3:5], keys)
+    for layer in range(2):
+        assert torch.equal(by_slice.keys[layer], by_index.keys[layer])
+        assert torch.equal(by_slice.values[layer], by_index.values[layer])
+    assert torch.equal(by_slice.keys[1][:, :, 3:5], keys)
     assert by_slice.keys[0].abs().sum() == 0
 
 
@@ -35,7 +36,7 @@ def test_kv_write_by_index_takes_other_rows_per_batch_row() -> None:
     kv = KV(1, 2, 1, 4, 1)
     keys = torch.tensor([[1.0, 2.0], [3.0, 4.0]])[:, None, :, None]
     kv.write(0, keys, keys, torch.tensor([[0, 2], [3, 1]]))
-    assert kv.keys[0, :, 0, :, 0].tolist() == [[1, 0, 2, 0], [0, 4, 0, 3]]
+    assert kv.keys[0][:, 0, :, 0].tolist() == [[1, 0, 2, 0], [0, 4, 0, 3]]
 
 
 def test_kv_hands_out_rows_before_its_end_only() -> None:
@@ -43,7 +44,22 @@ def test_kv_hands_out_rows_before_its_end_only() -> None:
     kv.end = 4
     keys, values = kv.write(0, torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), slice(2, 4))
     assert keys.shape == values.shape == (1, 1, 4, 2)
-    assert keys.untyped_storage().data_ptr() == kv.keys.untyped_storage().data_ptr()
+    assert keys.untyped_storage().data_ptr() == kv.keys[0].untyped_storage().data_ptr()
+
+
+def test_kv_shrinks_to_some_rows_of_the_batch() -> None:
+    kv = KV(2, 3, 1, 4, 1)
+    keys = torch.arange(12.0).view(3, 1, 4, 1)
+    kv.write(1, keys, -keys, slice(None))
+    kv.keep(torch.tensor([0, 2]))
+    assert [k.shape[0] for k in (*kv.keys, *kv.values)] == [2] * 4
+    assert torch.equal(kv.keys[1], keys[[0, 2]])
+    assert torch.equal(kv.values[1], -keys[[0, 2]])
+
+
+def test_kv_has_each_layer_where_it_is_told() -> None:
+    kv = KV(2, 1, 1, 4, 1, device=[torch.device("cpu"), torch.device("meta")])
+    assert [k.device.type for k in kv.keys] == [v.device.type for v in kv.values] == ["cpu", "meta"]
 
 
 def test_kv_of_another_type_is_cast_on_write() -> None:
@@ -87,11 +103,12 @@ def test_rows_outside_the_written_ones_stay_stale(backbone: Transformer) -> None
     other = torch.randn(2, 8, 16)
     kv = backbone.cache(2, 8)
     backbone(x, positions, kv)
-    before = kv.keys.clone()
+    before = torch.stack(kv.keys)
     backbone(other[:, 3:6], positions[:, 3:6], kv, rows=slice(3, 6))
-    assert torch.equal(kv.keys[:, :, :, :3], before[:, :, :, :3])
-    assert torch.equal(kv.keys[:, :, :, 6:], before[:, :, :, 6:])
-    assert not torch.equal(kv.keys[:, :, :, 3:6], before[:, :, :, 3:6])
+    after = torch.stack(kv.keys)
+    assert torch.equal(after[:, :, :, :3], before[:, :, :, :3])
+    assert torch.equal(after[:, :, :, 6:], before[:, :, :, 6:])
+    assert not torch.equal(after[:, :, :, 3:6], before[:, :, :, 3:6])
 
 
 @torch.inference_mode()

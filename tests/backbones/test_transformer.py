@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmdlm.backbones.moe import MoEConfig
 from mmdlm.backbones.transformer import Transformer, TransformerConfig
 
 TINY = TransformerConfig(vocab=13, width=16, layers=2, heads=4, inner=24, kv_heads=2)
+EXPERTS = MoEConfig(experts=4, top=2, inner=8, dense=(0,), shared=8, bias=True)
 SWITCHES = {
     "plain": {},
     "all heads": {"kv_heads": None},
@@ -17,7 +19,11 @@ SWITCHES = {
     "norm per head": {"qk_norm": "head"},
     "norm over heads": {"qk_norm": "whole"},
     "biases": {"qkv_bias": True, "bias": True, "norm_bias": True},
+    "bias of the output": {"o_bias": True},
+    "clipped": {"clip": 0.2},
     "tied and scaled": {"tied": True, "embed_scale": 4.0, "logit_scale": 0.25},
+    "experts": {"moe": EXPERTS},
+    "experts in every layer": {"moe": replace(EXPERTS, dense=(), shared=0), "inner": 0},
 }
 
 
@@ -112,6 +118,66 @@ def test_query_that_sees_nothing_stays_finite_and_harms_nobody() -> None:
     torch.testing.assert_close(out[0, 2:], backbone(x[:1, 2:], positions[:1, 2:])[0])
 
 
+def random_mask(seed: int = 4) -> Tensor:
+    """[2 7 7] bool in which every query sees itself at least."""
+    seen = torch.rand(2, 7, 7, generator=torch.Generator().manual_seed(seed)) < 0.6
+    return seen | torch.eye(7, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("read", [None, slice(2, 4), torch.tensor([[0, 3], [5, 1]])])
+@pytest.mark.parametrize("blocked", [-torch.inf, torch.finfo(torch.float32).min, -1e4])
+@torch.inference_mode()
+def test_additive_mask_equals_the_bool_one(blocked: float, read: slice | Tensor | None) -> None:
+    backbone, seen = build(), random_mask()
+    x, positions = inputs()
+    mask = torch.zeros(2, 7, 7).masked_fill(~seen, blocked)
+    expected = backbone(x, positions, mask=seen, read=read)
+    torch.testing.assert_close(backbone(x, positions, mask=mask, read=read), expected)
+
+
+@torch.inference_mode()
+def test_additive_mask_weighs_keys() -> None:
+    backbone = build()
+    x, positions = inputs()
+    # A key twice is a key whose score is higher by log 2.
+    twice = torch.cat([x, x[:, 3:4]], 1), torch.cat([positions, positions[:, 3:4]], 1)
+    mask = torch.zeros(2, 7, 7)
+    mask[:, :, 3] = torch.log(torch.tensor(2.0))
+    torch.testing.assert_close(backbone(x, positions, mask=mask), backbone(*twice)[:, :7])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("blocked", [-torch.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("grad", [False, True])
+def test_query_blocked_by_an_additive_mask_stays_finite_and_harms_nobody(
+    blocked: float, dtype: torch.dtype, grad: bool
+) -> None:
+    backbone = build().to(dtype)
+    x, positions = inputs()
+    x = x.to(dtype)
+    mask = torch.zeros(2, 7, 7)
+    mask[0, :2] = blocked  # two queries without keys
+    mask[0, :, :2] = blocked
+    with torch.set_grad_enabled(grad):
+        out = backbone(x, positions, mask=mask)
+        alone = backbone(x[:1, 2:], positions[:1, 2:])[0]
+    assert out.dtype == dtype
+    assert out.isfinite().all()
+    near = {} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.0}
+    torch.testing.assert_close(out[0, 2:], alone, **near)
+
+
+@torch.inference_mode()
+def test_additive_mask_under_autocast_equals_the_bool_one() -> None:
+    backbone, seen = build(), random_mask()
+    seen[0, 0] = False
+    x, positions = inputs()
+    mask = torch.zeros(2, 7, 7).masked_fill(~seen, torch.finfo(torch.float32).min)
+    with torch.autocast("cpu", torch.bfloat16):
+        additive, plain = (backbone(x, positions, mask=m) for m in (mask, seen))
+    torch.testing.assert_close(additive, plain, atol=0.05, rtol=0)
+
+
 @torch.inference_mode()
 def test_shared_key_heads_equal_repeated_ones() -> None:
     shared, full = build(), build(kv_heads=4)
@@ -159,17 +225,52 @@ def test_scales_multiply_embeddings_and_logits() -> None:
     torch.testing.assert_close(scaled.head(hidden), 0.5 * plain.head(hidden))
 
 
+def test_bound_is_on_queries_keys_and_values() -> None:
+    backbone = build(clip=0.2)
+    attention, x = backbone.blocks[0].attn, 10 * inputs()[0]
+    for part in attention.project(x, None):
+        assert part.abs().max() == 0.2
+    x, positions = inputs()
+    torch.testing.assert_close(build(clip=1e3)(x, positions), build()(x, positions))
+
+
+def test_output_alone_has_a_bias() -> None:
+    names = set(build(o_bias=True).state_dict()) - set(build().state_dict())
+    assert names == {f"blocks.{i}.attn.o.bias" for i in range(2)}
+
+
+def test_layers_are_dense_or_have_experts() -> None:
+    first, second = build(moe=EXPERTS).blocks
+    assert {n.partition(".")[0] for n in first.state_dict()} == {
+        "attn",
+        "attn_norm",
+        "mlp",
+        "mlp_norm",
+    }
+    assert {n.removeprefix("moe.") for n in second.state_dict() if n.startswith("moe.")} == {
+        "router.weight",
+        "router.bias",
+        "experts.gate_up.weight",
+        "experts.down.weight",
+        "shared.gate_up.weight",
+        "shared.down.weight",
+    }
+    assert not any(name.startswith("mlp.") for name in second.state_dict())
+    assert list(second.moe.experts.gate_up.weight.shape) == [4, 16, 16]
+
+
 def test_tied_model_has_no_head_of_its_own() -> None:
     backbone = build(tied=True)
     assert backbone.out is None
     assert not any(name.startswith("out.") for name in backbone.state_dict())
 
 
-def test_checkpointing_gives_the_same_gradients() -> None:
+@pytest.mark.parametrize("name", ["plain", "experts"])
+def test_checkpointing_gives_the_same_gradients(name: str) -> None:
     x, positions = inputs()
     gradients = []
     for flag in (False, True):
-        backbone = build().train()
+        backbone = build(**SWITCHES[name]).train()
         backbone.checkpointing = flag
         backbone.head(backbone(x, positions, read=slice(2, 5))).square().sum().backward()
         gradients.append([p.grad for p in backbone.parameters() if p.grad is not None])
@@ -177,14 +278,25 @@ def test_checkpointing_gives_the_same_gradients() -> None:
         torch.testing.assert_close(plain, checked)
 
 
-def test_reset_is_repeatable_and_leaves_norms_at_one() -> None:
-    first, second = Transformer(TINY), Transformer(TINY)
+@pytest.mark.parametrize("name", ["plain", "experts"])
+def test_reset_is_repeatable_and_leaves_norms_at_one(name: str) -> None:
+    first, second = (Transformer(replace(TINY, **SWITCHES[name])) for _ in range(2))
     for backbone in (first, second):
         backbone.reset(torch.Generator().manual_seed(5))
     for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
         if "norm" in name:
             assert bool((a == 1).all())
+
+
+@pytest.mark.parametrize("name", ["plain", "experts"])
+def test_reset_scales_what_is_added_to_the_stream(name: str) -> None:
+    backbone = Transformer(replace(TINY, width=64, inner=64, **SWITCHES[name]))
+    backbone.reset(torch.Generator().manual_seed(5))
+    for key, weight in backbone.named_parameters():
+        if weight.ndim > 1:
+            expected = 0.01 if key.endswith(("attn.o.weight", ".down.weight")) else 0.02
+            assert abs(float(weight.detach().std()) - expected) < 0.15 * expected, key
 
 
 def test_long_context_factor_is_a_larger_base() -> None:
@@ -198,6 +310,8 @@ def test_long_context_factor_is_a_larger_base() -> None:
     [
         ({"kv_heads": 3}, "4 query heads cannot share 3"),
         ({"width": 18}, "width 18 is no multiple of 4 heads"),
+        ({"inner": 0}, "inner is 0, expected the width inside the MLP"),
+        ({"inner": 0, "moe": EXPERTS}, "inner is 0, expected the width inside the MLP"),
         ({"width": 18, "kv_heads": None}, "width 18 is no multiple of 4 heads"),
     ],
 )

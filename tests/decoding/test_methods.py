@@ -48,6 +48,7 @@ class Synthetic:
             shift=False,
             attention="full",
             block_size=None,
+            context=None,
             transformer=SimpleNamespace(vocab=vocab),
         )
 

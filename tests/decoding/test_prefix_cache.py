@@ -3,6 +3,7 @@ import torch
 
 from mmdlm.decoding.blocks import Blocks
 from mmdlm.decoding.decode import decode
+from mmdlm.decoding.dual_cache import DualCache
 from mmdlm.decoding.prefix_cache import PrefixCache
 from mmdlm.decoding.threshold import Threshold
 from mmdlm.decoding.top_k import TopK
@@ -60,3 +61,11 @@ def test_within_a_block_the_prefix_is_as_it_was_when_the_block_opened(
         want = model.backbone.head(tail[:, first:last])
         want[..., 2] = step.logits[..., 2]
         torch.testing.assert_close(step.logits, want)
+
+
+@pytest.mark.parametrize("cache", [PrefixCache(), DualCache()])
+def test_blocks_of_the_models_own_are_refused(cache, toy) -> None:
+    model = toy(attention="block_causal", block_size=4)
+    with pytest.raises(ValueError, match="begin elsewhere in each; leave the cache out"):
+        decode(model, PROMPT, 6, [cache])
+    assert decode(model, PROMPT, 6, [Blocks(3), cache]).nfe > 0

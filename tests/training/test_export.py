@@ -1,24 +1,32 @@
 """A trained checkpoint becomes a folder that says the same, or the first weights of a new run."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 import mmdlm
 from adapters.mlp import MLP
 from encoders.vit import ViT
 from mmdlm.backbones.family import Spec
 from mmdlm.backbones.transformer import TransformerConfig
+from mmdlm.checkpoint import save, save_published
 from mmdlm.data.scenes import CAPTION_LENGTH, CAPTION_PROMPT, Scenes
 from mmdlm.model import MultimodalDLM
+from mmdlm.shards import INDEX, SINGLE
+from mmdlm.text import Tokenizer
 from mmdlm.training.cli import run
 from mmdlm.training.export import blueprint, build, export
 from mmdlm.training.module import Module
 
 STEPS = [{"class_path": "mmdlm.decoding.top_k.TopK", "init_args": {"steps": 4}}]
+GOLDEN = Path(__file__).parent.parent / "golden" / "backbones"
+PUBLISHED = sorted(folder.name for folder in GOLDEN.iterdir())
 PRESET = {
     "caption": {"prompt": CAPTION_PROMPT, "length": CAPTION_LENGTH, "strategies": STEPS},
 }
@@ -177,3 +185,123 @@ def test_blueprint_is_plain_and_downloads_nothing():
     again = build(plan)
     assert again.encoders["image"].arguments["pretrained"] is False
     assert again.spec == model.spec
+
+
+# From folder to folder
+
+
+def stored(folder):
+    files = folder.glob("model*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def equal(first, second):
+    a, b = stored(first), stored(second)
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a
+    )
+
+
+def text_model(**spec):
+    config = TransformerConfig(vocab=32, width=16, layers=2, heads=2, inner=24)
+    model = MultimodalDLM(Spec("mmdlm", config, **{"mask_id": 2, "eos_id": 1, "pad_id": 0} | spec))
+    model.backbone.reset()
+    return model
+
+
+@pytest.mark.parametrize("shard_bytes", [5e9, 1e5])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_folder_written_again_is_bit_equal(name, shard_bytes, tmp_path):
+    model = export(GOLDEN / name, tmp_path, layout="published", shard_bytes=shard_bytes)
+    assert equal(GOLDEN / name, tmp_path)
+    assert (tmp_path / INDEX).exists() == (shard_bytes < 5e9)
+    assert mmdlm.load(tmp_path, device="cpu").spec == model.spec
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_our_layout_and_back_is_bit_equal(name, tmp_path):
+    first = export(GOLDEN / name, tmp_path / "own")
+    assert json.loads((tmp_path / "own" / "config.json").read_text())["format"]
+    assert (tmp_path / "own" / "README.md").exists()
+    second = export(tmp_path / "own", tmp_path / "back", layout="published")
+    assert equal(GOLDEN / name, tmp_path / "back")
+    assert first.spec == second.spec == mmdlm.load(tmp_path / "back", device="cpu").spec
+
+
+def test_stored_type_stays_unless_another_is_asked_for(tmp_path):
+    source = shutil.copytree(GOLDEN / "dream", tmp_path / "dream")
+    save_file({k: v.bfloat16() for k, v in stored(source).items()}, source / SINGLE)
+    export(source, tmp_path / "same", layout="published")
+    assert equal(source, tmp_path / "same")
+    export(source, tmp_path / "wide", layout="published", dtype="float32")
+    assert {v.dtype for v in stored(tmp_path / "wide").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("layout", ["own", "published"])
+def test_files_of_the_tokenizer_are_carried_along(layout, tmp_path):
+    source = shutil.copytree(GOLDEN / "llada", tmp_path / "llada")
+    Tokenizer.from_words(["a", "b"]).save(source)
+    files = {
+        "tokenizer_config.json": '{"model_max_length": 4096}',
+        "special_tokens_map.json": '{"pad_token": "<pad>"}',
+        "added_tokens.json": "{}",
+        "generation_config.json": '{"eos_token_id": 1}',
+        "vocab.json": '{"a": 0}',
+        "merges.txt": "#version: 0.2\n",
+        "chat_template.jinja": "{{ messages[0].content }}",
+        "README.md": "# Theirs\n",
+    }
+    for name, text in files.items():
+        (source / name).write_text(text)
+    files["tokenizer.json"] = (source / "tokenizer.json").read_text()
+    (source / "modeling_llada.py").write_text("raise SystemExit")
+    export(source, tmp_path / "out", layout=layout)
+    assert {name: (tmp_path / "out" / name).read_text() for name in files} == files
+    assert not (tmp_path / "out" / "modeling_llada.py").exists()
+    assert (
+        mmdlm.load(tmp_path / "out", device="cpu").tokenizer.template
+        == files["chat_template.jinja"]
+    )
+
+
+def test_card_that_is_given_comes_before_the_source_folders(tmp_path):
+    (tmp_path / "card.md").write_text("# Mine\n")
+    export(GOLDEN / "dream", tmp_path / "out", card=tmp_path / "card.md")
+    assert (tmp_path / "out" / "README.md").read_text() == "# Mine\n"
+
+
+def test_model_of_no_family_takes_the_layout_it_is_told(tmp_path):
+    save(text_model(template="llada"), tmp_path / "own")
+    with pytest.raises(ValueError, match=r"no published family \('mmdlm'\); give family=, one of"):
+        export(tmp_path / "own", tmp_path / "out", layout="published")
+    export(tmp_path / "own", tmp_path / "out", layout="published", family="llada")
+    again = mmdlm.load(tmp_path / "out", device="cpu")
+    tokens = torch.tensor([[3, 4, 5, 2]])
+    with torch.no_grad():
+        own = mmdlm.load(tmp_path / "own", device="cpu")
+        assert torch.equal(again.logits(tokens), own.logits(tokens))
+    with pytest.raises(ValueError, match="takes the chat template 'llada', this model has 'plain'"):
+        save_published(text_model(), tmp_path / "other", family="llada")
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_the_published_layout_cannot_hold_is_named(trained, decoding, tmp_path):
+    _, checkpoint = trained
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="llada holds text models only, this one has encoders"):
+        export(checkpoint, out, layout="published", family="llada")
+    with pytest.raises(ValueError, match="published layout has no decoding.yaml"):
+        export(checkpoint, out, layout="published", decoding=decoding)
+    with pytest.raises(ValueError, match="family='llada' has no effect"):
+        export(checkpoint, out, family="llada")
+    with pytest.raises(ValueError, match="layout='hub', expected 'own' or 'published'"):
+        export(checkpoint, out, layout="hub")
+    assert not out.exists()
+
+
+def test_folder_is_not_written_over_itself(tmp_path):
+    source = shutil.copytree(GOLDEN / "dream", tmp_path / "dream")
+    with pytest.raises(ValueError, match="is the checkpoint itself; give another folder"):
+        export(source, tmp_path / "." / "dream", layout="published")
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint .*did you mean dream"):
+        export(tmp_path / "draem", tmp_path / "out")

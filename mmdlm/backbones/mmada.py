@@ -1,0 +1,64 @@
+"""MMaDA-8B-Base and MixCoT: LLaDA with rows for image codes behind its vocabulary.
+
+An image code c of the MAGVIT-v2 codebook (8192 codes, 1024 per image) is the token 126349 + c: its
+offset is the length of the text tokenizer, not `llm_vocab_size` (126464), the rows LLaDA had.
+Text and image share one mask token.
+
+Source: Gen-Verse/MMaDA: models/modeling_mmada.py, models/modeling_llada.py, configs/*.yaml.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from mmdlm.backbones.family import Spec, architecture, special
+from mmdlm.backbones.llada import END_OF_TEXT, LLaDA
+
+MASK = 126336
+# What MMaDA-8B's config.json says of its vocabulary besides the number of rows.
+VOCABULARY = {
+    "codebook_size": 8192,
+    "llm_vocab_size": 126464,
+    "new_vocab_size": 134656,
+    "num_new_special_tokens": 0,
+    "num_vq_tokens": 1024,
+}
+
+
+class MMaDA(LLaDA):
+    """LLaDA's keys and switches; its template puts one newline behind a header instead of two."""
+
+    @classmethod
+    def matches(cls, config: dict[str, Any], names: set[str]) -> bool:
+        """Whether it is MMaDA; copies of its code spell the architecture in two ways."""
+        named = architecture(config).lower()
+        return named == "mmadamodellm" or config.get("model_type") == "mmada"
+
+    @classmethod
+    def read(cls, config: dict[str, Any], names: set[str]) -> Spec:
+        """The spec; the rows are `embedding_size`, in files without it `new_vocab_size`."""
+        keys = ("embedding_size", "new_vocab_size", "vocab_size")
+        rows = next((config[key] for key in keys if config.get(key)), None)
+        if rows is None:
+            raise ValueError(f"MMaDA: config.json has none of {', '.join(keys)}; it must name one")
+        eos = special(config, "eos_token_id", END_OF_TEXT, rows)
+        given = {
+            "embedding_size": rows,
+            "eos_token_id": eos,
+            "mask_token_id": special(config, "mask_token_id", MASK, rows),
+            "pad_token_id": special(config, "pad_token_id", END_OF_TEXT, rows),
+        }
+        spec = super().read(config | given, names)
+        return dataclasses.replace(spec, family="mmada", template="mmada")
+
+    @classmethod
+    def write(cls, spec: Spec) -> dict[str, Any]:
+        """The published config.json of a spec."""
+        rows = spec.transformer.vocab
+        released = rows == VOCABULARY["new_vocab_size"]
+        return super().write(spec) | {
+            "architectures": ["MMadaModelLM"],
+            "model_type": "mmada",
+            **(VOCABULARY if released else {"new_vocab_size": rows}),
+        }

@@ -1,0 +1,293 @@
+"""Conversations as prompts: the chat template of a checkpoint, or of its family.
+
+Only the template writes control tokens. Those that stand in a message are spelt out like any other
+text, so whoever writes a message cannot end it and speak as somebody else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Items
+from datetime import datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from mmdlm.text import CHAT, Tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
+    from jinja2 import nodes
+    from jinja2.parser import Parser
+
+Message = Mapping[str, str]
+"""{"role": "system", "user" or "assistant", "content": text}."""
+ROLES = ("system", "user", "assistant")
+PLAIN = "plain"
+
+_HEADERS = (
+    "{{{{ '<|startoftext|>' }}}}{{% for m in messages %}}"
+    "{{{{ '<|start_header_id|>' + m.role + '<|end_header_id|>{gap}' + m.content | trim }}}}"
+    "{{{{ '<|eot_id|>' }}}}{{% endfor %}}"
+    "{{{{ '<|start_header_id|>assistant<|end_header_id|>{gap}' }}}}"
+)
+_CHATML = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+    "{% endfor %}{{ '<|im_start|>assistant\\n' }}"
+)
+TEMPLATES = {
+    # Hub GSAI-ML/LLaDA-8B-Instruct: tokenizer_config.json; ZHZisZZ/dllm: dllm/utils/models.py.
+    "llada": _HEADERS.format(gap="\\n\\n"),
+    # Gen-Verse/MMaDA: one newline where LLaDA has two.
+    "mmada": _HEADERS.format(gap="\\n"),
+    # SDAR and other descendants of Qwen3.
+    "chatml": _CHATML,
+    # Dream and Fast-dLLM v2, like Qwen2.5, never go without a system message.
+    "chatml_system": "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\n"
+    "You are a helpful assistant.<|im_end|>\\n' }}{% endif %}" + _CHATML,
+    # Hub inclusionAI/LLaDA2.1-flash: tokenizer_config.json, with thinking off as there;
+    # inclusionAI/dInfer: benchmarks/benchmark.py asks LLaDA-MoE in the same words.
+    "llada_moe": "{{ '<role>SYSTEM</role>' }}"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content + '\\n' }}{% endif %}"
+    "{{ 'detailed thinking off<|role_end|>' }}{% for m in messages %}"
+    "{% if m.role == 'user' %}{{ '<role>HUMAN</role>' + m.content + '<|role_end|>' }}"
+    "{% elif m.role == 'assistant' %}{{ '<role>ASSISTANT</role>' + (m.content"
+    ".split('</think>')[-1].lstrip('\\n') if '</think>' in m.content else m.content)"
+    " + '<|role_end|>' }}"
+    "{% elif not loop.first %}{{ '<role>SYSTEM</role>' + m.content + '<|role_end|>' }}{% endif %}"
+    "{% endfor %}{{ '<role>ASSISTANT</role>' }}",
+}
+"""Chat templates by their name in `Spec.template`, each with the head of the answer at its end."""
+# ZHZisZZ/dllm: dllm/utils/models.py; others do not say, and their templates decide.
+VARIABLES = {"a2d": {"enable_thinking": False}}
+MARKERS = re.compile(r"<\|\w+\|>|</?role>")
+NOTHING = r"(?!)"  # a pattern that is found nowhere
+
+
+def find(tokenizer: Tokenizer | None, name: str) -> str | None:
+    """The chat template (Jinja) in force; None for text as it is.
+
+    It is the checkpoint's own, else the family's where the vocabulary has its markers: a base
+    checkpoint often shares everything with the instructed one but those.
+
+    Args:
+        tokenizer: the checkpoint's.
+        name: the family's, a key of `TEMPLATES`, or "plain".
+    Raises:
+        ValueError: no template has that name.
+    """
+    if name not in (*TEMPLATES, PLAIN):
+        raise ValueError(
+            f"chat template {name!r} is unknown; expected {', '.join(TEMPLATES)} or {PLAIN}, or a "
+            "checkpoint whose tokenizer_config.json carries its own"
+        )
+    if tokenizer is None or tokenizer.template is not None:
+        return None if tokenizer is None else tokenizer.template
+    if name == PLAIN:
+        return None
+    template = TEMPLATES[name]
+    return template if all(tokenizer.id(m) is not None for m in MARKERS.findall(template)) else None
+
+
+def encode(
+    tokenizer: Tokenizer, messages: Items[Message], template: str | None, family: str = ""
+) -> list[int]:
+    """Token ids of a conversation, up to where the assistant's answer begins.
+
+    Args:
+        tokenizer: of the model.
+        messages: see `render`.
+        template: see `find`.
+        family: name of the model's family.
+    Raises:
+        ValueError: there is no template, or see `render`.
+    """
+    check(messages)
+    if template is None:
+        raise ValueError(
+            "this checkpoint has no chat template: its folder names none, and its tokenizer lacks "
+            "the markers of its family's; give one text as it is (chat=False, mmdlm generate), or "
+            f"put {CHAT} into the folder"
+        )
+    names = tokenizer.names | VARIABLES.get(family, {})
+    ids: list[int] = []
+    for text, is_token in render(messages, template, tokenizer.added, **names):
+        ids += [tokenizer.id(text)] if is_token else tokenizer.encode(text, special=False)
+    return ids
+
+
+def render(
+    messages: Items[Message],
+    template: str,
+    added: Mapping[str, tokenizers.AddedToken],
+    **variables: Any,
+) -> list[tuple[str, bool]]:
+    """A conversation in pieces, (text, whether it is a control token), with an answer to follow.
+
+    Control tokens are the special ones, and all added ones the template mentions. The template
+    sees them in messages, each between two characters that are no text, and these tell afterwards
+    which ones it did not write. What the assistant said keeps those that are not special: its own
+    <think> is a token, and templates look for it.
+
+    Args:
+        messages: see `check`.
+        template: Jinja.
+        added: tokens a text is searched for before it is cut into words.
+        **variables: what the template knows besides the messages, "bos_token" etc.
+    Raises:
+        ValueError: the template is no Jinja, or refuses these messages.
+    """
+    control = {t: flags for t, flags in added.items() if flags.special or t in template}
+    control = {t: control[t] for t in sorted(control, key=len, reverse=True) if not t.isspace()}
+    tokens = _any(control)
+    special = _any(t for t, flags in control.items() if flags.special)
+    start, end = _marks("".join(m["content"] for m in messages))
+    wrapped = []
+    for message in messages:
+        sought = special if message["role"] == "assistant" else tokens
+        content = re.sub(sought, rf"{start}\g<0>{end}", message["content"])
+        wrapped.append({"role": message["role"], "content": content})
+    try:
+        text = _compiled(template).render(
+            messages=wrapped, tools=None, documents=None, add_generation_prompt=True, **variables
+        )
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template refuses this conversation: {error}") from error
+    return _cut(text, control, f"{start}(?P<kept>{tokens}){end}", f"[{start}{end}]")
+
+
+def _cut(
+    text: str, control: Mapping[str, tokenizers.AddedToken], wrapped: str, lone: str
+) -> list[tuple[str, bool]]:
+    """The pieces of a rendered conversation.
+
+    Args:
+        text: what the template gave.
+        control: control tokens, longer ones first.
+        wrapped: pattern of a token out of a message, named "kept", between its marks.
+        lone: pattern of one mark.
+    """
+    written = [
+        r"\s*" * flags.lstrip + re.escape(token) + r"\s*" * flags.rstrip
+        for token, flags in control.items()
+    ]
+    pieces: list[tuple[str, bool]] = []
+    plain, at = "", 0
+    for found in re.finditer(f"{wrapped}|(?P<lone>{lone})|{'|'.join(written) or NOTHING}", text):
+        plain += text[at : found.start()]
+        at = found.end()
+        if kept := found["kept"]:
+            if control[kept].special:
+                plain += kept
+            else:  # is recognised wherever it stands in one piece
+                pieces.append((plain + kept[:1], False))
+                plain = kept[1:]
+        elif found["lone"]:  # the template took a token apart, and no other may come of its parts
+            pieces.append((plain, False))
+            plain = ""
+        else:
+            token = found[0] if found[0] in control else found[0].strip()
+            pieces += [(plain, False), (token, True)]
+            plain = ""
+    return [piece for piece in (*pieces, (plain + text[at:], False)) if piece[0]]
+
+
+def _any(tokens: Iterable[str]) -> str:
+    """A pattern that finds one of the tokens, earlier ones first."""
+    return "|".join(map(re.escape, tokens)) or NOTHING
+
+
+def _marks(text: str) -> list[str]:
+    """Two of Unicode's characters that are none, and that the text does not hold."""
+    free = [c for c in map(chr, range(0xFDD0, 0xFDF0)) if c not in text]
+    if len(free) < 2:
+        raise ValueError("the conversation holds every character from U+FDD0 on; no text does")
+    return free[:2]
+
+
+def check(messages: Items[Message]) -> None:
+    """Raises unless the messages are a conversation that waits for an answer."""
+    if not messages:
+        raise ValueError("the conversation is empty; give at least one message")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+            raise TypeError(
+                f"message {i} is {message!r}, expected {{'role': ..., 'content': ...}} of text"
+            )
+        if message["role"] not in ROLES or not isinstance(message["content"], str):
+            raise ValueError(
+                f"message {i} has role {message['role']!r} and a content of type "
+                f"{type(message['content']).__name__}; expected one of {', '.join(ROLES)}, and text"
+            )
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("the conversation ends with the assistant; add what the user says to it")
+
+
+@lru_cache(maxsize=32)
+def _compiled(template: str) -> jinja2.Template:
+    """The template, compiled as transformers does it: it is foreign code, so in a sandbox."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {
+        "raise_exception": _refuse,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+        "namespace": _Namespace,
+        "dict": lambda *pairs, **more: dict(*pairs, **more),
+    }
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template is no Jinja: {error}") from error
+
+
+class _Generation(Extension):
+    """Reads {% generation %} around an answer, which matters in training only, as its inside."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """Jinja's, without names that lead into Python."""
+
+    def __init__(self, *pairs: Iterable[Any], **more: Any) -> None:
+        super().__init__()
+        for name, value in dict(*pairs, **more).items():
+            self[name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if str(name).startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"namespace name {name!r} begins with _")
+        super().__setitem__(name, value)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as it is; Jinja's own filter writes it for HTML."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )

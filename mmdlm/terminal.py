@@ -1,0 +1,162 @@
+"""Text in and text out on a terminal: `mmdlm generate` and `mmdlm chat`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmdlm.commands import Run, plain, print_result
+
+HELP = "/reset forgets the conversation, /exit (or the end of input) leaves"
+
+
+@dataclass(frozen=True)
+class Say:
+    """How answers are made.
+
+    Args:
+        system: system message before everything else.
+        length: tokens of an answer's canvas; by default the checkpoint's own, else 128.
+        decoding: decoding preset (see mmdlm list decoding) or YAML file; by default the
+            checkpoint's own.
+        seed: of decodings that draw random numbers.
+        details: also show forwards and time.
+    """
+
+    system: str | None = None
+    length: int | None = None
+    decoding: str | None = None
+    seed: int | None = None
+    details: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `mmdlm.generate`."""
+        given = {name: getattr(self, name) for name in ("length", "seed", "details")}
+        return given | {"strategies": self.decoding}
+
+    def opening(self) -> list[dict[str, str]]:
+        """The messages a conversation begins with."""
+        return [] if self.system is None else [{"role": "system", "content": self.system}]
+
+
+def generate(
+    run: Run, say: Say, texts: list[str] = (), file: Path | None = None, raw: bool = False
+) -> int:
+    """Answers texts, by a checkpoint that takes text.
+
+    mmdlm generate "Why is the sky blue?" --model GSAI-ML/LLaDA-8B-Instruct
+    mmdlm generate --file prompts.jsonl --model my-model --json > answers.jsonl
+
+    Args:
+        texts: what is said to the model, each on its own.
+        file: more of them, one per line; in a .jsonl each line is a text or a list of messages,
+            {"role": ..., "content": ...}, or has one as its "prompt" or "messages".
+        raw: continue the texts as they are, without the checkpoint's chat template.
+        run: which model runs, and where.
+        say: how answers are made.
+    """
+    from mmdlm.tasks.chat import generate as answer
+
+    prompts = [*texts, *(() if file is None else _read(file))]
+    if not prompts:
+        raise ValueError("nothing to answer; give texts, or --file with one per line")
+    if raw and say.system is not None:
+        raise ValueError("--system has no place in a --raw text; leave one of them out")
+    asked: list[Any] = prompts
+    if say.system is not None:
+        turns = ([{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts)
+        asked = [[*say.opening(), *turn] for turn in turns]
+    model = run.load()
+    options = say.options() | {"chat": False if raw else None}
+    for start in range(0, len(asked), run.batch_size):
+        group = slice(start, start + run.batch_size)
+        found = answer(model, asked[group], batch_size=run.batch_size, **options)
+        for prompt, result in zip(prompts[group], found, strict=True):
+            print_result({"prompt": prompt, **plain(result)}, run.json, None)
+    return 0
+
+
+def chat(checkpoint: str, say: Say, device: str = "auto", dtype: str = "auto") -> int:
+    """Talks with a checkpoint that has a chat template, line by line.
+
+    mmdlm chat GSAI-ML/LLaDA-8B-Instruct
+
+    /reset forgets the conversation, /exit or the end of the input leaves.
+
+    Args:
+        checkpoint: bundled name, folder, or hub id (owner/name).
+        device: "auto" takes the GPU if there is one; "cpu", "cuda".
+        dtype: "float32", "bfloat16", "float16"; "auto" is float32 on a CPU.
+        say: how answers are made.
+    """
+    from mmdlm.tasks.chat import generate as answer
+
+    model = Run(checkpoint, device, dtype).load()
+    opening = say.opening()
+    model.prompt([*opening, {"role": "user", "content": "hello"}])  # or says what is missing
+    options = say.options() | {"details": True}
+    messages, failed = list(opening), False
+    for line in _lines():
+        if line == "/exit":
+            break
+        if line.startswith("/"):
+            messages = list(opening) if line == "/reset" else messages
+            print("forgotten" if line == "/reset" else f"{line} is unknown; {HELP}", flush=True)
+            continue
+        turn = {"role": "user", "content": line}
+        try:
+            found = answer(model, [*messages, turn], **options)
+        except ValueError as error:  # such as a conversation that outgrew the context
+            failed = True
+            print(f"mmdlm: error: {error}; {HELP}", file=sys.stderr, flush=True)
+            continue
+        messages += [turn, {"role": "assistant", "content": found.text}]
+        print(found.text, flush=True)
+        if say.details:
+            print(f"    {found.forwards} forwards, {found.seconds:.3f} s", flush=True)
+    return int(failed)
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, or piped in, without empty lines."""
+    is_typed = sys.stdin.isatty()
+    if is_typed:
+        with suppress(ImportError):  # Windows' terminal has history and cursor keys of its own
+            import readline  # noqa: F401
+
+        print(HELP)
+    while True:
+        try:
+            line = input("> " if is_typed else "")
+        except EOFError:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _read(file: Path) -> list[Any]:
+    """The prompts in a file.
+
+    Raises:
+        ValueError: a line holds neither a text nor messages.
+    """
+    lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    if file.suffix != ".jsonl":
+        return lines
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number} is no JSON: {error}") from error
+        if isinstance(value, dict):
+            value = value.get("messages", value.get("prompt"))
+        if not isinstance(value, str | list):
+            raise ValueError(f"{file}, line {number} has no text and no messages")
+        found.append(value)
+    return found

@@ -1,0 +1,173 @@
+import io
+import json
+import sys
+
+import pytest
+
+import mmdlm
+from mmdlm import checkpoint, terminal
+from mmdlm.cli import main
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*filled the canvas")
+MARKERS = ["<|im_start|>", "<|im_end|>"]
+
+
+@pytest.fixture
+def model(speller, monkeypatch):
+    """The model that every command finds under any name."""
+    made = speller(MARKERS, template="chatml", context=400)
+    made.preset = {"generate": {"length": 4, "strategies": []}}
+    monkeypatch.setattr(checkpoint, "load", lambda *a, **k: made)
+    return made
+
+
+@pytest.fixture
+def asked(model, monkeypatch):
+    """The conversations that reached the model."""
+    import mmdlm.tasks.chat as module
+
+    seen, answer = [], module.generate
+
+    def listen(model, prompt, **options):
+        seen.append(prompt)
+        return answer(model, prompt, **options)
+
+    monkeypatch.setattr(module, "generate", listen)
+    return seen
+
+
+def talk(monkeypatch, text: str, *options: str) -> int:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    return main(["chat", "any", *options])
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def test_generate_prints_an_answer_per_text(model, capsys):
+    assert main(["generate", "hi", "why", "--batch-size", "1"]) == 0
+    wanted = mmdlm.generate(model, ["hi", "why"])
+    assert capsys.readouterr().out == "".join(f"{text}\n" for text in wanted)
+
+
+def test_generate_in_json(model, capsys):
+    assert main(["generate", "hi", "--json", "--details", "--length", "3"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["prompt"] == "hi"
+    assert record["forwards"] == 3
+    assert record["text"] == mmdlm.generate(model, "hi", length=3)
+
+
+def test_generate_shows_details_below_the_answer(model, capsys):
+    assert main(["generate", "hi", "--details"]) == 0
+    assert "    4 forwards, " in capsys.readouterr().out
+
+
+def test_generate_reads_files(model, asked, tmp_path, capsys):
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("hi\n\nwhy\n")
+    assert main(["generate", "first", "--file", str(lines)]) == 0
+    assert asked.pop() == ["first", "hi", "why"]
+    table = tmp_path / "prompts.jsonl"
+    rows = ["hi", {"prompt": "why"}, {"messages": [user("a")], "id": 3}, [user("b")]]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["generate", "--file", str(table)]) == 0
+    assert asked.pop() == ["hi", "why", [user("a")], [user("b")]]
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("{", "line 1 is no JSON"), ("3", "no text and no"), ('{"text": "x"}', "no text and no")],
+)
+def test_generate_names_the_line_it_cannot_read(model, tmp_path, capsys, line, message):
+    (tmp_path / "p.jsonl").write_text(line)
+    assert main(["generate", "--file", str(tmp_path / "p.jsonl")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_generate_with_a_system_message(model, asked, capsys):
+    assert main(["generate", "hi", "--system", "be brief"]) == 0
+    assert asked == [[[{"role": "system", "content": "be brief"}, user("hi")]]]
+    assert main(["generate", "hi", "--system", "be brief", "--raw"]) == 2
+    assert "--system has no place" in capsys.readouterr().err
+
+
+def test_generate_raw_text(model, capsys):
+    assert main(["generate", "hi", "--raw", "--json", "--details"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    wanted = mmdlm.generate(model, "hi", chat=False, details=True)
+    assert record["confidence"] == list(wanted.confidence)
+
+
+def test_generate_without_texts_says_what_to_give(model, capsys):
+    assert main(["generate"]) == 2
+    assert "--file" in capsys.readouterr().err
+
+
+def test_chat_remembers_what_was_said(model, asked, monkeypatch, capsys):
+    assert talk(monkeypatch, "hi\n\n  why  \n", "--system", "be brief") == 0
+    said = capsys.readouterr().out.splitlines()
+    opening = {"role": "system", "content": "be brief"}
+    first = mmdlm.generate(model, [opening, user("hi")])
+    assert asked[0] == [opening, user("hi")]
+    assert asked[1] == [opening, user("hi"), {"role": "assistant", "content": first}, user("why")]
+    assert "\n".join(said) == "\n".join([first, mmdlm.generate(model, asked[1])])
+
+
+def test_chat_commands(model, asked, monkeypatch, capsys):
+    assert talk(monkeypatch, "hi\n/reset\nwhy\n/what\n/exit\nmore\n") == 0
+    assert asked == [[user("hi")], [user("why")]]
+    told = capsys.readouterr().out
+    assert "forgotten" in told
+    assert "/what is unknown; /reset forgets" in told
+
+
+def test_chat_shows_forwards_and_seconds_on_request(model, monkeypatch, capsys):
+    assert talk(monkeypatch, "hi\n", "--details") == 0
+    assert "    4 forwards, 0." in capsys.readouterr().out
+    assert talk(monkeypatch, "hi\n") == 0
+    assert "forwards" not in capsys.readouterr().out
+
+
+def test_chat_goes_on_after_an_error(model, asked, monkeypatch, capsys):
+    assert talk(monkeypatch, "a <|mask|> b\nhi\n") == 1
+    told = capsys.readouterr()
+    assert "mask token" in told.err
+    assert asked[-1] == [user("hi")]
+    assert told.out.strip() == mmdlm.generate(model, "hi")
+
+
+def test_chat_needs_a_template(speller, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "load", lambda *a, **k: speller())
+    assert talk(monkeypatch, "hi\n") == 2
+    assert "no chat template" in capsys.readouterr().err
+
+
+def test_chat_greets_whoever_types(model, monkeypatch, capsys):
+    class Keyboard(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    asked = []
+    answers = iter(["hi", "/exit"])
+    monkeypatch.setattr(sys, "stdin", Keyboard())
+    monkeypatch.setattr("builtins.input", lambda prompt: asked.append(prompt) or next(answers))
+    assert main(["chat", "any"]) == 0
+    assert asked == ["> ", "> "]
+    assert capsys.readouterr().out.startswith(terminal.HELP)
+
+
+def test_help_of_both_imports_no_torch():
+    import subprocess
+
+    code = (
+        "import sys; from mmdlm.cli import main\n"
+        "for name in ('chat', 'generate'):\n"
+        "    try: main([name, '--help'])\n"
+        "    except SystemExit: pass\n"
+        "assert not {'torch', 'jinja2'} & set(sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

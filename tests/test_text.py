@@ -1,0 +1,286 @@
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+
+from mmdlm.text import CHAT, CUT, Tokenizer
+
+CORPUS = [
+    "the red circle is left of the blue square, isn't it?\n\n  Yes: 3 of 1024 are.\n",
+    "Die Größe beträgt 12 Äpfel; naïve café. 你好世界 \tprint('hello')  \r\n",
+]
+MARKERS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]
+# What Qwen2's cut decides: newlines with what is before them, digits alone, runs of spaces.
+TEXTS = [
+    "a red circle",
+    "1024 is 3",
+    "the\n\n\nred",
+    "x  \n y\r\n\tz   ",
+    "isn't IT'S we'LL",
+    "Größe 你好 🙂 cafe\u0301",
+    "one<|im_end|>\n<|im_start|>user two <|mask|><|mask|>",
+    "<tool>red</tool> <|im_end |>",
+    "",
+]
+
+
+def entry(text: str, special: bool = True) -> dict[str, Any]:
+    return {"content": text, "special": special, "normalized": False, "lstrip": False}
+
+
+@pytest.fixture(scope="session")
+def trained() -> Backend:
+    """Byte-level BPE as Qwen2 has it, trained on a few lines."""
+    backend = Backend(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(CUT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(CORPUS * 5, trainer)
+    return backend
+
+
+@pytest.fixture
+def layouts(trained: Backend, tmp_path: Path) -> tuple[Path, Path, int]:
+    """A folder with tokenizer.json, one in the slow layout, and the id of the first marker."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    backend = Backend.from_str(trained.to_str())
+    first = backend.get_vocab_size()
+    backend.model.save(str(parts))
+    backend.add_tokens([AddedToken(m, special=True, normalized=False) for m in MARKERS])
+    backend.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
+    backend.save(str(whole / "tokenizer.json"))
+    added = {first + i: entry(m) for i, m in enumerate(MARKERS)}
+    added[first + len(MARKERS)] = entry("<tool>", special=False)
+    write(
+        parts / "tokenizer_config.json",
+        added_tokens_decoder=added,
+        tokenizer_class="DreamTokenizer",
+    )
+    return whole, parts, first
+
+
+def write(file: Path, **content: Any) -> None:
+    file.write_text(json.dumps(content))
+
+
+def change(file: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads(file.read_text())
+    edit(content)
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_slow_layout_gives_the_ids_of_the_whole_file(layouts, text: str) -> None:
+    whole, parts, _ = layouts
+    fast, slow = Tokenizer.from_folder(whole), Tokenizer.from_folder(parts)
+    assert slow.encode(text) == fast.encode(text)
+    assert slow.encode(text, special=False) == fast.encode(text, special=False)
+    assert len(slow) == len(fast)
+
+
+def test_slow_layout_equals_transformers(layouts) -> None:
+    from transformers import Qwen2Tokenizer
+
+    _, parts, _ = layouts
+    change(parts / "tokenizer_config.json", lambda c: c.update(tokenizer_class="Qwen2Tokenizer"))
+    theirs, ours = Qwen2Tokenizer.from_pretrained(str(parts)), Tokenizer.from_folder(parts)
+    for text in TEXTS:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), text
+
+
+def test_text_is_cut_as_qwen2_does(layouts) -> None:
+    _, parts, _ = layouts
+    cut = Tokenizer.from_folder(parts).backend.pre_tokenizer.pre_tokenize_str
+    assert [word for word, _ in cut("we'll 10\n\n  x!?\n")] == [
+        *("we", "'ll", "Ġ", "1", "0", "ĊĊ", "Ġ", "Ġx", "!?Ċ")
+    ]
+
+
+@pytest.mark.parametrize("text", ["Größe 你好 🙂", "\x00\x7f\u2028 tabs\t", "  spaces  "])
+def test_any_text_comes_back(layouts, text: str) -> None:
+    tokenizer = Tokenizer.from_folder(layouts[1])
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_special_tokens_are_one_id_in_a_text_and_left_out_of_answers(layouts) -> None:
+    _, parts, first = layouts
+    tokenizer = Tokenizer.from_folder(parts)
+    ids = tokenizer.encode("red<|im_end|><tool>")
+    assert ids[-2:] == [first + 2, first + 4]
+    assert tokenizer.decode(ids) == "red<tool>"
+
+
+def test_special_tokens_can_be_spelt_out(layouts) -> None:
+    _, parts, first = layouts
+    tokenizer = Tokenizer.from_folder(parts)
+    ids = tokenizer.encode("red<|im_end|>", special=False)
+    assert max(ids) < first
+    assert tokenizer.decode(ids) == "red<|im_end|>"
+    assert tokenizer.encode("<|im_end|>") == [first + 2]  # the next text is read as before
+
+
+def test_threads_do_not_disturb_each_other(layouts) -> None:
+    _, parts, first = layouts
+    tokenizer, wrong = Tokenizer.from_folder(parts), []
+
+    def work(special: bool) -> None:
+        for _ in range(300):
+            if (first + 2 in tokenizer.encode("a <|im_end|> b", special=special)) != special:
+                wrong.append(special)
+
+    threads = [threading.Thread(target=work, args=(i % 2 == 0,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("layout", [0, 1])
+def test_tokens_beside_the_vocabulary_are_added(layouts, layout: int) -> None:
+    folder, first = layouts[layout], layouts[2]
+    config = json.loads((layouts[1] / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] |= {str(first + 5): entry("<|late|>")}
+    write(folder / "tokenizer_config.json", **config)
+    write(folder / "added_tokens.json", **{"<|old|>": first + 6, "<more>": first + 7})
+    write(folder / "special_tokens_map.json", pad_token={"content": "<|old|>"}, eos_token="<tool>")
+    tokenizer = Tokenizer.from_folder(folder)
+    ids = tokenizer.encode("<|late|><|old|><more>")
+    assert ids == [first + 5, first + 6, first + 7]
+    assert tokenizer.decode(ids) == "<more>"
+    assert tokenizer.names == {"pad_token": "<|old|>", "eos_token": "<tool>"}
+    assert max(tokenizer.encode("<tool>", special=False)) < first  # named, hence special
+
+
+def test_ids_may_leave_a_gap_in_the_slow_layout(layouts) -> None:
+    _, parts, first = layouts
+    config = json.loads((parts / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"][str(first + 20)] = entry("<|far|>")
+    write(parts / "tokenizer_config.json", **config)
+    tokenizer = Tokenizer.from_folder(parts)
+    assert tokenizer.encode("a<|far|>")[-1] == first + 20
+    assert tokenizer.decode([first + 20]) == ""
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda c, n: c["added_tokens_decoder"].update({str(n - 1): entry("<x>")}),
+            "different tok",
+        ),
+        (lambda c, n: c["added_tokens_decoder"].update({str(n + 9): entry("a")}), "different tok"),
+        (lambda c, n: c.update(tokenizer_class="GPT2Tokenizer"), "vocab.json of GPT2Tokenizer"),
+    ],
+)
+def test_slow_layout_that_contradicts_itself_is_refused(layouts, edit, message: str) -> None:
+    _, parts, first = layouts
+    change(parts / "tokenizer_config.json", lambda c: edit(c, first))
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_folder(parts)
+
+
+def test_token_that_cannot_get_its_id_is_refused(layouts) -> None:
+    whole, _, first = layouts
+    write(whole / "added_tokens.json", **{"<far>": first + 30})
+    with pytest.raises(ValueError, match="'<far>' has id .* tokenizer.json ends at"):
+        Tokenizer.from_folder(whole)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("vocab.json", "{", "is no JSON"),
+        ("tokenizer_config.json", "[]", "holds a list"),
+        ("merges.txt", "#version: 0.2\na b c\n", "the line 'a b c'"),
+        ("merges.txt", None, "without merges.txt"),
+    ],
+)
+def test_damaged_files_are_named(layouts, file: str, text: str | None, message: str) -> None:
+    _, parts, _ = layouts
+    (parts / file).unlink()
+    if text is not None:
+        (parts / file).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_folder(parts)
+
+
+def test_folder_without_a_tokenizer_gives_none(tmp_path: Path) -> None:
+    write(tmp_path / "tokenizer_config.json", chat_template="x")
+    assert Tokenizer.from_folder(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("found", "kept"),
+    [
+        (None, None),
+        ("one", "one"),
+        ([{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}], "d"),
+    ],
+)
+def test_chat_template_of_a_folder(layouts, found: Any, kept: str | None) -> None:
+    whole, _, _ = layouts
+    write(whole / "tokenizer_config.json", chat_template=found)
+    assert Tokenizer.from_folder(whole).template == kept
+    (whole / CHAT).write_text("of the file\n")
+    assert Tokenizer.from_folder(whole).template == "of the file\n"
+
+
+def test_named_templates_without_a_default_are_refused(layouts) -> None:
+    whole, _, _ = layouts
+    write(whole / "tokenizer_config.json", chat_template=[{"name": "tools", "template": "t"}])
+    with pytest.raises(ValueError, match=r"\['tools'\], none called 'default'"):
+        Tokenizer.from_folder(whole)
+
+
+def test_saved_tokenizer_is_the_same_and_replaces_an_earlier_one(layouts, tmp_path: Path) -> None:
+    _, parts, _ = layouts
+    change(
+        parts / "tokenizer_config.json",
+        lambda c: c.update(chat_template="{{ eos_token }}", eos_token="<|im_end|>"),
+    )
+    tokenizer, out = Tokenizer.from_folder(parts), tmp_path / "out"
+    out.mkdir()
+    for name in (CHAT, "added_tokens.json", "special_tokens_map.json"):
+        (out / name).write_text('{"<stale>": 9}')
+    tokenizer.save(out)
+    again = Tokenizer.from_folder(out)
+    assert (again.template, again.names) == (tokenizer.template, tokenizer.names)
+    assert [again.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+    Tokenizer.from_words(["a"]).save(out)
+    assert [file.name for file in out.iterdir()] == ["tokenizer.json"]
+
+
+def test_saved_tokenizer_opens_in_transformers(layouts, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    ours = Tokenizer.from_folder(layouts[1])
+    ours.template, ours.names = "{{ messages[0].content + eos_token }}", {"eos_token": "<|im_end|>"}
+    ours.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path))
+    for text in TEXTS:
+        assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
+    said = theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert said == "hi<|im_end|>"
+
+
+def test_unknown_word_of_a_word_list_is_named_with_its_neighbours() -> None:
+    tokenizer = Tokenizer.from_words(["circle", "red"])
+    assert tokenizer.decode(tokenizer.encode("Red circle")) == "red circle"
+    with pytest.raises(ValueError, match="lacks 'circel' \\(near: circle\\)"):
+        tokenizer.encode("red circel")
