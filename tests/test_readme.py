@@ -80,3 +80,21 @@ def test_the_strategy_of_the_readme_decodes():
     done = decode(model, torch.tensor([[5, 6, 7]]), 8, [space["Halve"]()])
     assert (done.tokens[:, 3:] != model.spec.mask_id).all()
     assert done.nfe == 4  # 8 open positions: 4, 2, 1, 1
+
+
+def test_the_family_of_the_readme_reads_a_checkpoint():
+    code = next(block for kind, block in BLOCKS if kind == "python" and "class Mine" in block)
+    space: dict = {"__name__": "mine"}
+    exec(
+        "from mmdlm.backbones.family import Family, architecture\n"
+        "from mmdlm.backbones.llama_config import QWEN2, Ids, read_config\n"
+        "from mmdlm.backbones.llama_keys import LLAMA_KEYS\n",
+        space,
+    )
+    exec(code, space)
+    config = {"architectures": ["MyDiffusionModel"], "hidden_size": 64}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+    assert space["Mine"].matches(config, set())
+    spec = space["Mine"].read(config, set())
+    assert (spec.family, spec.shift, spec.mask_id) == ("mine", True, 151665)
+    assert (spec.transformer.width, spec.transformer.qkv_bias) == (64, True)
