@@ -58,7 +58,7 @@ def names(kind: str) -> list[tuple[str, str]]:
         held = discover.classes(PACKAGES[kind])
         return [(f"{c.__module__}.{name}", _line(c)) for name, c in held.items()]
     if kind == "models":
-        from mmdlm.source import MODELS, bundled
+        from mmdlm.loading.source import MODELS, bundled
 
         return [(name, _first(MODELS / name / "README.md")) for name in bundled()]
     if kind == "decoding":

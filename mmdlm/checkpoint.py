@@ -20,20 +20,31 @@ import torch
 from torch import Tensor
 
 from encoders.rebuild import Rebuildable, rebuild
-from mmdlm import discover, preset, published
+from mmdlm import discover, preset
 from mmdlm.backbones.family import Family, Spec
 from mmdlm.backbones.moe import MoEConfig
 from mmdlm.backbones.transformer import Transformer, TransformerConfig
-from mmdlm.keymap import FLOATS, Place, Report, allocate, expand, resolve, shapes, tensors, views
+from mmdlm.loading import published
+from mmdlm.loading.keymap import (
+    FLOATS,
+    Place,
+    Report,
+    allocate,
+    expand,
+    resolve,
+    shapes,
+    tensors,
+    views,
+)
+from mmdlm.loading.overrides import check as check_overrides
+from mmdlm.loading.overrides import override
+from mmdlm.loading.placement import Device, devices, parts, spread, weight_type
+from mmdlm.loading.quantize import check as check_quantize
+from mmdlm.loading.quantize import is_quantized
+from mmdlm.loading.quantize import quantize as quantize_block
+from mmdlm.loading.shards import Stored, copy, read_json, some, survey, write, write_json
+from mmdlm.loading.source import find
 from mmdlm.model import MultimodalDLM
-from mmdlm.overrides import check as check_overrides
-from mmdlm.overrides import override
-from mmdlm.placement import Device, devices, parts, spread, weight_type
-from mmdlm.quantize import check as check_quantize
-from mmdlm.quantize import is_quantized
-from mmdlm.quantize import quantize as quantize_block
-from mmdlm.shards import Stored, copy, read_json, some, survey, write, write_json
-from mmdlm.source import find
 from mmdlm.text import BESIDE, CHAT, Tokenizer
 
 if TYPE_CHECKING:
@@ -65,7 +76,7 @@ def load(
         dtype: "float32", "bfloat16" or "float16"; "stored" is the checkpoint's; "auto" is that on
             a GPU and float32 on a CPU.
         family: family of a published checkpoint whose config.json does not tell, e.g. "llada".
-        quantize: "int8" or "int4" rounds the weights of the blocks, see `mmdlm.quantize`.
+        quantize: "int8" or "int4" rounds the weights of the blocks, see `mmdlm.loading.quantize`.
         **overrides: what config.json leaves out or gets wrong: mask_id, eos_id, pad_id, stop_ids,
             shift, attention, block_size, template and context of `Spec`; theta and theta_scale of
             `TransformerConfig`. theta_scale stretches the context; LLaDA-8B reads 8k tokens with

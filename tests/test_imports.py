@@ -17,12 +17,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("encoders", "adapters", "mmdlm")
 # Files and folders of mmdlm; each may import what stands in the lines above it, and itself.
 LEVELS = (
-    {"text", "discover", "media", "shards", "source"},
+    {"text", "discover", "media"},
     {"backbones", "preset", "chat"},
-    {"layout", "keymap", "placement", "quantize"},
-    {"overrides"},
+    {"layout"},
     {"model"},
-    {"published"},
+    {"loading"},
     {"checkpoint"},
     {"decoding", "objectives"},
     {"data"},

@@ -74,6 +74,26 @@ class KV:
         self.values = [values[rows.to(values.device)] for values in self.values]
 
 
+class Held(KV):
+    """Buffers of which a forward rewrites some rows only, others in every row of the batch.
+
+    Args:
+        kv: the buffers, shared, not copied.
+        renew: [B L] bool, which rows take their new keys and values.
+    """
+
+    def __init__(self, kv: KV, renew: Tensor) -> None:
+        self.keys, self.values, self.length, self.end = kv.keys, kv.values, kv.length, kv.end
+        self.renew = renew
+
+    def write(self, layer: int, keys: Tensor, values: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """See `KV.write`; a row that is not renewed is attended as it was."""
+        new = take(self.renew.to(keys.device), rows)[:, None, :, None]  # [B 1 M 1]
+        keys = torch.where(new, keys, self.keys[layer][:, :, rows])
+        values = torch.where(new, values, self.values[layer][:, :, rows])
+        return super().write(layer, keys, values, rows)
+
+
 def take(x: Tensor, rows: Rows | None) -> Tensor:
     """The chosen rows of [B L ...]: [B M ...]; all of them for None."""
     if rows is None:

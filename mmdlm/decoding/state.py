@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmdlm.backbones.kv import KV, Rows, take
+from mmdlm.backbones.kv import KV, Held
 from mmdlm.decoding.strategy import Refresh, Window
 from mmdlm.layout import MEDIA, Sequence
 from mmdlm.model import MultimodalDLM
@@ -223,26 +223,6 @@ class DecodeState:
         ):
             value = getattr(self, name)
             setattr(self, name, value[at] if len(value) else value)
-
-
-class Held(KV):
-    """Buffers of which a forward rewrites some rows only, others in every row of the batch.
-
-    Args:
-        kv: the buffers, shared, not copied.
-        renew: [B L] bool, which rows take their new keys and values.
-    """
-
-    def __init__(self, kv: KV, renew: Tensor) -> None:
-        self.keys, self.values, self.length, self.end = kv.keys, kv.values, kv.length, kv.end
-        self.renew = renew
-
-    def write(self, layer: int, keys: Tensor, values: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """See `KV.write`; a row that is not renewed is attended as it was."""
-        new = take(self.renew.to(keys.device), rows)[:, None, :, None]  # [B 1 M 1]
-        keys = torch.where(new, keys, self.keys[layer][:, :, rows])
-        values = torch.where(new, values, self.values[layer][:, :, rows])
-        return super().write(layer, keys, values, rows)
 
 
 def chosen(sequence: Sequence, rows: Tensor) -> Sequence:

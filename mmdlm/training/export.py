@@ -120,8 +120,8 @@ def opened(
         ValueError: it would be overwritten.
     """
     from mmdlm.checkpoint import load
-    from mmdlm.shards import read_json
-    from mmdlm.source import find
+    from mmdlm.loading.shards import read_json
+    from mmdlm.loading.source import find
 
     folder = find(source)
     if folder.resolve() == out.resolve():

@@ -15,9 +15,9 @@ from torch import Tensor
 from mmdlm import discover
 from mmdlm.checkpoint import load, save_published
 from mmdlm.layout import from_tokens
+from mmdlm.loading.published import family_of
+from mmdlm.loading.shards import INDEX, SINGLE, survey
 from mmdlm.model import MultimodalDLM
-from mmdlm.published import family_of
-from mmdlm.shards import INDEX, SINGLE, survey
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
 

@@ -17,8 +17,8 @@ from mmdlm.backbones.family import Spec
 from mmdlm.backbones.transformer import TransformerConfig
 from mmdlm.checkpoint import save, save_published
 from mmdlm.data.scenes import CAPTION_LENGTH, CAPTION_PROMPT, Scenes
+from mmdlm.loading.shards import INDEX, SINGLE
 from mmdlm.model import MultimodalDLM
-from mmdlm.shards import INDEX, SINGLE
 from mmdlm.text import Tokenizer
 from mmdlm.training.cli import run
 from mmdlm.training.export import blueprint, build, export

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdlm.backbones.family import Keys
-from mmdlm.shards import TYPES, Stored, some
+from mmdlm.loading.shards import TYPES, Stored, some
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmdlm.checkpoint import load
-from mmdlm.shards import INDEX, SINGLE
+from mmdlm.loading.shards import INDEX, SINGLE
 
 
 def test_missing_shard_is_named(published: Callable[..., Path]) -> None:

@@ -6,7 +6,7 @@ import difflib
 import re
 from pathlib import Path
 
-MODELS = Path(__file__).parent / "models"
+MODELS = Path(__file__).parents[1] / "models"
 # Everything else of a hub repository (code, pickles, other runtimes' weights) stays there.
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "decoding.yaml", "README.md"]
 

@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmdlm import shards
-from mmdlm.shards import INDEX, SINGLE, copy, survey, write
+from mmdlm.loading import shards
+from mmdlm.loading.shards import INDEX, SINGLE, copy, survey, write
 
 MIXED = {
     "half": torch.randn(3, 5).half(),

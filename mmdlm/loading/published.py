@@ -13,10 +13,10 @@ import torch
 from mmdlm import discover
 from mmdlm.backbones.family import Family
 from mmdlm.backbones.transformer import TransformerConfig
-from mmdlm.keymap import Place, Report, expand, prefix_of, resolve, shapes
+from mmdlm.loading.keymap import Place, Report, expand, prefix_of, resolve, shapes
+from mmdlm.loading.overrides import override
+from mmdlm.loading.shards import Stored
 from mmdlm.model import MultimodalDLM
-from mmdlm.overrides import override
-from mmdlm.shards import Stored
 from mmdlm.text import Tokenizer
 
 FAMILIES = "mmdlm.backbones"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mmdlm.shards import INDEX
+from mmdlm.loading.shards import INDEX
 
 ROOT = Path(__file__).parent.parent.parent
 WIDTH, INNER, LAYERS, ROWS, SHARDS = 2048, 8192, 16, 32_000, 3

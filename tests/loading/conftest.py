@@ -24,8 +24,8 @@ from mmdlm.backbones.family import Spec
 from mmdlm.backbones.transformer import TransformerConfig
 from mmdlm.decoding.blocks import Blocks
 from mmdlm.decoding.threshold import Threshold
+from mmdlm.loading.shards import INDEX, SINGLE
 from mmdlm.model import MultimodalDLM
-from mmdlm.shards import INDEX, SINGLE
 from mmdlm.text import Tokenizer
 
 STATISTICS = {"q01": [-1.0, 0.0], "q99": [1.0, 2.0], "min": [-2.0, -1.0], "max": [2.0, 3.0]}

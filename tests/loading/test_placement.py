@@ -11,7 +11,7 @@ from mmdlm.checkpoint import load
 from mmdlm.decoding.blocks import Blocks
 from mmdlm.decoding.prefix_cache import PrefixCache
 from mmdlm.decoding.top_k import TopK
-from mmdlm.placement import devices, spread
+from mmdlm.loading.placement import devices, spread
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 GPUS = [torch.device(f"cuda:{i}") for i in range(4)]

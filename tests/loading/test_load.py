@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import mmdlm
-import mmdlm.source
+import mmdlm.loading.source
 from mmdlm.backbones.family import Family
 from mmdlm.checkpoint import load, save, save_published
-from mmdlm.keymap import Report
-from mmdlm.shards import INDEX, SINGLE
+from mmdlm.loading.keymap import Report
+from mmdlm.loading.shards import INDEX, SINGLE
 from mmdlm.text import Tokenizer
 
 FAMILIES = ("llada", "dream")

@@ -17,7 +17,7 @@ from mmdlm.decoding.blocks import Blocks
 from mmdlm.decoding.dual_cache import DualCache
 from mmdlm.decoding.top_k import TopK
 from mmdlm.layout import from_tokens
-from mmdlm.quantize import is_quantized
+from mmdlm.loading.quantize import is_quantized
 
 KINDS = ("int8", "int4")
 # Least share of positions whose best token stays the same; measured 1.0 and 0.88 on these weights,

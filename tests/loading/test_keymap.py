@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmdlm.keymap import expand, prefix_of, resolve
-from mmdlm.shards import Stored
+from mmdlm.loading.keymap import expand, prefix_of, resolve
+from mmdlm.loading.shards import Stored
 
 
 def test_table_stacks_parts_and_experts() -> None:

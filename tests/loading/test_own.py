@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from mmdlm.checkpoint import load, save
+from mmdlm.loading.shards import SINGLE
 from mmdlm.model import MultimodalDLM
-from mmdlm.shards import SINGLE
 
 FAMILIES = ("llada", "dream")
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from mmdlm import discover
 from mmdlm.backbones.family import Family
 from mmdlm.checkpoint import load, save_published
+from mmdlm.loading.shards import INDEX, SINGLE
 from mmdlm.model import MultimodalDLM
-from mmdlm.shards import INDEX, SINGLE
 from mmdlm.text import Tokenizer
 
 FAMILIES = ("llada", "dream")
