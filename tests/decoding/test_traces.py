@@ -1,15 +1,17 @@
 """Whole decodes, equal to the reference samplers: the same ids, steps and number of forwards.
 
-Three cases differ from our loop on purpose:
+Three kinds of cases differ from our loop on purpose:
 
 - `fast_dual_b8_s8_thr0.9_masks_left` ends with masks in the answer, because that sampler gives up
-  on a block after its share of steps. Our loop never leaves a mask, so the case is left out.
+  on a block after its share of steps. Our strategies never leave a mask; `GivesUp` and `Given`
+  below do as it does, to show that all else is equal.
 - `fast2025_06_*`: that version runs one forward more after a block that its full pass has
   finished. We do not; ids and steps are equal, and the forwards are compared without those.
 - `llada_generate_cfg_*`: both branches are one call there and two forwards here.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,7 @@ from mmdlm.decoding.prefix_cache import PrefixCache
 from mmdlm.decoding.probability import Probability
 from mmdlm.decoding.random_order import RandomOrder
 from mmdlm.decoding.state import DecodeState
-from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.strategy import Refresh, Strategy, Window
 from mmdlm.decoding.threshold import Threshold
 from mmdlm.decoding.timesteps import Timesteps
 from mmdlm.decoding.top_k import TopK
@@ -37,9 +39,33 @@ CASES = {
     case["name"]: (family, case)
     for family in ("llada", "dream")
     for case in json.loads((GOLDEN / "decoding" / f"{family}.json").read_text())["cases"]
-    if "masks_left" not in case
 }
 SCORES = {"maskgit_plus": Probability, "topk_margin": Margin, "entropy": Entropy}
+
+
+@dataclass(frozen=True)
+class GivesUp(Strategy):
+    """Blocks that close after two steps; the first of them may also fill what was left before."""
+
+    size: int
+
+    def plan(self, state: DecodeState) -> Window:
+        block, late = divmod(state.step, 2)
+        start = state.prompt + self.size * block
+        if start >= state.length:
+            return Window(state.length, state.length)
+        return Window(start if late else state.prompt, min(start + self.size, state.length))
+
+
+@dataclass(frozen=True)
+class Given(Strategy):
+    """A full pass in the first step of such a block, then the block alone."""
+
+    def refresh(self, state: DecodeState) -> Refresh:
+        start, stop, _ = state.window
+        return Refresh(
+            start if state.step % 2 else 0, stop if state.step % 2 else state.length, True
+        )
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +76,8 @@ def models() -> dict[str, mmdlm.model.MultimodalDLM]:
 
 def llada_strategies(name: str, args: dict) -> list[Strategy]:
     """The strategies that stand for a call of a LLaDA sampler."""
+    if "masks_left" in name:
+        return [GivesUp(args["block_length"]), Given(), Threshold(args["threshold"])]
     chosen: list[Strategy] = [Blocks(args["block_length"])]
     if "prefix" in name:
         chosen.append(PrefixCache())
