@@ -6,33 +6,41 @@ from mmdlm.decoding.decode import decode
 from mmdlm.decoding.timesteps import Timesteps
 
 
-def oracle(masks: int, steps: int, eps: float) -> list[int]:
+def oracle(masks: int, steps: int, eps: float, kind: type = np.float32) -> list[int]:
     """How many tokens each step commits, with the float32 numbers of the reference."""
-    levels = torch.linspace(1, eps, steps + 1).numpy()
+    levels = torch.linspace(1, eps, steps + 1, dtype=torch.float64).numpy()
+    if kind is np.float32:
+        levels = torch.linspace(1, eps, steps + 1).numpy()
     out = []
     for i in range(steps):
-        fall = np.float32(1) - levels[i + 1] / levels[i]
-        out.append(masks if i == steps - 1 else int(np.float32(masks) * fall))
+        fall = kind(1) - levels[i + 1] / levels[i]
+        out.append(masks if i == steps - 1 else int(kind(masks) * fall))
         masks -= out[-1]
     return out
+
+
+def committed(toy, masks: int, steps: int, eps: float) -> tuple[list[int], int]:
+    """How many tokens each step commits, and the forwards."""
+    got = decode(toy(), torch.tensor([[3, 4]]), masks, [Timesteps(steps, eps)])
+    return [int((got.history.step == i).sum()) for i in range(steps)], got.nfe
 
 
 @pytest.mark.parametrize(("masks", "steps"), [(11, 1), (11, 3), (11, 8), (11, 11), (11, 20)])
 @pytest.mark.parametrize("eps", [1e-3, 0.3])
 def test_follows_the_levels(masks: int, steps: int, eps: float, toy) -> None:
-    got = decode(toy(), torch.tensor([[3, 4]]), masks, [Timesteps(steps, eps)])
-    want = oracle(masks, steps, eps)
-    assert [int((got.history.step == i).sum()) for i in range(steps)] == want
+    counts, nfe = committed(toy, masks, steps, eps)
+    assert counts == oracle(masks, steps, eps)
     # A decode ends with its last mask, which the reference waits out.
-    assert got.nfe == max(i for i, n in enumerate(want) if n) + 1
+    assert nfe == max(i for i, n in enumerate(counts) if n) + 1
 
 
 @pytest.mark.parametrize(
     ("masks", "steps", "eps"), [(4, 3, 0.25), (5, 3, 0.5), (8, 6, 0.25), (5, 12, 0.2)]
 )
 def test_truncates_as_float32_does(masks: int, steps: int, eps: float, toy) -> None:
-    """Cases in which float64 would commit other numbers of tokens."""
-    test_follows_the_levels(masks, steps, eps, toy)
+    counts, _ = committed(toy, masks, steps, eps)
+    assert counts == oracle(masks, steps, eps)
+    assert counts != oracle(masks, steps, eps, np.float64)
 
 
 def test_idle_steps_cost_a_forward(toy) -> None:
