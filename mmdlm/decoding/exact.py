@@ -48,15 +48,15 @@ def scored_from(state: DecodeState, levels: tuple[Tensor, Tensor]) -> int:
 def column_levels(state: DecodeState) -> tuple[Tensor, Tensor] | None:
     """Highest and lowest level of each canvas column over the real tokens of all rows.
 
-    Read from the device once per decode. Rows that leave the batch only make the bounds looser.
+    Taken once per decode. Rows that leave the batch only make the bounds looser.
 
     Returns:
         two int64 [L] on the CPU, or None when all tokens are of one level.
     """
     if "levels" not in state.memory:
-        level, real = state.sequence.level.cpu(), state.sequence.mask.cpu()
-        highest = level.masked_fill(~real, -1).amax(0)
-        lowest = level.masked_fill(~real, int(level.max()) + 1).amin(0)
+        level = state.level
+        highest = level.amax(0)
+        lowest = level.masked_fill(level < 0, int(level.max()) + 1).amin(0)
         state.memory["levels"] = None if highest.max() == lowest.min() else (highest, lowest)
     return state.memory["levels"]
 

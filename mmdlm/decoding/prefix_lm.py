@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
@@ -28,5 +28,4 @@ class PrefixLM(Strategy):
         attention = state.model.spec.attention
         if attention != "full":
             raise ValueError(f"PrefixLM is for full attention, this model has {attention}; drop it")
-        level = (state.sequence.kind == ANSWER).long()
-        state.sequence = replace(state.sequence, level=level)
+        state.set_levels((state.sequence.kind == ANSWER).long())

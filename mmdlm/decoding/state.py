@@ -49,6 +49,8 @@ class DecodeState:
     left: Tensor = field(init=False)
     """[B L] bool, `masked` on the CPU as of the latest write: the one look at the device a step
     needs, so hooks that decide on the host use this."""
+    level: Tensor = field(init=False)
+    """[B L] int64 on the CPU, the level of each position (see `mmdlm.layout`); -1 at padding."""
     turns: Tensor = field(init=False)
     """[B L] int64 on the CPU, when each position is opened by a plan in which every row has blocks
     of its own: 0 first; negative for earlier text and padding. The model's own blocks, counted from
@@ -103,9 +105,7 @@ class DecodeState:
             )
         self.commit_step = torch.full(answer, -1, device=self.tokens.device)
         self.commit_confidence = torch.zeros(answer, device=self.tokens.device)
-        level, real = self.sequence.level.cpu(), self.sequence.mask.cpu()
-        first = level[:, self.prompt : self.prompt + 1]
-        self.turns = (level - first).masked_fill(~real, -1)
+        self.set_levels(self.sequence.level)
         self.look()
 
     @property
@@ -129,6 +129,14 @@ class DecodeState:
     def probability(self) -> Tensor:
         """[B R] float32 probability of each candidate."""
         return self.log_odds.sigmoid()
+
+    def set_levels(self, level: Tensor) -> None:
+        """Says who attends to whom, [B L] int64; before the first step."""
+        self.sequence = replace(self.sequence, level=level)
+        real = self.sequence.mask.cpu()
+        self.level = level.cpu().masked_fill(~real, -1)
+        first = self.level[:, self.prompt : self.prompt + 1]
+        self.turns = (self.level - first).masked_fill(~real, -1)
 
     def look(self) -> None:
         """Copies which positions are masked to the host."""
@@ -209,7 +217,7 @@ class DecodeState:
             rows: [n] int64 on the CPU, ascending: the rows that stay.
         """
         self.rows = [self.rows[i] for i in rows.tolist()]
-        self.left, self.turns = self.left[rows], self.turns[rows]
+        self.left, self.level, self.turns = self.left[rows], self.level[rows], self.turns[rows]
         at = rows.to(self.tokens.device)
         self.sequence = chosen(self.sequence, at)
         for kv in self.caches.values():

@@ -28,7 +28,7 @@ class SubBlockCache(Strategy):
 
     def refresh(self, state: DecodeState) -> Refresh:
         """Every row's blocks that are not final up to the open one, or its window."""
-        level, shift = _levels(state), int(state.model.spec.shift)
+        level, shift = state.level, int(state.model.spec.shift)
         part, is_open = _window(state)
         busy = is_open.any(1, keepdim=True)
         scoring = is_open.roll(-shift, 1)
@@ -49,14 +49,6 @@ class SubBlockCache(Strategy):
         return Refresh(start, stop, cached=True, attend=end, renew=None if same else renew)
 
 
-def _levels(state: DecodeState) -> Tensor:
-    """[B L] int64 on the CPU, the level of each row; -1 at padding."""
-    if "level" not in state.memory:
-        level, real = state.sequence.level.cpu(), state.sequence.mask.cpu()
-        state.memory["level"] = level.masked_fill(~real, -1)
-    return state.memory["level"]
-
-
 def _window(state: DecodeState) -> tuple[Tensor, Tensor]:
     """What each row has of the window, and the masks in it: [B L] bool on the CPU, both.
 
@@ -70,8 +62,6 @@ def _window(state: DecodeState) -> tuple[Tensor, Tensor]:
         return part, part & state.left
     part = state.turns == turn
     is_open = part & state.left
-    if "heads" not in state.memory:
-        state.memory["heads"] = heads(state)
-    head = state.memory["heads"]
+    head = heads(state)
     part[:, :-1] |= head[:, :-1] & part[:, 1:]
     return part, is_open

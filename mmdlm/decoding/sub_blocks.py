@@ -61,7 +61,6 @@ class SubBlocks(Strategy):
 
 def heads(state: DecodeState) -> Tensor:
     """[B L] bool on the CPU, positions scored by a row of a lower level (see `mmdlm.layout`)."""
-    level, real = state.sequence.level.cpu(), state.sequence.mask.cpu()
-    level = level.masked_fill(~real, -1)
+    level = state.level
     before = torch.cat([torch.full_like(level[:, :1], -1), level[:, :-1]], 1)
     return (level > before) & state.model.spec.shift
