@@ -43,29 +43,6 @@ def assert_close_to(ours: Tensor, expected: Tensor) -> None:
 
 
 @torch.inference_mode()
-def test_dream_logits_equal_the_reference_one_position_on(
-    model: MultimodalDLM, numbers: dict[str, Tensor]
-) -> None:
-    logits = model.logits(numbers["input_ids"])
-    assert_close_to(logits[:, 1:], numbers["logits"][:, :-1])
-    assert_close_to(logits[:, 0], numbers["logits"][:, 0])
-
-
-@torch.inference_mode()
-def test_dream_hidden_states_equal_the_reference(
-    model: MultimodalDLM, numbers: dict[str, Tensor]
-) -> None:
-    ids, states = numbers["input_ids"], []
-    hooks = [b.register_forward_hook(lambda *a: states.append(a[2])) for b in model.backbone.blocks]
-    states.insert(0, model.backbone.tokens(ids))
-    final = model.hidden(from_tokens(ids, None, "full", None))
-    for hook in hooks:
-        hook.remove()
-    for i, state in enumerate([*states[:-1], final]):
-        assert_close_to(state, numbers[f"hidden_states.{i}"])
-
-
-@torch.inference_mode()
 def test_dream_padding_equals_the_reference(
     model: MultimodalDLM, numbers: dict[str, Tensor]
 ) -> None:
@@ -78,56 +55,7 @@ def test_dream_padding_equals_the_reference(
     assert_close_to(logits[:, 1:][source], numbers["logits_masked"][:, :-1][source])
     # The first real token has no row before it but padding; its own stands in, as at position 0.
     assert_close_to(logits[0, 5], numbers["logits_masked"][0, 5])
-
-
-@torch.inference_mode()
-def test_dream_prefix_cache_equals_the_reference(
-    model: MultimodalDLM, numbers: dict[str, Tensor]
-) -> None:
-    start, length = int(numbers["cache_split"]), numbers["cache_ids"].shape[1]
-    kv = model.backbone.cache(1, length)
-    old, new = (from_tokens(numbers[n], None, "full", None) for n in ("cache_ids", "cache_ids_new"))
-    model.run(old, slice(0, length), slice(1, length), kv)
-    # Row i scores token i + 1, so the tail's rows score positions one further.
-    tail = model.run(new, slice(start, length), slice(start + 1, length + 1), kv)
-    assert_close_to(tail, numbers["logits_prefix_cache"])
-
-
-@torch.inference_mode()
-def test_dream_dual_cache_equals_the_reference(
-    model: MultimodalDLM, numbers: dict[str, Tensor]
-) -> None:
-    length = numbers["cache_ids"].shape[1]
-    kv = model.backbone.cache(1, length)
-    start, stop = numbers["block"].tolist()
-    model.run(
-        from_tokens(numbers["cache_ids"], None, "full", None), slice(0, length), slice(1, 2), kv
-    )
-    for ids, expected in (
-        ("cache_ids_new", "logits_dual_cache"),
-        ("cache_ids_new2", "logits_dual_cache_2"),
-    ):
-        canvas = from_tokens(numbers[ids], None, "full", None)
-        logits = model.run(canvas, slice(start, stop), slice(start + 1, stop + 1), kv)
-        assert_close_to(logits, numbers[expected])
-
-
-@torch.inference_mode()
-def test_dream_bfloat16_agrees_with_the_reference(golden: Path, numbers: dict[str, Tensor]) -> None:
-    model = load(golden / "backbones" / "dream", dtype="bfloat16")
-    best = model.logits(numbers["input_ids"])[:, 1:].argmax(-1)
-    assert (best == numbers["logits_bf16"][:, :-1].argmax(-1)).float().mean() >= 0.9
-    assert (best == numbers["logits"][:, :-1].argmax(-1)).float().mean() >= 0.9
-
-
-@torch.inference_mode()
-def test_dream_rows_left_padded_equal_rows_alone(
-    model: MultimodalDLM, numbers: dict[str, Tensor]
-) -> None:
-    ids = numbers["input_ids"]
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[0, :7] = False
-    assert_close_to(model.logits(ids, mask=mask)[0, 7:], model.logits(ids[:1, 7:])[0])
+    assert_close_to(model.logits(numbers["input_ids"])[:, 0], numbers["logits"][:, 0])
 
 
 def test_dream_absent_keys_have_the_defaults_of_the_class() -> None:
