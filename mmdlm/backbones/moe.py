@@ -16,6 +16,10 @@ from torch import Tensor, nn
 
 from mmdlm.backbones.linear import Linear
 
+PIECE = 128
+"""Rows an MLP takes at a time on a CPU, where nothing is trained: what lies between its two
+products is several times as wide as a row, and stays in the cache of a core."""
+
 
 @dataclass(frozen=True)
 class MoEConfig:
@@ -75,6 +79,13 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[... D] -> [... D]."""
+        if x.device.type == "cpu" and torch.is_inference_mode_enabled():
+            pieces = x.flatten(0, -2).split(PIECE)
+            if len(pieces) > 1:
+                return torch.cat([self._piece(piece) for piece in pieces]).view(x.shape)
+        return self._piece(x)
+
+    def _piece(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.down(F.silu(gate) * up)
 

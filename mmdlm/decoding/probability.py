@@ -11,8 +11,8 @@ from torch import Tensor
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
 
-PIECE = 2**19
-"""Logits looked at together on a CPU: 2 MB."""
+PIECE = 2**18
+"""Logits looked at together on a CPU: 1 MB."""
 
 
 @dataclass(frozen=True)
