@@ -69,6 +69,8 @@ class KV:
         self.length = length
         self.end = length
         """Rows [0, end) are attended; the loop lowers it while later rows are not yet valid."""
+        self.steady = False
+        """The coming forward is about text only, so that it may be recorded (`recorded.Lent`)."""
 
     def write(self, layer: int, keys: Tensor, values: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """All keys and values of a layer after the given rows were rewritten.
@@ -113,6 +115,9 @@ class KV:
         self.keys = [keys[rows.to(keys.device)] for keys in self.keys]
         self.values = [values[rows.to(values.device)] for values in self.values]
 
+    def release(self) -> None:
+        """Called when a decode needs them no more."""
+
 
 class Held(KV):
     """Buffers of which a forward rewrites some rows only, others in every row of the batch.
@@ -148,3 +153,15 @@ def take(x: Tensor, rows: Rows | None) -> Tensor:
     if x.ndim == 2:
         return x.gather(1, rows)
     return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def count(rows: Rows) -> int:
+    """How many rows there are in each row of the batch."""
+    return rows.shape[1] if isinstance(rows, Tensor) else rows.stop - rows.start
+
+
+def indices(rows: Rows, batch: int, device: torch.device) -> Tensor:
+    """[B M] int64 of rows in either form."""
+    if isinstance(rows, Tensor):
+        return rows
+    return torch.arange(rows.start, rows.stop, device=device).repeat(batch, 1)

@@ -51,6 +51,8 @@ def linear(
     cut = weight if rows is None else weight[rows]
     if bias is not None and rows is not None:
         bias = bias[rows]
+    if torch.compiler.is_compiling():
+        return F.linear(x, cut, bias)
     packs = getattr(weight, "packs", None)
     is_trained = torch.is_grad_enabled() and weight.requires_grad
     if packs and (is_trained or weight.device.type != "cpu"):

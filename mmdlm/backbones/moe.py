@@ -79,7 +79,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[... D] -> [... D]."""
-        if x.device.type == "cpu" and torch.is_inference_mode_enabled():
+        is_compiling = torch.compiler.is_compiling()
+        if x.device.type == "cpu" and not is_compiling and torch.is_inference_mode_enabled():
             pieces = x.flatten(0, -2).split(PIECE)
             if len(pieces) > 1:
                 return torch.cat([self._piece(piece) for piece in pieces]).view(x.shape)

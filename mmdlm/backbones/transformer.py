@@ -8,19 +8,20 @@ embedding, grouped-query attention, SwiGLU (ML-GSAI/LLaDA, HKUNLP/Dream modellin
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmdlm.backbones.kv import KV, Pass, Rows, take
+from mmdlm.backbones.block import Block, Parts, RMSNorm, answer, ask
+from mmdlm.backbones.kv import KV, Pass, Rows, indices, take
 from mmdlm.backbones.linear import Linear, linear
-from mmdlm.backbones.moe import MLP, MoE, MoEConfig
-from mmdlm.backbones.rotary import Rotary, rotate
+from mmdlm.backbones.moe import MoEConfig
+from mmdlm.backbones.recorded import Pool
+from mmdlm.backbones.rotary import Rotary
 
 # A score this much lower has weight zero in every type, whatever the other scores are.
 BLOCKED = -1e4
@@ -101,136 +102,6 @@ class TransformerConfig:
         return self.moe is not None and layer not in self.moe.dense
 
 
-class RMSNorm(nn.Module):
-    """x / root mean square, in float32, cast back, then times the weight."""
-
-    def __init__(self, width: int, eps: float, bias: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[... width], same type as the input."""
-        h = x.float()
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        h = h.to(x.dtype) * self.weight.to(x.dtype)
-        return h if self.bias is None else h + self.bias
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: int) -> Tensor:
-    """Softmax attention [B H R hd]; each key head serves `group` consecutive query heads.
-
-    Args:
-        q: [B H R hd].
-        k: [B KV M hd].
-        v: [B KV M hd].
-        mask: bool [B 1 R M], True = attend, or floating, added to the scores; None for all.
-        group: H / KV.
-    """
-    half = q.dtype == torch.bfloat16 and q.device.type == "cpu"
-    if not (half and q.requires_grad):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=group > 1)
-    # The fused CPU kernel's bfloat16 backward takes three times as long as these three lines.
-    if group > 1:
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    elif mask is not None:
-        scores = scores + mask
-    return scores.softmax(-1) @ v
-
-
-class Attention(nn.Module):
-    """Grouped-query attention with one fused projection for queries, keys and values."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.heads, self.kv_heads = config.heads, config.keys_heads
-        self.head_dim = config.head_width
-        self.float32 = config.rotary_float32
-        self.clip = config.clip
-        self.q_size, self.kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        self.qkv = Linear(
-            config.width, self.q_size + 2 * self.kv_size, bias=config.qkv_bias or config.bias
-        )
-        self.o = Linear(self.q_size, config.width, bias=config.o_bias or config.bias)
-        self.per_head = config.qk_norm == "head"
-        self.q_norm = self.k_norm = None
-        if config.qk_norm != "none":
-            q_width = self.head_dim if self.per_head else self.q_size
-            k_width = self.head_dim if self.per_head else self.kv_size
-            self.q_norm = RMSNorm(q_width, config.eps, config.norm_bias)
-            self.k_norm = RMSNorm(k_width, config.eps, config.norm_bias)
-
-    def project(self, x: Tensor, read: Rows | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of the read rows, keys and values of all: [B H R hd], [B KV M hd] twice."""
-        weight, bias = self.qkv.weight, self.qkv.bias
-        if read is None or type(weight) is not nn.Parameter:  # rounded weights cannot be cut
-            q, k, v = self.qkv(x).split([self.q_size, self.kv_size, self.kv_size], -1)
-            q = take(q, read)
-        else:
-            q = linear(take(x, read), weight, bias, slice(0, self.q_size))
-            k, v = linear(x, weight, bias, slice(self.q_size, len(weight))).chunk(2, -1)
-        if self.q_norm is not None and not self.per_head:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = rearrange(q, "b m (h c) -> b h m c", c=self.head_dim)
-        k = rearrange(k, "b m (h c) -> b h m c", c=self.head_dim)
-        v = rearrange(v, "b m (h c) -> b h m c", c=self.head_dim)
-        if self.q_norm is not None and self.per_head:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.clip is not None:
-            q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
-        return q, k, v
-
-    def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
-        mask: Tensor | None,
-        cache: tuple[KV, int, Rows] | None,
-        read: Rows | None,
-    ) -> Tensor:
-        """Attention output [B R D] of the read rows (all M rows for None)."""
-        q, k, v = self.project(x, read)
-        (cos_q, sin_q), (cos_k, sin_k) = rotary
-        q = rotate(q, cos_q, sin_q, self.float32)
-        k = rotate(k, cos_k, sin_k, self.float32)
-        if cache is not None:
-            kv, layer, rows = cache
-            k, v = kv.write(layer, k, v, rows)
-            kv.watch(layer, q, rows)
-        y = attend(q, k, v, mask, self.heads // self.kv_heads)
-        return self.o(rearrange(y, "b h m c -> b m (h c)"))
-
-
-class Block(nn.Module):
-    """Pre-norm attention and MLP, or experts, with residuals."""
-
-    def __init__(self, config: TransformerConfig, layer: int) -> None:
-        super().__init__()
-        self.attn_norm = RMSNorm(config.width, config.eps, config.norm_bias)
-        self.attn = Attention(config)
-        self.mlp_norm = RMSNorm(config.width, config.eps, config.norm_bias)
-        sparse = config.is_sparse(layer)
-        self.mlp = None if sparse else MLP(config.width, config.inner, config.bias)
-        self.moe = MoE(config.width, config.moe) if sparse else None
-
-    def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
-        mask: Tensor | None,
-        cache: tuple[KV, int, Rows] | None,
-        read: Rows | None,
-    ) -> Tensor:
-        """[B R D]: all rows go in as keys, only the read ones come out."""
-        y = take(x, read) + self.attn(self.attn_norm(x), rotary, mask, cache, read)
-        feed_forward = self.mlp if self.moe is None else self.moe
-        return y + feed_forward(self.mlp_norm(y))
-
-
 class Transformer(nn.Module):
     """Embedding, blocks, final norm and head.
 
@@ -249,6 +120,25 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.width, config.eps, config.norm_bias)
         self.out = None if config.tied else Linear(config.width, config.vocab, bias=config.bias)
         self.checkpointing = False
+        self.pool: Pool | None = None
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Compiles the blocks and records short forwards, for GPUs; see `MultimodalDLM.compile`.
+
+        Args:
+            backend: of `torch.compile`.
+        """
+        # Sizes are symbols from the start: rows, batch and what is read change within a decode.
+        compiled = Parts(*(torch.compile(p, dynamic=True, backend=backend) for p in (ask, answer)))
+        for block in self.blocks:
+            block.parts = compiled
+        self.pool = Pool()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
+        """Forgets what was recorded over the weights where they were."""
+        if self.pool is not None:
+            self.pool = Pool()
+        return super()._apply(fn, recurse)
 
     def reset(self, generator: torch.Generator | None = None) -> None:
         """Draws fresh weights: normal, std 0.02; outputs of a residual scaled by its depth."""
@@ -291,6 +181,8 @@ class Transformer(nn.Module):
         Returns:
             [B R D], R = M when `read` is None.
         """
+        if self.pool is not None and isinstance(read, slice):  # a slice is compiled for its bounds
+            read = indices(read, len(x), x.device)
         now = Pass(x, positions, finite(mask, x.dtype), slice(None) if rows is None else rows, read)
         last, at, cos_sin = len(self.blocks) - 1, None, None
         for i, block in enumerate(self.blocks):
@@ -327,8 +219,44 @@ class Transformer(nn.Module):
         logits = linear(hidden, weight, bias, columns)
         return logits if self.config.logit_scale == 1.0 else logits * self.config.logit_scale
 
-    def cache(self, batch: int, length: int) -> KV:
-        """Empty key/value buffers for a canvas of the given length."""
+    def score(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        kv: KV,
+        mask: Tensor | None,
+        rows: Tensor,
+        read: Tensor,
+        columns: slice | None,
+    ) -> Tensor:
+        """Logits [B R V] float32 of some rows of text; see `forward`.
+
+        Args:
+            ids: [B M] token ids of the rows.
+            positions: [B M] their rotary positions.
+            kv: buffers with the other rows.
+            mask: see `forward`.
+            rows: [B M] where they are on the canvas.
+            read: [B R] which of the M rows are scored.
+            columns: ids to score.
+        """
+        x = self(self.tokens(ids), positions, kv, mask, rows=rows, read=read)
+        return self.head(x, columns).float()
+
+    def cache(self, batch: int, length: int, *, fixed: bool = True) -> KV:
+        """Empty key/value buffers for a canvas of the given length.
+
+        Args:
+            batch: B.
+            length: L.
+            fixed: of a compiled model, in memory that outlives the decode and may be longer.
+        """
+        homes = {block.attn_norm.weight.device for block in self.blocks}
+        if self.pool is None or not fixed or len(homes) > 1:
+            return self._keys_values(batch, length)
+        return self.pool.take(self.score, self._keys_values, batch, length)
+
+    def _keys_values(self, batch: int, length: int) -> KV:
         weight = self.embed.weight
         c = self.config
         return KV(

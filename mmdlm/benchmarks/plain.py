@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdlm.backbones.transformer import Block, RMSNorm, TransformerConfig
+from mmdlm.backbones.block import Block, RMSNorm
+from mmdlm.backbones.transformer import TransformerConfig
 from mmdlm.model import MultimodalDLM
 
 MODES = ("none", "prefix", "dual", "prefix-lm")

@@ -27,6 +27,7 @@ class Blocks(Strategy):
     """
 
     paper: ClassVar[str] = "LLaDA, arXiv 2502.09992"
+    steady: ClassVar[bool] = True
 
     size: int | None = None
 

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
-from itertools import permutations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmdlm.decoding import preset
-from mmdlm.decoding.blocks import Blocks
-from mmdlm.decoding.exact import Exact
-from mmdlm.decoding.greedy import Greedy
-from mmdlm.decoding.probability import Probability, log_odds
+from mmdlm.decoding.owners import Owners, assign
+from mmdlm.decoding.probability import log_odds
+from mmdlm.decoding.reading import reading
+from mmdlm.decoding.resizing import resize
 from mmdlm.decoding.sources import Source
 from mmdlm.decoding.state import DecodeState
-from mmdlm.decoding.strategy import Strategy, Window
-from mmdlm.decoding.top_k import TopK
 from mmdlm.layout import ANSWER, Sequence, from_tokens, levels
 from mmdlm.model import MultimodalDLM
-
-Owners = dict[str, list[Strategy]]
-"""Hook name to the strategies that decide it; under "begin", all of the decode once."""
 
 
 @dataclass(frozen=True)
@@ -96,16 +90,21 @@ def decode(
     for strategy in owners["begin"]:
         strategy.begin(state)
     _end(state, owners)
-    state.look()
+    state.wrote()
     done = _leave(state)
-    while _open(state, owners):
+    busy = _open(state, owners)
+    while busy:
+        lasts = _lasts(state, owners)
         _step(state, owners)
-        _resize(state, owners)
-        state.look()
+        resize(state, owners)
+        state.wrote()
         state.step += 1
         state.block_step += 1
-        done |= _leave(state)
+        if not lasts:
+            done |= _leave(state)
+            busy = _open(state, owners)
     done |= _rows(state, range(len(state.rows)))
+    state.forget()
     tokens, step, confidence = _stacked(state, [done[i] for i in range(state.batch)], length)
     if bool(confidence.isnan().any()):
         raise ValueError(
@@ -113,33 +112,6 @@ def decode(
             "dtype=float32), or strategies such as Suppress and Nucleus left none"
         )
     return Decoded(tokens, state.nfe, History(step, confidence))
-
-
-def assign(strategies: Items[Strategy]) -> Owners:
-    """Hook name to the strategies that decide it, with the loop's own defaults filled in.
-
-    Raises:
-        ValueError: two strategies decide the same one-owner hook, or one excludes the other.
-    """
-    owners: Owners = {}
-    for strategy in strategies:
-        for hook in strategy.hooks():
-            owners.setdefault(hook, []).append(strategy)
-    for hook in Strategy.ONE_OWNER:
-        if len(owners.get(hook, ())) > 1:
-            a, b = (type(s).__name__ for s in owners[hook][:2])
-            raise ValueError(f"{a} and {b} both decide {hook!r}; keep one")
-    for one, other in permutations(strategies, 2):
-        a, b = type(one).__name__, type(other).__name__
-        if why := {b, *other.hooks()} & set(one.excludes):
-            reason = "" if b in why else f", which decides {min(why)!r}"
-            raise ValueError(f"{a} cannot be combined with {b}{reason}; keep one")
-    for default in (Blocks(), Exact(), Greedy(), Probability(), TopK()):
-        for hook in default.hooks():
-            owners.setdefault(hook, [default])
-    everyone = [*strategies, *(s for held in owners.values() for s in held)]
-    owners["begin"] = list({id(s): s for s in everyone}.values())
-    return owners
 
 
 def start(
@@ -215,14 +187,28 @@ def _open(state: DecodeState, owners: Owners) -> bool:
             state.block += 1
         state.block_step = 0
         state.block_masks = state.opened(window.start, window.stop).sum(1)
+        inside = state.left[:, window.start : window.stop]
+        state.block_most = int(inside.sum(1).max())
     return True
+
+
+def _lasts(state: DecodeState, owners: Owners) -> bool:
+    """Whether the window surely stays for another step, so that nobody need look at the device.
+
+    A row that is finished then leaves with the next look; meanwhile it has nothing open.
+    """
+    if any(hook in owners for hook in ("stop", "edit", "revise", "end", "resize")):
+        return False
+    level = state.level[:, state.prompt :]
+    is_even = state.window.turn is None and bool((level == level[:, :1]).all())
+    return is_even and owners["plan"][0].steady and owners["select"][0].lasts(state)
 
 
 def _step(state: DecodeState, owners: Owners) -> None:
     """One step: the forward, what it commits, and what is taken back."""
     spec = state.model.spec
     state.refresh = owners["refresh"][0].refresh(state)
-    state.focus(*_reading(state, owners))
+    state.focus(*reading(state, owners))
     logits = state.forward()
     for strategy in owners.get("guide", ()):
         logits = strategy.guide(state, logits)
@@ -250,90 +236,6 @@ def _end(state: DecodeState, owners: Owners) -> None:
     """Fills what can only become end tokens, also behind those that are given."""
     for strategy in owners.get("end", ()):
         state.tokens.masked_fill_(strategy.end(state) & state.masked, state.model.spec.eos_id)
-
-
-def _resize(state: DecodeState, owners: Owners) -> None:
-    """Gives the canvas another length where a strategy wants it."""
-    for strategy in owners.get("resize", ()):
-        source = strategy.resize(state)
-        if source is None:
-            continue
-        state.resize(source)
-        state.memory = {
-            key: value
-            for key, value in state.memory.items()
-            if strategy in (key if isinstance(key, tuple) else (key,))
-        }
-        for other in owners["begin"]:
-            if other is not strategy:
-                other.begin(state)
-
-
-def _reading(state: DecodeState, owners: Owners) -> tuple[Window, Tensor | None]:
-    """The positions this step scores: what the hooks need and the computed rows can tell.
-
-    Returns:
-        their bounds, and [B L] bool on the CPU, those of each row where they differ.
-    """
-    rows, shift = state.refresh, int(state.model.spec.shift)
-    start, stop, _ = state.window
-    stuck = None
-    if rows.fill is not None:
-        fill = slice(rows.fill.start, rows.fill.stop)
-        stuck = state.left[:, fill].any(1)
-        if bool((stuck | ~state.left[:, start:stop].any(1)).all()):
-            return rows.fill, None
-    sees = {strategy.sees for group in owners.values() for strategy in group}
-    if "answer" in sees:
-        start, stop = state.prompt, state.length
-    start, stop = max(start, rows.start + shift), min(stop, rows.stop + shift)
-    only = None
-    if rows.rows is not None or stuck is not None:
-        fed = torch.ones_like(state.left) if rows.rows is None else rows.rows.roll(shift, 1)
-        only = torch.zeros_like(fed)
-        only[:, start:stop] = fed[:, start:stop]
-        if stuck is not None:  # such a row must know no more than it would alone
-            only[stuck] = False
-            only[stuck, fill] = True
-    own = None if sees == {"open"} else _own(state, "answer" in sees)
-    if own is not None and not own[:, start:stop].all():
-        only = own.clone() if only is None else only & own
-        only[:, :start], only[:, stop:] = False, False
-    if sees == {"open"} and (only is not None or state.thrifty):
-        masks = state.left if only is None else state.left & only
-        if state.window.turn is not None:
-            masks = masks & (state.turns == state.window.turn)
-        at = masks[:, start:stop].any(0).nonzero()
-        if len(at):
-            start, stop = start + int(at[0]), start + int(at[-1]) + 1
-        if only is not None or not masks[:, start:stop].all():
-            only = masks.clone()
-            only[:, :start], only[:, stop:] = False, False
-    left = state.left if only is None else state.left & only
-    if not left[:, max(start, state.window.start) : min(stop, state.window.stop)].any():
-        name = type(owners["refresh"][0]).__name__
-        raise RuntimeError(
-            f"{name} computes rows {rows.start} to {rows.stop}, which score no masked position of "
-            f"the window {state.window.start} to {state.window.stop}; its refresh must cover one"
-        )
-    return Window(start, stop), only
-
-
-def _own(state: DecodeState, beyond: bool) -> Tensor | None:
-    """[B L] bool on the CPU, what each row scores for itself (beyond its turn, too); None: all.
-
-    A batch also computes what other rows need: turns, blocks that are final and blocks to come.
-    """
-    start, stop, turn = state.window
-    inside = None if beyond or turn is None else state.turns == turn
-    answer = state.level[:, state.prompt :]
-    if state.model.spec.attention == "full" or bool((answer == answer[:, :1]).all()):
-        return inside
-    scoring = state.level.roll(int(state.model.spec.shift), 1)
-    masks = state.left if turn is None else state.left & (state.turns == turn)
-    top = scoring.masked_fill(~masks, -1)[:, start:stop].amax(1, keepdim=True)
-    own = state.unsettled & (scoring <= top)
-    return own if inside is None else own & inside
 
 
 def _commit(state: DecodeState, owners: Owners) -> None:

@@ -117,7 +117,7 @@ class Elastic(KV):
     whole = True
 
     def __init__(self, state: DecodeState, gamma: float, track: int) -> None:
-        kv = state.model.backbone.cache(len(state.tokens), state.length)
+        kv = state.model.backbone.cache(len(state.tokens), state.length, fixed=False)
         self.keys, self.values, self.length, self.end = kv.keys, kv.values, kv.length, kv.end
         self.gamma, self.track = gamma, track
         sequence = state.sequence

@@ -74,7 +74,7 @@ def renewed(state: DecodeState) -> int:
     if levels is None:
         return 0
     highest, lowest = levels
-    floor = lowest[state.left.any(0).nonzero()[0]]
+    floor = lowest[state.looked.any(0).nonzero()[0]]
     unsettled = int((highest >= floor).nonzero()[0])
     first = min(state.memory.get("final", 0), unsettled)
     state.memory["final"] = unsettled

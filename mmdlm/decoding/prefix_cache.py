@@ -47,7 +47,7 @@ def full_pass(state: DecodeState) -> Refresh | None:
             "final), take SubBlockCache, or give Blocks a size"
         )
     shift, start = state.model.spec.shift, state.window.start
-    stuck = shift and bool(state.left[:, start].any())
+    stuck = shift and bool(state.looked[:, start].any()) and bool(state.left[:, start].any())
     if state.block_step and not stuck and state.caches:  # a new length empties them
         return None
     first = min(renewed(state), start - shift)

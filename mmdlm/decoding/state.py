@@ -12,7 +12,7 @@ from torch import Tensor
 from mmdlm.backbones.kv import KV, Held, Rows, take
 from mmdlm.decoding.sources import Source, streams
 from mmdlm.decoding.strategy import Refresh, Window
-from mmdlm.layout import ANSWER, Sequence, chosen, seen_by
+from mmdlm.layout import MEDIA, Sequence, chosen, seen_by
 from mmdlm.model import MultimodalDLM
 
 
@@ -51,9 +51,9 @@ class DecodeState:
     """Positions of the answer at first; numbers of steps are given for so many."""
     rows: list[int] = field(init=False)
     """[B] index of each row in the caller's batch."""
-    left: Tensor = field(init=False)
-    """[B L] bool, `masked` on the CPU as of the latest write: the one look at the device a step
-    needs, so hooks that decide on the host use this. `pending` positions count."""
+    looked: Tensor = field(init=False)
+    """[B L] bool, `left` as it was at the latest look. Since then the loop has only committed, and
+    the window stayed: what is not in it is not left either."""
     pending: Tensor = field(init=False)
     """[B L] bool on the CPU, positions that keep their window open although they are written, for
     one more step; `edit` sets it, before every `edit` it is empty."""
@@ -79,6 +79,8 @@ class DecodeState:
     """Steps done since the window last changed."""
     block_masks: Tensor = field(default_factory=_nothing)
     """[B] masks in the window when it opened."""
+    block_most: int = 0
+    """The largest of these."""
     refresh: Refresh = Refresh(0, 0, cached=False)
     """The rows this step computes."""
     read: Window = Window(0, 0)
@@ -113,6 +115,10 @@ class DecodeState:
     streams: list[torch.Generator] | None = None
     """One random stream per row of the caller's batch; made by the first draw."""
 
+    text: int = 0
+    """First column behind all media."""
+    _left: Tensor | None = None
+
     def __post_init__(self) -> None:
         batch, length = self.tokens.shape
         answer = (batch, length - self.prompt)
@@ -127,7 +133,8 @@ class DecodeState:
         self.set_levels(self.sequence.level)
         self.writable = self.masked
         self.pending = torch.zeros_like(self.level, dtype=torch.bool)
-        self.look()
+        if self.sequence.media is not None and len(self.sequence.media):
+            self.text = int((self.sequence.kind == MEDIA).any(0).nonzero()[-1]) + 1
 
     @property
     def tokens(self) -> Tensor:
@@ -173,9 +180,20 @@ class DecodeState:
         first = self.level[:, self.prompt : self.prompt + 1]
         self.turns = (self.level - first).masked_fill(~real, -1)
 
-    def look(self) -> None:
-        """Copies which positions are masked to the host."""
-        self.left = self.masked.cpu() | self.pending
+    @property
+    def left(self) -> Tensor:
+        """[B L] bool, `masked` on the CPU; `pending` positions count.
+
+        What hooks that decide on the host use. The first to ask after a write looks at the device,
+        and waits for it; where nobody asks, nobody waits.
+        """
+        if self._left is None:
+            self._left = self.looked = self.masked.cpu() | self.pending
+        return self._left
+
+    def wrote(self) -> None:
+        """Called after every write: what the host knows is out of date."""
+        self._left = None
 
     def opened(self, start: int, stop: int) -> Tensor:
         """[B stop-start] bool, canvas positions that are masked and inside the window."""
@@ -255,6 +273,7 @@ class DecodeState:
             if cache not in self.caches:
                 self.caches[cache] = self.model.backbone.cache(len(self.tokens), self.length)
             kv = self.caches[cache]
+            kv.steady = False
         if rows.store is not None:
             start, stop, _ = rows.store
             one = start + self.model.spec.shift  # not none: kernels may refuse empty queries
@@ -270,6 +289,8 @@ class DecodeState:
         read: Rows = self.at
         if self.real is None and rows.rows is None:
             read = slice(*self.read[:2])
+        if kv is not None:
+            kv.steady = rows.start >= self.text
         return self._run(sequence, fed, read, kv)
 
     def _run(self, sequence: Sequence, rows: Rows, read: Rows, kv: KV | None) -> Tensor:
@@ -293,51 +314,6 @@ class DecodeState:
             allowed = allowed & seen[:, :end].to(allowed.device)
         return seen_by(take(sequence.level, rows), sequence.level[:, :end], allowed)
 
-    def resize(self, source: Tensor) -> None:
-        """Gives the canvas another length; see `Strategy.resize`.
-
-        Args:
-            source: [B N] int64 on the CPU.
-        Raises:
-            ValueError: the model's attention is not full, or the text is longer than its context.
-        """
-        spec, device = self.model.spec, self.tokens.device
-        if spec.attention != "full":
-            raise ValueError(
-                f"the length of the answer can change in full attention only, this model has "
-                f"{spec.attention}; leave out the strategy that changes it"
-            )
-        first = self.sequence.positions[:, self.prompt : self.prompt + 1]
-        spec.fits(int((first[:, 0].cpu() + (source != self.GONE).sum(1)).max()))
-        source = source.to(device)
-        old, is_old = source.clamp(min=0), source >= 0
-
-        def moved(values: Tensor, new: int, start: int = self.prompt) -> Tensor:
-            values = values[:, start:].gather(1, old)
-            return values.masked_fill(~is_old, new)
-
-        def joined(values: Tensor, answer: Tensor) -> Tensor:
-            return torch.cat([values[:, : self.prompt], answer], 1)
-
-        fresh, gone = source == self.NEW, source == self.GONE
-        was, order = self.sequence, torch.arange(source.shape[1], device=device)
-        answer = moved(was.tokens, spec.eos_id).masked_fill(fresh, spec.mask_id)
-        self.sequence = replace(
-            was,
-            tokens=joined(was.tokens, answer),
-            kind=joined(was.kind, torch.full_like(source, ANSWER)),
-            mask=joined(was.mask, ~gone),
-            positions=joined(was.positions, first + order),
-            level=joined(was.level, torch.zeros_like(source)),
-        )
-        self.writable = joined(self.writable, moved(self.writable, 0) | fresh)
-        self.commit_step = moved(self.commit_step, -1, 0)
-        self.commit_confidence = moved(self.commit_confidence, 0, 0)
-        self.caches.clear()
-        self.set_levels(self.sequence.level)
-        pending = self.pending[:, self.prompt :].gather(1, old.cpu()) & is_old.cpu()
-        self.pending = torch.cat([self.pending[:, : self.prompt], pending], 1)
-
     def uniform(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Random numbers [B R *size] in [0, 1), 0.5 at positions that are not open.
 
@@ -354,6 +330,12 @@ class DecodeState:
             draws[i, self.open[i]] = new
         return draws
 
+    def forget(self) -> None:
+        """Drops all keys and values."""
+        for kv in self.caches.values():
+            kv.release()
+        self.caches.clear()
+
     def keep(self, rows: Tensor) -> None:
         """Shrinks the batch.
 
@@ -361,7 +343,8 @@ class DecodeState:
             rows: [n] int64 on the CPU, ascending: the rows that stay.
         """
         self.rows = [self.rows[i] for i in rows.tolist()]
-        for name in ("left", "level", "turns", "pending"):
+        self._left = self.left[rows]
+        for name in ("looked", "level", "turns", "pending"):
             setattr(self, name, getattr(self, name)[rows])
         at = rows.to(self.tokens.device)
         self.sequence = chosen(self.sequence, at)

@@ -79,6 +79,7 @@ class Strategy:
         exact: the answer a reader sees is that of the same decode without the strategy.
         excludes: names of strategies, or of hooks, that it cannot be combined with.
         may_idle: `select` may commit nothing in a step (schedules with a fixed number of steps).
+        steady: `plan` keeps its window as long as any row has a mask in it.
         sees: which logits the hooks need. "open": masked positions of the window, give or take;
             "window": the whole window; "answer": the whole canvas, as far as `refresh` computes it.
     """
@@ -90,6 +91,7 @@ class Strategy:
     exact: ClassVar[bool] = False
     excludes: ClassVar[tuple[str, ...]] = ()
     may_idle: ClassVar[bool] = False
+    steady: ClassVar[bool] = False
     sees: ClassVar[Literal["open", "window", "answer"]] = "open"
 
     def begin(self, state: DecodeState) -> None:
@@ -122,6 +124,14 @@ class Strategy:
     def select(self, state: DecodeState) -> Tensor:
         """[B R] bool, which open positions commit in this step."""
         raise TypeError(f"{type(self).__name__} does not decide select")
+
+    def lasts(self, state: DecodeState) -> bool:
+        """Whether `select` surely leaves a mask in the window, in some row, after this step.
+
+        For schedules that need not see what they did, so that the host does not wait for the
+        device in every step; asked before the step, where nothing else writes.
+        """
+        return False
 
     def edit(self, state: DecodeState) -> Tensor:
         """[B R] bool, which written answer positions take their candidate instead.

@@ -45,6 +45,12 @@ class TopK(Strategy):
         quota = masks // steps + (state.block_step < masks % steps)
         return rank(state.confidence) < quota[:, None]
 
+    def lasts(self, state: DecodeState) -> bool:
+        """Whether the fullest row has more masks than it has committed by then."""
+        masks, now = state.block_most, state.block_step + 1
+        steps = masks if self.steps is None else state.share(self.steps)
+        return now < steps and masks // steps * now + min(now, masks % steps) < masks
+
 
 def rank(confidence: Tensor) -> Tensor:
     """[B R] int64 place of each position, 0 = most confident; ties go to the lower position."""

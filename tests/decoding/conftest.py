@@ -154,7 +154,7 @@ class Synthetic:
             fits=lambda length: None,
             transformer=SimpleNamespace(vocab=self.vocab),
         )
-        nowhere = SimpleNamespace(keys=(), values=(), keep=lambda rows: None)
+        nowhere = SimpleNamespace(keys=(), keep=lambda rows: None, release=lambda: None)
         self.backbone = SimpleNamespace(cache=lambda batch, length: nowhere)
 
     def run(

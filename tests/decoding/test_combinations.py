@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mmdlm import discover
-from mmdlm.decoding.decode import assign, decode
+from mmdlm.decoding.decode import decode
+from mmdlm.decoding.owners import assign
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.model import MultimodalDLM
 

@@ -10,10 +10,11 @@ from torch import Tensor
 from mmdlm import discover
 from mmdlm.decoding.blocks import Blocks
 from mmdlm.decoding.cfg import CFG
-from mmdlm.decoding.decode import assign, decode
+from mmdlm.decoding.decode import decode
 from mmdlm.decoding.dual_cache import DualCache
 from mmdlm.decoding.end_of_text import EndOfText
 from mmdlm.decoding.gumbel import Gumbel
+from mmdlm.decoding.owners import assign
 from mmdlm.decoding.prefix_cache import PrefixCache
 from mmdlm.decoding.prefix_lm import PrefixLM
 from mmdlm.decoding.random_order import RandomOrder

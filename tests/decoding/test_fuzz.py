@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from mmdlm import discover
-from mmdlm.decoding.decode import Decoded, assign, decode
+from mmdlm.decoding.decode import Decoded, decode
 from mmdlm.decoding.exact import Exact
+from mmdlm.decoding.owners import assign
 from mmdlm.decoding.strategy import Refresh, Strategy
 from mmdlm.layout import Row
 from mmdlm.model import MultimodalDLM

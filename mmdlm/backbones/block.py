@@ -1,0 +1,171 @@
+"""One pre-norm block: RMSNorm, grouped-query attention with rotary positions, SwiGLU or experts.
+
+What a block does before and after its attention are functions of their own, which may be compiled
+(`Parts`); between them stand the cache and the attention, which come in many kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from mmdlm.backbones.kv import KV, Rows, take
+from mmdlm.backbones.linear import Linear, linear
+from mmdlm.backbones.moe import MLP, MoE
+from mmdlm.backbones.rotary import rotate
+
+if TYPE_CHECKING:
+    from mmdlm.backbones.transformer import TransformerConfig
+
+
+class RMSNorm(nn.Module):
+    """x / root mean square, in float32, cast back, then times the weight."""
+
+    def __init__(self, width: int, eps: float, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[... width], same type as the input."""
+        h = x.float()
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        h = h.to(x.dtype) * self.weight.to(x.dtype)
+        return h if self.bias is None else h + self.bias
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: int) -> Tensor:
+    """Softmax attention [B H R hd]; each key head serves `group` consecutive query heads.
+
+    Args:
+        q: [B H R hd].
+        k: [B KV M hd].
+        v: [B KV M hd].
+        mask: bool [B 1 R M], True = attend, or floating, added to the scores; None for all.
+        group: H / KV.
+    """
+    half = q.dtype == torch.bfloat16 and q.device.type == "cpu"
+    if not (half and q.requires_grad):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=group > 1)
+    # The fused CPU kernel's bfloat16 backward takes three times as long as these three lines.
+    if group > 1:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1) @ v
+
+
+class Attention(nn.Module):
+    """The weights of grouped-query attention; one projection gives queries, keys and values."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.heads, config.keys_heads
+        self.head_dim = config.head_width
+        self.float32 = config.rotary_float32
+        self.clip = config.clip
+        self.q_size, self.kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.qkv = Linear(
+            config.width, self.q_size + 2 * self.kv_size, bias=config.qkv_bias or config.bias
+        )
+        self.o = Linear(self.q_size, config.width, bias=config.o_bias or config.bias)
+        self.per_head = config.qk_norm == "head"
+        self.q_norm = self.k_norm = None
+        if config.qk_norm != "none":
+            q_width = self.head_dim if self.per_head else self.q_size
+            k_width = self.head_dim if self.per_head else self.kv_size
+            self.q_norm = RMSNorm(q_width, config.eps, config.norm_bias)
+            self.k_norm = RMSNorm(k_width, config.eps, config.norm_bias)
+
+    def project(self, x: Tensor, read: Rows | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the read rows, keys and values of all: [B H R hd], [B KV M hd] twice."""
+        weight, bias = self.qkv.weight, self.qkv.bias
+        if read is None or type(weight) is not nn.Parameter:  # rounded weights cannot be cut
+            q, k, v = self.qkv(x).split([self.q_size, self.kv_size, self.kv_size], -1)
+            q = take(q, read)
+        else:
+            q = linear(take(x, read), weight, bias, slice(0, self.q_size))
+            k, v = linear(x, weight, bias, slice(self.q_size, len(weight))).chunk(2, -1)
+        if self.q_norm is not None and not self.per_head:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = rearrange(q, "b m (h c) -> b h m c", c=self.head_dim)
+        k = rearrange(k, "b m (h c) -> b h m c", c=self.head_dim)
+        v = rearrange(v, "b m (h c) -> b h m c", c=self.head_dim)
+        if self.q_norm is not None and self.per_head:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.clip is not None:
+            q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
+        return q, k, v
+
+
+Angles = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Cosines and sines of queries and of keys."""
+
+
+class Parts(NamedTuple):
+    """What a block does before and after its attention, as they are or compiled.
+
+    Functions of the block rather than its methods: one compiled function serves all blocks, and a
+    copied block is not tied to the weights of the first.
+    """
+
+    ask: Callable[[Block, Tensor, Angles, Rows | None], tuple[Tensor, Tensor, Tensor]]
+    answer: Callable[[Block, Tensor, Tensor], Tensor]
+
+
+def ask(
+    block: Block, x: Tensor, rotary: Angles, read: Rows | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries [B H R hd] of the read rows, keys and values [B KV M hd] of all M in x."""
+    q, k, v = block.attn.project(block.attn_norm(x), read)
+    queries, keys = rotary
+    float32 = block.attn.float32
+    return rotate(q, *queries, float32), rotate(k, *keys, float32), v
+
+
+def answer(block: Block, x: Tensor, y: Tensor) -> Tensor:
+    """[B R D] of the states [B R D] and what they attended to, [B R H*hd]."""
+    x = x + block.attn.o(y)
+    feed_forward = block.mlp if block.moe is None else block.moe
+    return x + feed_forward(block.mlp_norm(x))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, or experts, with residuals."""
+
+    parts = Parts(ask, answer)
+
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(config.width, config.eps, config.norm_bias)
+        self.attn = Attention(config)
+        self.mlp_norm = RMSNorm(config.width, config.eps, config.norm_bias)
+        sparse = config.is_sparse(layer)
+        self.mlp = None if sparse else MLP(config.width, config.inner, config.bias)
+        self.moe = MoE(config.width, config.moe) if sparse else None
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Angles,
+        mask: Tensor | None,
+        cache: tuple[KV, int, Rows] | None,
+        read: Rows | None,
+    ) -> Tensor:
+        """[B R D]: all rows go in as keys, only the read ones come out."""
+        q, k, v = self.parts.ask(self, x, rotary, read)
+        if cache is not None:
+            kv, layer, rows = cache
+            k, v = kv.write(layer, k, v, rows)
+            kv.watch(layer, q, rows)
+        y = attend(q, k, v, mask, self.attn.heads // self.attn.kv_heads)
+        return self.parts.answer(self, take(x, read), rearrange(y, "b h m c -> b m (h c)"))

@@ -1,0 +1,77 @@
+"""Answers that change their length."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mmdlm.decoding.owners import Owners
+from mmdlm.decoding.state import DecodeState
+from mmdlm.layout import ANSWER
+
+
+def resize(state: DecodeState, owners: Owners) -> None:
+    """Gives the canvas another length where a strategy wants it."""
+    for strategy in owners.get("resize", ()):
+        source = strategy.resize(state)
+        if source is None:
+            continue
+        _rebuild(state, source)
+        state.memory = {
+            key: value
+            for key, value in state.memory.items()
+            if strategy in (key if isinstance(key, tuple) else (key,))
+        }
+        for other in owners["begin"]:
+            if other is not strategy:
+                other.begin(state)
+
+
+def _rebuild(state: DecodeState, source: Tensor) -> None:
+    """Gives the canvas another length; see `Strategy.resize`.
+
+    Args:
+        state: the run.
+        source: [B N] int64 on the CPU.
+    Raises:
+        ValueError: the model's attention is not full, or the text is longer than its context.
+    """
+    spec, device = state.model.spec, state.tokens.device
+    if spec.attention != "full":
+        raise ValueError(
+            f"the length of the answer can change in full attention only, this model has "
+            f"{spec.attention}; leave out the strategy that changes it"
+        )
+    first = state.sequence.positions[:, state.prompt : state.prompt + 1]
+    spec.fits(int((first[:, 0].cpu() + (source != state.GONE).sum(1)).max()))
+    source = source.to(device)
+    old, is_old = source.clamp(min=0), source >= 0
+
+    def moved(values: Tensor, new: int, start: int = state.prompt) -> Tensor:
+        values = values[:, start:].gather(1, old)
+        return values.masked_fill(~is_old, new)
+
+    def joined(values: Tensor, answer: Tensor) -> Tensor:
+        return torch.cat([values[:, : state.prompt], answer], 1)
+
+    fresh, gone = source == state.NEW, source == state.GONE
+    was, order = state.sequence, torch.arange(source.shape[1], device=device)
+    answer = moved(was.tokens, spec.eos_id).masked_fill(fresh, spec.mask_id)
+    state.sequence = replace(
+        was,
+        tokens=joined(was.tokens, answer),
+        kind=joined(was.kind, torch.full_like(source, ANSWER)),
+        mask=joined(was.mask, ~gone),
+        positions=joined(was.positions, first + order),
+        level=joined(was.level, torch.zeros_like(source)),
+    )
+    state.writable = joined(state.writable, moved(state.writable, 0) | fresh)
+    state.commit_step = moved(state.commit_step, -1, 0)
+    state.commit_confidence = moved(state.commit_confidence, 0, 0)
+    state.forget()
+    state.set_levels(state.sequence.level)
+    pending = state.pending[:, state.prompt :].gather(1, old.cpu()) & is_old.cpu()
+    state.pending = torch.cat([state.pending[:, : state.prompt], pending], 1)
+    state.wrote()
