@@ -54,6 +54,10 @@ class MaskGIT(Strategy):
         quota = due(state, self, lambda masks: quotas(masks, steps, self.schedule))
         return rank(state.confidence) < quota[:, None]
 
+    def lasts(self, state: DecodeState) -> bool:
+        """As its table says."""
+        return rests(state, self)
+
 
 def quotas(masks: Tensor | int, steps: int, mode: str) -> Tensor:
     """Tokens to commit in each step, [B steps] int64 on the CPU; their sum is the number of masks.
@@ -100,12 +104,21 @@ def due(state: DecodeState, key: Hashable, plan: Callable[[Tensor], Tensor]) -> 
     """
     name = (key, "quotas")
     if state.block_step == 0 or name not in state.memory:
-        table = plan(state.block_masks.cpu())
+        masks = state.block_masks.cpu()
+        table = plan(masks)
         step = torch.arange(table.shape[1])
         last = ((table > 0) * step).amax(1, keepdim=True)
         state.memory[name] = table.masked_fill(step >= last, state.length).to(state.tokens.device)
+        rest = masks[:, None] - table.cumsum(1)
+        state.memory[key, "rest"] = rest.masked_fill(step >= last, 0).amax(0).tolist()
     table = state.memory[name]
     return table[:, min(state.block_step, table.shape[1] - 1)]
+
+
+def rests(state: DecodeState, key: Hashable) -> bool:
+    """Whether the table of `due` surely leaves some row a mask after this step."""
+    rest = state.memory.get((key, "rest"), ())
+    return 0 < state.block_step < len(rest) and rest[state.block_step] > 0
 
 
 def share(ratio: float, masks: int, mode: str) -> float:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mmdlm.decoding.maskgit import due
+from mmdlm.decoding.maskgit import due, rests
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.top_k import rank
@@ -60,6 +60,10 @@ class TimeShift(Strategy):
             return torch.tensor([each + [0] * (steps - len(each)) for each in counts])
 
         return rank(state.confidence) < due(state, self, plan)[:, None]
+
+    def lasts(self, state: DecodeState) -> bool:
+        """As its table says."""
+        return rests(state, self)
 
 
 def shifted(masks: int, steps: int, shift: float, schedule: str) -> list[int]:

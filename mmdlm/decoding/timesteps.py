@@ -51,3 +51,7 @@ class Timesteps(Strategy):
         fall = 1 - level[now + 1] / level[now]
         quota = (is_open.sum(1).float() * fall.to(is_open.device)).long()
         return rank(state.confidence) < quota[:, None]
+
+    def lasts(self, state: DecodeState) -> bool:
+        """Until the last step, as a level never falls to zero."""
+        return state.block_step < state.share(self.steps or state.asked) - 1
