@@ -68,6 +68,7 @@ def load(
     family: str | None = None,
     quantize: str | None = None,
     pack: bool | None = None,
+    compile: bool = False,
     **overrides: Any,
 ) -> MultimodalDLM:
     """The model of a checkpoint, ready to use (eval mode); `model.report` says what was read.
@@ -86,6 +87,8 @@ def load(
         pack: on a CPU in float32, keep a second copy of the backbone's large weights in the layout
             oneDNN multiplies fastest (`mmdlm.backbones.linear`), made when first used. None: for
             backbones of at most 2 GB.
+        compile: compile the backbone and record its short steps, for GPUs; see
+            `MultimodalDLM.compile`.
         **overrides: what config.json leaves out or gets wrong: mask_id, eos_id, pad_id, stop_ids,
             shift, attention, block_size, template and context of `Spec`; theta and theta_scale of
             `TransformerConfig`. theta_scale stretches the context; LLaDA-8B reads 8k tokens with
@@ -99,7 +102,7 @@ def load(
         TypeError: there is no such override.
         ImportError: `quantize` needs torchao.
     """
-    check_overrides(overrides, ("device", "dtype", "family", "quantize", "pack"))
+    check_overrides(overrides, ("device", "dtype", "family", "quantize", "pack", "compile"))
     over = devices(device)
     folder = find(source)
     config = read_json(folder / "config.json")
@@ -118,6 +121,8 @@ def load(
     size = sum(weight.nbytes for weight in model.backbone.parameters())
     if pack or (pack is None and size <= PACKED_BYTES):
         pack_weights(model.backbone)
+    if compile:
+        model.compile()
     return model.eval()
 
 

@@ -51,6 +51,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: int) -> 
         group: H / KV.
     """
     half = q.dtype == torch.bfloat16 and q.device.type == "cpu"
+    if group > 1 and mask is not None and q.device.type == "cuda":
+        # The kernels that take a mask there want a key head for every query head.
+        k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
     if not (half and q.requires_grad):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=group > 1)
     # The fused CPU kernel's bfloat16 backward takes three times as long as these three lines.

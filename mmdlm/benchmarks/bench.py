@@ -27,6 +27,8 @@ class Timing:
         rounds: timed turns of each system; by default 3 on a CPU, 10 on a GPU.
         warmup: turns before that, which do not count; by default 1 on a CPU, 3 on a GPU.
         seed: of the drawn weights and prompts.
+        compile: compile our model, as one would on a GPU; what it then keeps between decodes is
+            not counted as extra memory.
         json: file for one JSON line per run; what it held is replaced.
     """
 
@@ -36,13 +38,15 @@ class Timing:
     rounds: int | None = None
     warmup: int | None = None
     seed: int = 0
+    compile: bool = False
     json: Path | None = None
 
     def setting(self) -> Setting:
         """The same, checked."""
         from mmdlm.benchmarks.decode_speed import Setting
 
-        return Setting(self.device, self.dtype, self.threads, self.rounds, self.warmup, self.seed)
+        places = (self.device, self.dtype, self.threads)
+        return Setting(*places, self.rounds, self.warmup, self.seed, self.compile)
 
     def finish(self, records: list[dict[str, Any]], *tables: Table) -> int:
         """Prints tables, what they were measured on, and keeps the records."""

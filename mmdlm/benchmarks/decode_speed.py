@@ -35,6 +35,7 @@ class Setting:
         rounds: timed turns of each system; None: 3 on a CPU, 10 on a GPU.
         warmup: turns before that, which do not count; None: 1 on a CPU, 3 on a GPU.
         seed: of weights and prompts.
+        compile: our model is compiled (`MultimodalDLM.compile`).
     Raises:
         ValueError: a number is too small, the device is not there, or the type unknown.
     """
@@ -45,6 +46,7 @@ class Setting:
     rounds: int | None = None
     warmup: int | None = None
     seed: int = 0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         place = devices(self.device)[0]
@@ -66,7 +68,8 @@ class Setting:
 
     def head(self) -> Record:
         """What every record says of it."""
-        return {"device": self.device, "dtype": self.dtype, "threads": self.threads}
+        names = ("device", "dtype", "threads", "compile")
+        return {name: getattr(self, name) for name in names}
 
     def turns(self) -> Iterator[tuple[int, bool]]:
         """Number of each round, and whether it only warms up; those count from below 0."""
@@ -107,7 +110,7 @@ def race(
                             do="decode",
                             **{"system": system, "shape": shape.name, "mode": mode},
                             **{"device": setting.device, "dtype": setting.dtype},
-                            seed=setting.seed,
+                            **{"seed": setting.seed, "compiled": setting.compile},
                         )
                     for record in _records(shape, mode, number, is_warmup, turn, setting):
                         records.append(about | record)

@@ -197,7 +197,7 @@ def load_policy(source: str | Path, execute: int | None = None, **options: Any) 
     Args:
         source: name of a bundled model ("tiny"), folder, or hub id.
         execute: actions of a chunk to play before asking again; None for the checkpoint's advice.
-        **options: device, dtype and family, see `mmdlm.checkpoint.load`.
+        **options: device, dtype, family and compile, see `mmdlm.checkpoint.load`.
     Raises:
         FileNotFoundError: there is no such checkpoint.
         ValueError: it holds no statistics, so it is no policy.

@@ -166,5 +166,7 @@ def test_tiny_shape_on_a_gpu():
     ours = [r for r in found if r["system"] == "mmdlm"]
     assert all(r["dtype"] == "bfloat16" and r["peak_extra_mb"] >= 0 for r in ours)
     assert all(r["reserved_mb"] > 0 for r in found)
-    exact = race([TINY], ["none", "dual"], Setting("cuda", "float32", rounds=1, warmup=0))
-    assert all(r["gate"] for r in exact if r["system"] == "mmdlm")
+    for compiled in (False, True):
+        setting = Setting("cuda", "float32", rounds=1, warmup=2, compile=compiled)
+        exact = race([TINY], ["none", "prefix", "dual"], setting)
+        assert all(r["gate"] for r in exact if r["system"] == "mmdlm")

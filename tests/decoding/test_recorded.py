@@ -215,3 +215,19 @@ def test_compiling_for_real_keeps_the_tokens(toy, prompts) -> None:
     want = decode(toy(), tokens, LENGTH, strategies, mask=mask).tokens
     assert decode(model, tokens, LENGTH, strategies, mask=mask).tokens.equal(want)
     torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_graphs_keep_the_tokens(name: str, toy, prompts) -> None:
+    strategies, given = CASES[name]
+    plain = deepcopy(toy(**given)).to("cuda").double()  # in which no two tokens are nearly equal
+    fast = deepcopy(plain)
+    fast.compile()
+    tokens, mask = (x.to("cuda") for x in prompts(9, 6, 3))
+    for size in (9, 7, 9):
+        part = slice(9 - size, None)
+        want = decode(plain, tokens[:, part], LENGTH, strategies, mask=mask[:, part])
+        got = decode(fast, tokens[:, part], LENGTH, strategies, mask=mask[:, part])
+        assert got.tokens.equal(want.tokens)
+        assert got.nfe == want.nfe
