@@ -58,6 +58,7 @@ class Credit(Strategy):
         device = state.tokens.device
         state.memory[self, "tokens"] = torch.zeros(size, dtype=torch.int64, device=device)
         state.memory[self, "credit"] = torch.zeros(size, device=device)
+        state.memory[self, "block"] = state.block
 
     def guide(self, state: DecodeState, logits: Tensor) -> Tensor:
         """[B R V] float32, changed in place."""
@@ -76,7 +77,7 @@ class Credit(Strategy):
         """Tokens and their credit [B R slots] at the read positions after this step's guesses."""
         tokens, credit = (state.memory[self, name] for name in ("tokens", "credit"))
         outside = ~state.within()[:, state.prompt :, None]
-        if state.memory.get((self, "block"), state.block) != state.block:
+        if state.memory[self, "block"] != state.block:
             # What an earlier block saw ahead before it found its end (`AdaBlock`).
             outside = torch.ones_like(outside)
         state.memory[self, "block"] = state.block

@@ -180,9 +180,12 @@ def _open(state: DecodeState, owners: Owners) -> bool:
         return False
     before, state.window = state.window, window
     # The columns of a turn are fewer once rows have left, but it is the same turn; so are those of
-    # a block once answers were cut.
-    is_cut = window.start == before.start and before.stop > window.stop == state.length
-    if (window != before and not is_cut) if window.turn is None else window.turn != before.turn:
+    # a last block as answers become shorter or longer.
+    is_other = window != before if window.turn is None else window.turn != before.turn
+    if window.turn is None and before.turn is None and window.start == before.start:
+        is_other &= not (state.window_ends or window.stop == state.length)
+    state.window_ends = window.stop == state.length
+    if is_other:
         if state.step:
             state.block += 1
         state.block_step = 0

@@ -21,7 +21,6 @@ class EndCut(Strategy):
     The cut is behind the first end token that a step commits, or, if it commits none, behind the
     mask that predicts one most surely, wherever that is in the answer. Given positions stay.
     Approximate, and bold: models trained on padded answers predict end tokens from the first step.
-    A cut drops what other strategies remember.
 
     Source: end-of-text prediction of Learn2PD (arXiv 2509.25188;
     ims-kdks/Learning-to-Parallel-Decoding: llada/generate.py, generate_l2p_eot). There, only end

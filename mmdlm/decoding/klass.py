@@ -49,13 +49,16 @@ class KLASS(Strategy):
         if self.steps < 1:
             raise ValueError(f"KLASS.steps is {self.steps}, expected at least 1")
 
+    def begin(self, state: DecodeState) -> None:
+        """Sets up the predictions of each position, none so far."""
+        vocab = state.model.spec.transformer.vocab
+        size = vocab if state.columns is None else state.columns.stop - state.columns.start
+        shape, device = (len(state.tokens), state.length - state.prompt), state.tokens.device
+        state.memory[self, "last"] = torch.zeros(*shape, size, device=device)
+        state.memory[self, "calm"] = torch.full(shape, -1, device=device)
+
     def score(self, state: DecodeState, logits: Tensor, tokens: Tensor) -> Tensor:
         """[B R] log-odds; keeps the predictions for the next step."""
-        size, vocab = state.length - state.prompt, logits.shape[-1]
-        if (self, "calm") not in state.memory:
-            rows = len(state.tokens)
-            state.memory[self, "last"] = logits.new_zeros(rows, size, vocab)
-            state.memory[self, "calm"] = torch.full((rows, size), -1, device=logits.device)
         last, calm = state.memory[self, "last"], state.memory[self, "calm"]
         followed = state.within()
         if state.model.spec.attention in ("full", "prefix"):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmdlm.decoding.owners import Owners
 from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.strategy import Strategy
 from mmdlm.layout import ANSWER
 
 
@@ -18,15 +20,46 @@ def resize(state: DecodeState, owners: Owners) -> None:
         source = strategy.resize(state)
         if source is None:
             continue
+        size, before = state.length - state.prompt, state.memory
         _rebuild(state, source)
         state.memory = {
             key: value
-            for key, value in state.memory.items()
+            for key, value in before.items()
             if strategy in (key if isinstance(key, tuple) else (key,))
         }
         for other in owners["begin"]:
             if other is not strategy:
                 other.begin(state)
+                _carry(state, other, before, size, source)
+
+
+def _carry(
+    state: DecodeState, strategy: Strategy, before: dict[Any, Any], size: int, source: Tensor
+) -> None:
+    """Gives a strategy back what it knew of each row and of each position that is still there.
+
+    Args:
+        state: the run, with what the strategy knows at its beginning.
+        strategy: its owner.
+        before: the memory of before.
+        size: positions the answer had.
+        source: see `Strategy.resize`.
+    """
+    for key, was in before.items():
+        if strategy not in (key if isinstance(key, tuple) else (key,)):
+            continue
+        new = state.memory.get(key)
+        if not isinstance(was, Tensor) or not isinstance(new, Tensor):
+            continue
+        if was.ndim == 1:
+            state.memory[key] = was
+        elif was.shape[1] in (size, size + state.prompt):
+            start = was.shape[1] - size  # also the prompt, where it is there
+            old = source.clamp(min=0).to(was.device)[(...,) + (None,) * (was.ndim - 2)]
+            kept = was[:, start:].gather(1, old.expand(-1, -1, *was.shape[2:]))
+            stays = (source >= 0).to(was.device)[(...,) + (None,) * (was.ndim - 2)]
+            answer = torch.where(stays, kept, new[:, start:])
+            state.memory[key] = torch.cat([was[:, :start], answer], 1)
 
 
 def _rebuild(state: DecodeState, source: Tensor) -> None:

@@ -99,7 +99,7 @@ class SchED(Strategy):
         busy, masks = state.open.any(1), state.here(state.masked)
         state.memory[self, "steps"] = done = state.memory[self, "steps"] + busy
         sure = self.aggregate(state.memory[self, "lead"], masks)
-        bar = self.bar(done - 1, self.steps or state.length - state.prompt)
+        bar = self.bar(done - 1, self.steps or state.asked)
         now, calm = state.memory[self, "now"], state.memory[self, "calm"]
         changed = masks & (now != take(state.memory[self, "best"], state.at - state.prompt))
         # In float64, as the reference: a share such as 0.3 is itself only there.

@@ -154,9 +154,10 @@ class Strategy:
         Each entry says which position of the old canvas (0 is the first of the answer) stands
         there: `DecodeState.NEW` for a fresh mask, `DecodeState.EOS` for an end token,
         `DecodeState.GONE` behind the end of a row that is shorter than others. Asked after every
-        write; models of full attention only. All caches, and what strategies remember under
-        themselves (except the one that asks), are dropped, of the rows that keep their length too:
-        beside others, a strategy that remembers may do otherwise than alone.
+        write; models of full attention only. All caches are dropped, of the rows that keep their
+        length too. Strategies begin again, but keep what they had set up in `begin` as a tensor [B]
+        (per row), [B G ...] or [B L ...] (per position of the answer or the canvas): fresh
+        positions get what `begin` gives them.
         """
         raise TypeError(f"{type(self).__name__} does not decide resize")
 

@@ -44,15 +44,21 @@ class TokenEditing(Strategy):
         if self.passes < 0:
             raise ValueError(f"TokenEditing.passes is {self.passes}, expected 0 or more")
 
+    def begin(self, state: DecodeState) -> None:
+        """Nothing was written since a window opened, and no row is waiting."""
+        state.memory[self, "block"] = torch.zeros_like(state.left)
+        state.memory[self, "done"] = torch.zeros(len(state.tokens), dtype=torch.int64)
+
     def edit(self, state: DecodeState) -> Tensor:
         """[B R] bool, surer tokens than those written since the window opened."""
         names = (self, "block"), (self, "done")
-        if state.block_step == 0 or names[0] not in state.memory:
-            block = state.left & state.within().cpu()
+        block, done = (state.memory[name] for name in names)
+        now = state.left & state.within().cpu()
+        block = now if state.block_step == 0 else block | now  # also what a new length put in
+        if state.block_step == 0:
             # A row without a mask here waits for others; alone, it would not open this window.
             done = torch.where(block.any(1), 0, self.passes)
-            state.memory.update(zip(names, (block, done), strict=True))
-        block, done = (state.memory[name] for name in names)
+        state.memory[names[0]] = block
         device = state.tokens.device
         inside, masked = block.to(device), state.masked
         is_full = ~(masked & inside).any(1)
