@@ -5,14 +5,19 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 
 import random
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 # Timings on shared machines vary too much for deadlines; the same examples each run.
 hypothesis.settings.register_profile("mmdlm", deadline=None, derandomize=True, database=None)
@@ -129,3 +134,114 @@ def speller():
         return model.eval()
 
     return make
+
+
+THERE, HERE = torch.device("cuda", 0), torch.device("cpu")
+# To a value, or to a size that depends on values.
+LOOKS = {
+    *("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "equal"),
+    *("nonzero", "masked_select", "unique", "allclose"),
+}
+# What takes tensors of both sides: indices, and copies from one to the other.
+BETWEEN = {"__getitem__", "__setitem__", "copy_", "to", "device", "__get__"}
+
+
+class Pretend(TorchFunctionMode):
+    """Knows which tensors are "there"."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.looks: list[str] = []
+        self.mixed: list[str] = []
+        for weight in [*model.parameters(), *model.buffers()]:
+            weight.is_there = True
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        name = func.__name__
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        there = [is_there(x) for x in tensors]
+        if func == torch.Tensor.device.__get__:
+            return THERE if there[0] else HERE
+        if func == torch.Tensor.is_cuda.__get__:
+            return there[0]
+        if name in ("cpu", "to"):
+            return self._moved(name, args, kwargs)
+        asked = kwargs.get("device")
+        if asked is not None:
+            kwargs["device"] = HERE
+        bare = [isinstance(x, Tensor) and x.ndim > 0 for x in tensors]
+        sides = {side for side, counts in zip(there, bare, strict=True) if counts}
+        if len(sides) > 1 and name not in BETWEEN:
+            self.mixed.append(f"{name} {where()}")
+        by_flags = name in ("__getitem__", "__setitem__") and any(
+            isinstance(x, Tensor) and x.dtype == torch.bool and is_there(x)
+            for x in tree_leaves(args[1])
+        )
+        if (name in LOOKS and any(there)) or (by_flags and name == "__getitem__"):
+            self.looks.append(f"{name} {where()}")
+        result = func(*args, **kwargs)
+        drawn = kwargs.get("generator") is not None  # which lies where it draws
+        if any(there) or drawn or (asked is not None and torch.device(asked).type == "cuda"):
+            mark(result)
+        return result
+
+    def _moved(self, name: str, args: tuple, kwargs: dict) -> Tensor:
+        """A copy on the asked side."""
+        x, given = args[0], [*args[1:], *kwargs.values()]
+        places = [torch.device(g) for g in given if isinstance(g, torch.device | str)]
+        places += [THERE if is_there(g) else HERE for g in given if isinstance(g, Tensor)]
+        if name == "cpu":
+            places = [HERE]
+        kinds = [g if isinstance(g, torch.dtype) else g.dtype for g in given if has_type(g)]
+        goes = is_there(x) if not places else places[0].type == "cuda"
+        if is_there(x) and not goes:
+            self.looks.append(f"{name} {where()}")
+        result = x.clone()
+        if kinds:
+            result = result.to(kinds[0])
+        result.is_there = goes
+        return result
+
+
+def has_type(given: Any) -> bool:
+    return isinstance(given, torch.dtype | Tensor)
+
+
+def is_there(x: Tensor) -> bool:
+    return getattr(x, "is_there", False)
+
+
+def mark(result: Any) -> None:
+    for x in tree_leaves(result):
+        if isinstance(x, Tensor):
+            x.is_there = True
+
+
+def where() -> str:
+    """The line of ours that called torch."""
+    frame = sys._getframe(2)
+    while "/mmdlm/" not in frame.f_code.co_filename and frame.f_back is not None:
+        frame = frame.f_back
+    name = frame.f_code.co_filename.rpartition("/")[2]
+    return f"{name}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> type[Pretend]:
+    """Pretend(model): within it, the weights of a model lie on a GPU that is not there.
+
+    Every call of torch is watched. A tensor that comes from the weights, or was moved to them, is
+    "there", and so is what is computed from it; the rest is on the host. Noted are calls that mix
+    both, which a GPU refuses (`mixed`), and calls that bring a value to the host, which wait for
+    it (`looks`).
+    """
+
+    class Anywhere(torch.Generator):
+        def __new__(cls, device: object = None) -> torch.Generator:
+            return super().__new__(cls)
+
+    monkeypatch.setattr(torch, "Generator", Anywhere)
+    return Pretend
