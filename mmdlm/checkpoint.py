@@ -21,10 +21,11 @@ from torch import Tensor
 
 from encoders.rebuild import Rebuildable, rebuild
 from mmdlm import discover, preset
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Family, Spec
 from mmdlm.backbones.linear import pack as pack_weights
 from mmdlm.backbones.moe import MoEConfig
-from mmdlm.backbones.transformer import Transformer, TransformerConfig
+from mmdlm.backbones.transformer import Transformer
 from mmdlm.loading import published
 from mmdlm.loading.keymap import (
     FLOATS,

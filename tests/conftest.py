@@ -68,8 +68,8 @@ def build():
     from encoders.state import StateEncoder
     from encoders.vit import ViT
     from encoders.whisper import WhisperEncoder
+    from mmdlm.backbones.config import TransformerConfig
     from mmdlm.backbones.family import Spec
-    from mmdlm.backbones.transformer import TransformerConfig
     from mmdlm.data import digits, scenes, speech
     from mmdlm.model import MultimodalDLM
     from mmdlm.text import Tokenizer
@@ -113,8 +113,8 @@ def speller():
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
+    from mmdlm.backbones.config import TransformerConfig
     from mmdlm.backbones.family import Spec
-    from mmdlm.backbones.transformer import TransformerConfig
     from mmdlm.model import MultimodalDLM
     from mmdlm.text import Tokenizer
 

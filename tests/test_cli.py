@@ -15,8 +15,8 @@ import mmdlm
 from adapters.mlp import MLP
 from encoders.vit import ViT
 from mmdlm import checkpoint, cli
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
-from mmdlm.backbones.transformer import TransformerConfig
 from mmdlm.cli import COMMANDS, arguments, main
 from mmdlm.commands.about import facts
 from mmdlm.model import MultimodalDLM

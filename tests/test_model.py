@@ -10,8 +10,8 @@ from torch import Tensor
 
 from adapters.mlp import MLP
 from encoders.state import StateEncoder
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
-from mmdlm.backbones.transformer import TransformerConfig
 from mmdlm.checkpoint import load
 from mmdlm.layout import ANSWER, Row, Turn, from_tokens
 from mmdlm.model import MultimodalDLM, align

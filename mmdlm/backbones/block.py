@@ -7,20 +7,18 @@ What a block does before and after its attention are functions of their own, whi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.kv import KV, Rows, take
 from mmdlm.backbones.linear import Linear, linear
 from mmdlm.backbones.moe import MLP, MoE
 from mmdlm.backbones.rotary import rotate
-
-if TYPE_CHECKING:
-    from mmdlm.backbones.transformer import TransformerConfig
 
 
 class RMSNorm(nn.Module):

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mmdlm.backbones.transformer import TransformerConfig
+from mmdlm.backbones.config import TransformerConfig
 
 Keys = dict[str, str | tuple[str, ...] | None]
 """Our tensor name to the published one, `{i}` for the layer. A tuple is stacked along the first

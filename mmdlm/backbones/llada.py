@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import (
     Family,
     Keys,
@@ -19,7 +20,6 @@ from mmdlm.backbones.family import (
     require,
     rotary_base,
 )
-from mmdlm.backbones.transformer import TransformerConfig
 
 # What configuration_llada.py assumes of absent keys: an older architecture, not LLaDA-8B.
 DEFAULTS: dict[str, Any] = {

@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import (
     Family,
     Spec,
@@ -19,7 +20,6 @@ from mmdlm.backbones.family import (
     rotary_base,
     special,
 )
-from mmdlm.backbones.transformer import TransformerConfig
 
 # What an absent key means, by the configuration class of transformers a family derives from.
 QWEN2: dict[str, Any] = {

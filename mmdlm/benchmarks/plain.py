@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmdlm.backbones.block import Block, RMSNorm
-from mmdlm.backbones.transformer import TransformerConfig
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.model import MultimodalDLM
 
 MODES = ("none", "prefix", "dual", "prefix-lm")

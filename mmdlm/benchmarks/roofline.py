@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mmdlm.backbones.transformer import TransformerConfig
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.benchmarks.shapes import ACTION_IDS, Shape
 
 

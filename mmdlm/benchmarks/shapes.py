@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
 from mmdlm.backbones.linear import pack
-from mmdlm.backbones.transformer import TransformerConfig
 from mmdlm.benchmarks.plain import Schedule
 from mmdlm.model import MultimodalDLM
 

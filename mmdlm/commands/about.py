@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from mmdlm.backbones.config import TransformerConfig
     from mmdlm.backbones.family import Spec
-    from mmdlm.backbones.transformer import TransformerConfig
     from mmdlm.model import MultimodalDLM
 
 PACKAGES = {

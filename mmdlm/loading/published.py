@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from mmdlm import discover
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Family
-from mmdlm.backbones.transformer import TransformerConfig
 from mmdlm.loading.keymap import Place, Report, expand, prefix_of, resolve, shapes
 from mmdlm.loading.overrides import override
 from mmdlm.loading.shards import Stored

@@ -16,8 +16,8 @@ from adapters.adapter import Adapter
 from adapters.normalize import Normalizer
 from adapters.robot import Robot
 from encoders.encoder import Encoder
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
-from mmdlm.backbones.transformer import TransformerConfig
 from mmdlm.data.collate import Collated, rows
 from mmdlm.model import MultimodalDLM
 from mmdlm.objectives.objective import Batch, Losses, Objective

@@ -2,9 +2,9 @@ from dataclasses import replace
 
 import pytest
 
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
 from mmdlm.backbones.llada import LLaDA
-from mmdlm.backbones.transformer import TransformerConfig
 
 SIZES = TransformerConfig(vocab=8, width=256, layers=1, heads=2, inner=24)
 SPEC = Spec("llada", SIZES, mask_id=2, eos_id=1, pad_id=0, context=4096)

@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.kv import KV, take
-from mmdlm.backbones.transformer import Transformer, TransformerConfig
+from mmdlm.backbones.transformer import Transformer
 
 TINY = TransformerConfig(vocab=11, width=16, layers=3, heads=4, inner=24, kv_heads=2)
 

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from mmdlm.backbones import linear as module
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
 from mmdlm.backbones.linear import Linear, linear, pack
-from mmdlm.backbones.transformer import TransformerConfig
 from mmdlm.decoding.blocks import Blocks
 from mmdlm.decoding.decode import decode
 from mmdlm.decoding.dual_cache import DualCache

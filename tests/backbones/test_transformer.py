@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.moe import MoEConfig
-from mmdlm.backbones.transformer import Transformer, TransformerConfig
+from mmdlm.backbones.transformer import Transformer
 
 TINY = TransformerConfig(vocab=13, width=16, layers=2, heads=4, inner=24, kv_heads=2)
 EXPERTS = MoEConfig(experts=4, top=2, inner=8, dense=(0,), shared=8, bias=True)

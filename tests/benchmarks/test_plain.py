@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.moe import MoEConfig
-from mmdlm.backbones.transformer import TransformerConfig
 from mmdlm.benchmarks.plain import MODES, Plain, Schedule
 from mmdlm.benchmarks.shapes import synthetic
 from mmdlm.decoding.blocks import Blocks

@@ -6,8 +6,8 @@ import torch
 
 from adapters.mlp import MLP
 from encoders.vit import ViT
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
-from mmdlm.backbones.transformer import TransformerConfig
 from mmdlm.data.collate import collate, rows
 from mmdlm.data.dataset import Sample, Turn
 from mmdlm.model import MultimodalDLM

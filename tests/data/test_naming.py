@@ -7,8 +7,8 @@ import torch
 from adapters.mlp import MLP
 from encoders.vit import ViT
 from encoders.whisper import WhisperEncoder
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
-from mmdlm.backbones.transformer import TransformerConfig
 from mmdlm.data.collate import collate
 from mmdlm.data.dataset import Sample, Turn
 from mmdlm.data.naming import SHARE, cell_words

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
 from mmdlm.backbones.kv import KV, Rows, take
-from mmdlm.backbones.transformer import TransformerConfig
 from mmdlm.decoding.decode import Decoded, decode
 from mmdlm.decoding.probability import log_odds
 from mmdlm.decoding.state import DecodeState

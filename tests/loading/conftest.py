@@ -20,8 +20,8 @@ from encoders.state import StateEncoder
 from encoders.vit import ViT
 from encoders.whisper import WhisperEncoder
 from mmdlm import preset
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
-from mmdlm.backbones.transformer import TransformerConfig
 from mmdlm.decoding.blocks import Blocks
 from mmdlm.decoding.threshold import Threshold
 from mmdlm.loading.shards import INDEX, SINGLE

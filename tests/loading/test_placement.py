@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 import mmdlm
-from mmdlm.backbones.transformer import Transformer, TransformerConfig
+from mmdlm.backbones.config import TransformerConfig
+from mmdlm.backbones.transformer import Transformer
 from mmdlm.checkpoint import load
 from mmdlm.decoding.blocks import Blocks
 from mmdlm.decoding.prefix_cache import PrefixCache

@@ -8,8 +8,8 @@ import torch
 
 from adapters.pixel_shuffle import PixelShuffle
 from encoders.vit import ViT
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
-from mmdlm.backbones.transformer import TransformerConfig
 from mmdlm.data.collate import collate, rows
 from mmdlm.data.scenes import Scenes
 from mmdlm.layout import Row, Turn

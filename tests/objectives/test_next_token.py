@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
-from mmdlm.backbones.transformer import TransformerConfig
 from mmdlm.layout import Row, Turn
 from mmdlm.model import MultimodalDLM
 from mmdlm.objectives.next_token import NextToken

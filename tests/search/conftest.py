@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
-from mmdlm.backbones.transformer import TransformerConfig
 from mmdlm.model import MultimodalDLM
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
 from mmdlm.backbones.kv import KV, Rows, take
-from mmdlm.backbones.transformer import TransformerConfig
 from mmdlm.layout import Sequence
 from mmdlm.model import MultimodalDLM
 

@@ -6,8 +6,8 @@ from PIL import Image
 from adapters.mlp import MLP
 from encoders.vit import ViT
 from encoders.whisper import WhisperEncoder
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
-from mmdlm.backbones.transformer import TransformerConfig
 from mmdlm.model import MultimodalDLM
 from mmdlm.text import Tokenizer
 

@@ -6,8 +6,8 @@ import torch
 
 from adapters.mlp import MLP
 from encoders.vit import ViT
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
-from mmdlm.backbones.transformer import TransformerConfig
 from mmdlm.data.scenes import Scenes
 from mmdlm.model import MultimodalDLM
 from mmdlm.text import Tokenizer

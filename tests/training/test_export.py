@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 import mmdlm
 from adapters.mlp import MLP
 from encoders.vit import ViT
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
-from mmdlm.backbones.transformer import TransformerConfig
 from mmdlm.checkpoint import save, save_published
 from mmdlm.data.scenes import CAPTION_LENGTH, CAPTION_PROMPT, Scenes
 from mmdlm.loading.shards import INDEX, SINGLE

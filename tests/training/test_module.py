@@ -116,7 +116,7 @@ def test_without_source_or_backbone_it_says_so(config):
 def test_learning_rate_warms_up_and_falls(config):
     from types import SimpleNamespace
 
-    from mmdlm.backbones.transformer import TransformerConfig
+    from mmdlm.backbones.config import TransformerConfig
     from mmdlm.objectives.masked import Masked
     from mmdlm.training.module import Module
 
