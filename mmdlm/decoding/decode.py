@@ -182,9 +182,13 @@ def _open(state: DecodeState, owners: Owners) -> bool:
     # The columns of a turn are fewer once rows have left, but it is the same turn; so are those of
     # a last block as answers become shorter or longer.
     is_other = window != before if window.turn is None else window.turn != before.turn
-    if window.turn is None and before.turn is None and window.start == before.start:
-        is_other &= not (state.window_ends or window.stop == state.length)
-    state.window_ends = window.stop == state.length
+    length, state.planned = state.planned, state.length
+    if (
+        window.turn is before.turn is None
+        and window.start == before.start
+        and length != state.length
+    ):
+        is_other &= before.stop != length and window.stop != state.length
     if is_other:
         if state.step:
             state.block += 1

@@ -73,8 +73,8 @@ class DecodeState:
     """Steps done since the start."""
     window: Window = Window(0, 0)
     """The open positions."""
-    window_ends: bool = False
-    """It reaches to the end of the canvas, which may move."""
+    planned: int = 0
+    """Length of the canvas when the window was planned."""
     block: int = 0
     """Index of the window; it grows each time the window changes."""
     block_step: int = 0
