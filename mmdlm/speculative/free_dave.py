@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from mmdlm.backbones.kv import KV
 from mmdlm.decoding.decode import Decoded, History, start
 from mmdlm.decoding.probability import log_odds
 from mmdlm.decoding.state import DecodeState
@@ -87,7 +88,8 @@ def free_dave(
     batch size may break near-ties otherwise.
 
     Every row has drafts and blocks of its own, so a row of a batch is decoded as it is alone.
-    Drafts may reach into the next blocks. Every forward recomputes the whole canvas of every draft.
+    Drafts may reach into the next blocks. A prompt that does not see the answer is computed once;
+    else, as with full attention, every forward recomputes it for every draft.
 
     Source: FreeDave (arXiv 2510.00294; cychomatica/FreeDave: generation/core.py, token_transfer
     and draft_verification_vectorized, with eager acceptance); FreeDave++ with `tau`, where the
@@ -289,8 +291,9 @@ def _ask(
     # Rows that read fewer positions repeat their last one.
     read = torch.stack([torch.cat([r, r[-1:].expand(size - len(r))]) for r in reach])
     sequence = chosen(state.sequence, at).with_tokens(canvases.to(device))
-    every = slice(0, state.length)
-    logits = state.model.run(sequence, every, read.to(device), None, columns)
+    kv, first = _keys(state, [i for i, _ in given])
+    computed = slice(first, state.length)
+    logits = state.model.run(sequence, computed, read.to(device), kv, columns)
     offset = 0 if columns is None else columns.start
     if 0 <= spec.mask_id - offset < logits.shape[-1]:
         logits[..., spec.mask_id - offset] = -torch.inf
@@ -308,6 +311,29 @@ def _ask(
         rank = -torch.arange(state.length).expand_as(scored).float()
         rank = rank.masked_fill(scored == -torch.inf, -torch.inf)
     return [Guess(*each) for each in zip(tokens, scored, rank, strict=True)]
+
+
+def _keys(state: DecodeState, rows: list[int]) -> tuple[KV | None, int]:
+    """Keys and values of what no draft can change, and the first canvas row behind that.
+
+    Args:
+        state: the run; keeps those of the first forward.
+        rows: the row of each draft of the coming forward; the first time every row at most once.
+    """
+    answer = state.level[:, state.prompt : state.prompt + 1]
+    first = int((state.level >= answer).any(0).nonzero()[0])
+    first = min(first, state.prompt - int(state.model.spec.shift))
+    if first <= 0:
+        return None, 0
+    kv = state.model.backbone.cache(len(rows), state.length, fixed=False)
+    if "canvas" not in state.caches:
+        state.caches["canvas"], state.memory["rows"] = kv, rows
+        return kv, 0
+    known = state.caches["canvas"]
+    at = torch.tensor([state.memory["rows"].index(i) for i in rows])
+    for mine, theirs in zip((*kv.keys, *kv.values), (*known.keys, *known.values), strict=True):
+        mine[:, :, :first] = theirs[at.to(theirs.device), :, :first]
+    return kv, first
 
 
 def _reach(state: DecodeState, row: _Row, tokens: Tensor, drafts: int) -> Tensor:

@@ -15,6 +15,7 @@ from mmdlm import discover
 from mmdlm.decoding.decode import Decoded, decode
 from mmdlm.decoding.exact import Exact
 from mmdlm.decoding.owners import assign
+from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Refresh, Strategy
 from mmdlm.layout import Row
 from mmdlm.model import MultimodalDLM
@@ -170,6 +171,12 @@ def test_a_random_combination(number: int, exact_toy, seeds, monkeypatch) -> Non
             why = str(error)
         assert re.search(REFUSALS, why), each.strategies
     check(each, got, len(calls))
+    with monkeypatch.context() as patch:
+        patch.setattr(DecodeState, "thrifty", False)  # whole windows are scored, as on a GPU
+        whole = each.run(seeds, *range(len(each.rows)))
+    assert whole.tokens.equal(got.tokens), each.strategies
+    assert whole.history.step.equal(got.history.step), each.strategies
+    assert whole.nfe == got.nfe
     hooks = {hook for s in each.strategies for hook in s.hooks()}
     names = {type(s).__name__ for s in each.strategies}
     sees_answer = any(s.sees == "answer" for s in each.strategies)

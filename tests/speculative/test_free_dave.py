@@ -266,3 +266,21 @@ def test_nan_is_not_drafted() -> None:
     model.table *= float("nan")
     with pytest.raises(ValueError, match="no possible token: the model gave NaN"):
         free_dave(model, torch.tensor([[3]]), 2)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prefix shifted", "cascade in blocks", "full"])
+def test_a_prompt_that_does_not_see_the_answer_is_computed_once(
+    kind: str, toy: Toy, prompts, monkeypatch
+) -> None:
+    model, (tokens, mask) = toy(**MODELS[kind]), prompts(0, 7, 4, 6)
+    starts, inner = [], model.run
+
+    def run(sequence: Sequence, rows: slice, *given: object) -> Tensor:
+        starts.append(rows.start)
+        return inner(sequence, rows, *given)
+
+    monkeypatch.setattr(model, "run", run)
+    got = free_dave(model, tokens, LENGTH, mask=mask)
+    assert len(starts) == got.nfe > 2
+    kept = 0 if kind == "full" else 7 - int(model.spec.shift)
+    assert starts == [0] + [kept] * (got.nfe - 1)
