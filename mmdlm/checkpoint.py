@@ -109,12 +109,7 @@ def load(
     config = read_json(folder / "config.json")
     stored = survey(folder)
     model, places, report = _empty(folder, config, stored, family, overrides)
-    rows = model.spec.transformer.vocab
-    if model.tokenizer is not None and len(model.tokenizer) > rows:
-        raise ValueError(
-            f"{folder}: tokenizer.json has {len(model.tokenizer)} tokens, the embedding {rows} "
-            "rows; they are of different checkpoints"
-        )
+    _check_tokenizer(model, folder)
     embedding = next(stored[n] for n, p in places.items() if p.ours == "backbone.embed.weight")
     kind = weight_type(dtype, over[0], FLOATS.get(embedding.dtype, torch.float32))
     _fill(model, stored, places, over, kind, quantize)
@@ -125,6 +120,16 @@ def load(
     if compile:
         model.compile()
     return model.eval()
+
+
+def _check_tokenizer(model: MultimodalDLM, folder: Path) -> None:
+    """Refuses a tokenizer with tokens the embedding has no rows for."""
+    rows = model.spec.transformer.vocab
+    if model.tokenizer is not None and len(model.tokenizer) > rows:
+        raise ValueError(
+            f"{folder}: tokenizer.json has {len(model.tokenizer)} tokens, the embedding {rows} "
+            "rows; they are of different checkpoints"
+        )
 
 
 def _empty(

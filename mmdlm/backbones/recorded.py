@@ -8,6 +8,7 @@ and the inputs. What changes from step to step, the rows at hand included, is da
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ class Pool:
 
     def __init__(self) -> None:
         self.free: list[Buffers] = []
+        self.lock = Lock()  # a server decodes in several threads
 
     def take(self, score: Score, make: Callable[[int, int], KV], batch: int, length: int) -> Lent:
         """Buffers for a decode, with what was recorded over them before.
@@ -46,14 +48,16 @@ class Pool:
             length: canvas length L.
         """
         size = -(-length // BUCKET) * BUCKET
-        for i, buffers in enumerate(self.free):
-            if buffers.fits(score, batch, size):
-                return Lent(self, self.free.pop(i), make, length)
+        with self.lock:
+            for i, buffers in enumerate(self.free):
+                if buffers.fits(score, batch, size):
+                    return Lent(self, self.free.pop(i), make, length)
         return Lent(self, Buffers(score, make(batch, size)), make, length)
 
     def give(self, buffers: Buffers) -> None:
         """Takes buffers back; the longest unused ones go when there are too many."""
-        self.free = [buffers, *self.free][:MOST_BUFFERS]
+        with self.lock:
+            self.free = [buffers, *self.free][:MOST_BUFFERS]
 
     def __deepcopy__(self, memo: dict) -> Pool:
         return Pool()
