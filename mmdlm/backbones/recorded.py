@@ -51,8 +51,10 @@ class Pool:
         with self.lock:
             for i, buffers in enumerate(self.free):
                 if buffers.fits(score, batch, size):
-                    return Lent(self, self.free.pop(i), make, length)
-        return Lent(self, Buffers(score, make(batch, size)), make, length)
+                    return Lent(self, self.free.pop(i).cleared(), make, length)
+        with torch.inference_mode(False):  # what is made in it could not be written outside of it
+            kv = make(batch, size)
+        return Lent(self, Buffers(score, kv), make, length)
 
     def give(self, buffers: Buffers) -> None:
         """Takes buffers back; the longest unused ones go when there are too many."""
@@ -82,6 +84,12 @@ class Buffers:
         """Whether they are of this model as it is, for such a batch."""
         return score == self.score and (len(self.kv.keys[0]), self.kv.length) == (batch, length)
 
+    def cleared(self) -> Buffers:
+        """The same, empty: NaN that an earlier text left behind would pass through any mask."""
+        for values in (*self.kv.keys, *self.kv.values):
+            values.zero_()
+        return self
+
 
 class Step:
     """One forward over fixed inputs: recorded when it is asked for a second time.
@@ -98,9 +106,10 @@ class Step:
         self, buffers: Buffers, ids: Tensor, read: Tensor, columns: slice | None, dtype: torch.dtype
     ) -> None:
         self.buffers, self.columns = buffers, columns
-        self.inputs = [torch.zeros_like(x) for x in (ids, ids, ids, read)]
         size = buffers.kv.length
-        self.mask = torch.zeros(*ids.shape, size, dtype=dtype, device=ids.device)
+        with torch.inference_mode(False):
+            self.inputs = [torch.zeros_like(x) for x in (ids, ids, ids, read)]
+            self.mask = torch.zeros(*ids.shape, size, dtype=dtype, device=ids.device)
         self.recording: tuple[Callable[[], None], Tensor] | None = None
         self.calls = 0
 

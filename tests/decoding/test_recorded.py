@@ -144,6 +144,22 @@ def test_rows_that_leave_take_their_keys_along(toy, compiled, prompts, tapes) ->
     assert len(fast.backbone.pool.free) <= recorded.MOST_BUFFERS
 
 
+def test_what_a_broken_decode_leaves_behind_is_gone(toy, compiled, prompts, tapes) -> None:
+    model, (tokens, mask) = compiled(), prompts(9, 6)
+    strategies = [DualCache(), Blocks(4)]
+    kept = model.backbone.embed.weight.clone()
+    model.backbone.embed.weight[5:] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        decode(model, tokens, LENGTH, strategies, mask=mask)
+    state = model.backbone.cache(2, 9 + LENGTH)
+    state.keys[0].fill_(torch.nan)
+    state.release()
+    model.backbone.embed.weight.copy_(kept)
+    want = decode(toy(), tokens[:, 3:], LENGTH, strategies, mask=mask[:, 3:])
+    got = decode(model, tokens[:, 3:], LENGTH, strategies, mask=mask[:, 3:])
+    assert got.tokens.equal(want.tokens)
+
+
 def test_media_are_computed_as_they_are_and_text_behind_them_recorded(toy, compiled, tapes) -> None:
     plain, fast = toy(), compiled()
     picture = torch.randn(5, plain.spec.transformer.width)
