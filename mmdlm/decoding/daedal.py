@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmdlm.decoding.blocks import Blocks
+from mmdlm.decoding.refusals import full_attention
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy, Window
 from mmdlm.decoding.threshold import odds_of
@@ -71,7 +72,7 @@ class DAEDAL(Strategy):
         Raises:
             ValueError: the model's attention is not full.
         """
-        full_attention(state, "DAEDAL")
+        full_attention(self, state)
         state.memory[self, "most"] = most = longest(state, self.growth)
         state.memory[self, "growing"] = torch.ones_like(most, dtype=torch.bool)
 
@@ -128,20 +129,6 @@ class DAEDAL(Strategy):
         ends = (state.candidates == state.model.spec.eos_id) & real
         behind = ends.flip(1).cumsum(1).flip(1)  # how many from here to the end
         return (state.probability * (ends & (behind <= self.check))).sum(1) / self.check
-
-
-def full_attention(state: DecodeState, name: str) -> None:
-    """Refuses models whose answers cannot change their length.
-
-    Raises:
-        ValueError: the model's attention is not full.
-    """
-    kind = state.model.spec.attention
-    if kind != "full":
-        raise ValueError(
-            f"{name} changes the length of the answer, which is for full attention only; this "
-            f"model has {kind}. Leave it out"
-        )
 
 
 def longest(state: DecodeState, growth: float) -> Tensor:

@@ -28,4 +28,4 @@ class DualCache(Strategy):
     def refresh(self, state: DecodeState) -> Refresh:
         """All rows that can have changed at the start of a block, then the block."""
         start, stop, _ = state.window
-        return full_pass(state) or Refresh(start, stop, cached=True)
+        return full_pass(self, state) or Refresh(start, stop, cached=True)

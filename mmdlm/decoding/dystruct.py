@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mmdlm.decoding.ada_block import LATER, line_breaks, narrow
-from mmdlm.decoding.daedal import full_attention, lengths, longest, ragged
+from mmdlm.decoding.daedal import lengths, longest, ragged
+from mmdlm.decoding.refusals import full_attention
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy, Window
 
@@ -70,7 +71,7 @@ class Dystruct(Strategy):
         Raises:
             ValueError: the model's attention is not full.
         """
-        full_attention(state, "Dystruct")
+        full_attention(self, state)
         state.memory[self, "most"] = longest(state, self.growth)
         state.memory[self, "turn"] = -1
         state.memory[self, "phase"], state.memory[self, "welded"] = "new", False

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmdlm.backbones.kv import KV, Held, Pass, Rows
 from mmdlm.backbones.transformer import finite
+from mmdlm.decoding.refusals import any_order
 from mmdlm.decoding.state import DecodeState, listed
 from mmdlm.decoding.strategy import Refresh, Strategy, Window
 from mmdlm.decoding.window_diffusion import first
@@ -67,13 +68,7 @@ class ElasticCache(Strategy):
         Raises:
             ValueError: the answer is made in blocks that do not see those behind them.
         """
-        answer = state.level[:, state.prompt :]
-        if bool((answer != answer[:, :1]).any()):
-            raise ValueError(
-                "ElasticCache renews what later tokens change, but this model makes the answer "
-                f"block by block ({state.model.spec.attention} attention) and nothing behind a "
-                "block changes it; leave it out, the default keeps all that is final"
-            )
+        any_order(self, state)
 
     def plan(self, state: DecodeState) -> Window:
         """The first masks of every row; an empty window when nothing is masked."""

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmdlm.decoding.daedal import full_attention, lasting, lengths, ragged
+from mmdlm.decoding.daedal import lasting, lengths, ragged
+from mmdlm.decoding.refusals import full_attention
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.threshold import odds_of
@@ -47,7 +48,7 @@ class EndCut(Strategy):
         Raises:
             ValueError: its attention is not full.
         """
-        full_attention(state, "EndCut")
+        full_attention(self, state)
 
     def resize(self, state: DecodeState) -> Tensor | None:
         """[B N] int64, the answers up to their ends; None where no row becomes shorter."""

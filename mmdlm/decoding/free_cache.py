@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mmdlm.decoding.dkv_cache import open_masks
-from mmdlm.decoding.prompt_once import anew, columns
+from mmdlm.decoding.prompt_once import anew
+from mmdlm.decoding.refusals import columns
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Refresh, Strategy
 
@@ -40,7 +41,7 @@ class FreeCache(Strategy):
 
     def refresh(self, state: DecodeState) -> Refresh:
         """Everything at first, then [block start, L) in rows that still have masks there."""
-        start, _ = columns(state, self)
+        start, _ = columns(self, state)
         if not state.caches or (self.every and state.block_step % self.every == 0):
             return anew(state)
         busy = open_masks(state).any(1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mmdlm.decoding.exact import renewed
+from mmdlm.decoding.refusals import columns
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Refresh, Strategy, Window
 
@@ -28,25 +29,23 @@ class PrefixCache(Strategy):
 
     def refresh(self, state: DecodeState) -> Refresh:
         """All rows that can have changed at the start of a block, then [block start, L)."""
-        return full_pass(state) or Refresh(state.window.start, state.length, cached=True)
+        return full_pass(self, state) or Refresh(state.window.start, state.length, cached=True)
 
 
-def full_pass(state: DecodeState) -> Refresh | None:
+def full_pass(cache: Strategy, state: DecodeState) -> Refresh | None:
     """The recomputation that opens a block; None within the block.
 
     In a shifted family the row before the block scores its first position. That row is not among
     those recomputed within the block, so the full pass fills this position and nothing else.
 
+    Args:
+        cache: who asks.
+        state: the run.
     Raises:
-        ValueError: the blocks are the model's own, which begin at other columns in every row.
+        ValueError: see `columns`.
     """
-    if state.window.turn is not None:
-        raise ValueError(
-            "PrefixCache and DualCache renew the same columns in all rows, but this model's own "
-            "blocks begin elsewhere in each; leave the cache out (the default keeps all that is "
-            "final), take SubBlockCache, or give Blocks a size"
-        )
-    shift, start = state.model.spec.shift, state.window.start
+    start, _ = columns(cache, state)
+    shift = state.model.spec.shift
     stuck = shift and bool(state.looked[:, start].any()) and bool(state.left[:, start].any())
     if state.block_step and not stuck and state.caches:  # a new length empties them
         return None

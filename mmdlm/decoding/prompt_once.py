@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mmdlm.decoding.exact import renewed
+from mmdlm.decoding.refusals import columns
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Refresh, Strategy
 
@@ -33,32 +34,13 @@ class PromptOnce(Strategy):
 
     def refresh(self, state: DecodeState) -> Refresh:
         """Everything at first, the answer when a block opens, then the block and what follows."""
-        start, stop = columns(state, self)
+        start, stop = columns(self, state)
         shift = int(state.model.spec.shift)
         if not state.caches:
             return anew(state)
         if not state.block_step:
             return anew(state, kept=state.prompt - shift)
         return Refresh(start - shift, stop if self.dual else state.length, cached=True)
-
-
-def columns(state: DecodeState, cache: Strategy) -> tuple[int, int]:
-    """Bounds of a window that stands at the same columns in every row.
-
-    Args:
-        state: the run.
-        cache: who asks.
-    Raises:
-        ValueError: the blocks are the model's own, which begin at other columns in every row.
-    """
-    start, stop, turn = state.window
-    if turn is not None:
-        raise ValueError(
-            f"{type(cache).__name__} recomputes the same columns in all rows, but this model's own "
-            "blocks begin elsewhere in each; leave the cache out (the default keeps all that is "
-            "final), take SubBlockCache, or give Blocks a size"
-        )
-    return start, stop
 
 
 def anew(state: DecodeState, kept: int = 0) -> Refresh:

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from mmdlm.decoding.refusals import aligned
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
 
@@ -104,23 +105,6 @@ class Prophet(Strategy):
         progress = done.double() / steps
         later = torch.where(progress < 0.67, self.mid, self.late)
         return torch.where(progress < 0.33, self.early, later)
-
-
-def aligned(strategy: Strategy, state: DecodeState) -> None:
-    """Checks that all rows compute the same positions of the answer.
-
-    Raises:
-        ValueError: the model's own blocks are not the same in each row, so that a row would see,
-            and commit, more of its next block than it does alone.
-    """
-    level = state.level[:, state.prompt :]  # -1 behind the end of a row that is shorter
-    lowest = level.masked_fill(level < 0, int(level.max())).amin(0)
-    if bool((level.amax(0) > lowest).any()):
-        raise ValueError(
-            f"{type(strategy).__name__} commits what it sees beyond the block, but the blocks of "
-            "this model end elsewhere in rows whose prompts are of unequal length; decode such "
-            "rows one by one, or leave the strategy out"
-        )
 
 
 def lead(state: DecodeState, logits: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mmdlm.backbones.kv import take
-from mmdlm.decoding.prophet import aligned, lead
+from mmdlm.decoding.prophet import lead
+from mmdlm.decoding.refusals import aligned
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mmdlm.decoding.prompt_once import anew, columns
+from mmdlm.decoding.prompt_once import anew
+from mmdlm.decoding.refusals import columns
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Refresh, Strategy
 
@@ -50,7 +51,7 @@ class VicinityCache(Strategy):
 
     def refresh(self, state: DecodeState) -> Refresh:
         """All rows that can have changed, or those from `before` to `after` the block."""
-        start, stop = columns(state, self)
+        start, stop = columns(self, state)
         first_block = start == state.prompt
         if (
             not state.caches

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from mmdlm.decoding.prompt_once import anew
+from mmdlm.decoding.refusals import any_order
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Refresh, Strategy, Window
 
@@ -57,13 +58,7 @@ class WindowDiffusion(Strategy):
         Raises:
             ValueError: the answer is made in blocks that do not see those behind them.
         """
-        answer = state.level[:, state.prompt :]
-        if bool((answer != answer[:, :1]).any()):
-            raise ValueError(
-                "WindowDiffusion fills the answer in any order, but this model makes it block by "
-                f"block ({state.model.spec.attention} attention); leave it out, the default keeps "
-                "all that is final"
-            )
+        any_order(self, state)
 
     def plan(self, state: DecodeState) -> Window:
         """The whole answer; an empty window when nothing is masked."""

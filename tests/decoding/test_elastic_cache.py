@@ -269,7 +269,7 @@ def test_what_cannot_work_is_refused(toy, run) -> None:
         {"attention": "block_causal", "block_size": 1, "shift": True},
         {"attention": "cascade", "block_size": 4},
     ):
-        with pytest.raises(ValueError, match="ElasticCache renews what later tokens change, but"):
+        with pytest.raises(ValueError, match="ElasticCache goes back and forth in the answer, but"):
             run(toy(**kind), ElasticCache())
     with pytest.raises(ValueError, match="ElasticCache cannot be combined with CFG"):
         run(toy(), ElasticCache(), CFG())

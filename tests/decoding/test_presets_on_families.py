@@ -30,12 +30,12 @@ IN_BLOCKS = ("fast_dllm_v2", "llada2_moe", "sdar")
 REASONS = {
     "daedal": "DAEDAL changes the length .* this model has block_causal. Leave it out",
     "dystruct": "Dystruct changes the length .* this model has block_causal. Leave it out",
-    "elastic": "ElasticCache renews .* this model makes the answer block by block .* leave it out",
+    "elastic": "ElasticCache goes back .* block by block .*; leave it out",
     "lavida": "PrefixLM is for full attention, this model has block_causal; drop it",
     "learn2pd": "EndCut changes the length .* this model has block_causal. Leave it out",
     "prophet": "Prophet commits .* beyond the block, .* prompts are of unequal length; decode such",
     "sched": "SchED commits .* beyond the block, .* prompts are of unequal length; decode such",
-    "window_diffusion": "WindowDiffusion fills .* block by block .*; leave it out",
+    "window_diffusion": "WindowDiffusion goes back .* block by block .*; leave it out",
 }
 REFUSED = {(family, preset): why for family in IN_BLOCKS for preset, why in REASONS.items()}
 """All pairs that do not work, with what the error says."""

@@ -9,7 +9,6 @@ from mmdlm.decoding.blocks import Blocks
 from mmdlm.decoding.decode import decode
 from mmdlm.decoding.dual_cache import DualCache
 from mmdlm.decoding.prophet import Prophet
-from mmdlm.decoding.sub_block_cache import SubBlockCache
 from mmdlm.decoding.threshold import Threshold
 from mmdlm.decoding.top_k import TopK
 
@@ -105,20 +104,6 @@ def test_a_waiting_row_does_not_get_ahead(toy, prompts) -> None:
     for i, size in enumerate((7, 4, 6)):
         alone = decode(toy(), tokens[i : i + 1, -size:], 12, chosen)
         assert batch.tokens[i, 7:].tolist() == alone.tokens[0, size:].tolist()
-
-
-def test_prophet_needs_blocks_that_end_together(toy, prompts, run) -> None:
-    model, exits = toy(attention="block_causal", block_size=4), Prophet(0.5, 0.5, 0.5)
-    with pytest.raises(ValueError, match="Prophet commits what it sees beyond the block"):
-        run(model, exits)
-    with pytest.raises(ValueError, match="Prophet cannot be combined with SubBlockCache"):
-        run(toy(), exits, SubBlockCache())
-    tokens = prompts(6, 6, 6)[0]
-    batch = decode(model, tokens, 9, [exits])
-    assert batch.nfe < 9
-    for i in range(3):
-        alone = decode(model, tokens[i : i + 1], 9, [exits])
-        assert batch.tokens[i].equal(alone.tokens[0])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from mmdlm.decoding.entropy import Entropy
 from mmdlm.decoding.margin import Margin
 from mmdlm.decoding.probability import Probability
 from mmdlm.decoding.sched import SchED
-from mmdlm.decoding.sub_block_cache import SubBlockCache
 from mmdlm.decoding.threshold import Threshold
 from mmdlm.decoding.timesteps import Timesteps
 from mmdlm.decoding.top_k import TopK
@@ -117,20 +116,6 @@ def test_rows_stop_by_themselves(toy, prompts) -> None:
     for i, size in enumerate((7, 4, 6)):
         alone = decode(toy(), tokens[i : i + 1, -size:], 12, chosen)
         assert batch.tokens[i, 7:].tolist() == alone.tokens[0, size:].tolist()
-
-
-def test_sched_needs_blocks_that_end_together(toy, prompts, run) -> None:
-    model, exits = toy(attention="block_causal", block_size=4), SchED(high=0.5, low=0.5)
-    with pytest.raises(ValueError, match="SchED commits what it sees beyond the block"):
-        run(model, exits)
-    with pytest.raises(ValueError, match="SchED cannot be combined with SubBlockCache"):
-        run(toy(), exits, SubBlockCache())
-    tokens = prompts(6, 6, 6)[0]
-    batch = decode(model, tokens, 9, [exits])
-    assert batch.nfe < 9
-    for i in range(3):
-        alone = decode(model, tokens[i : i + 1], 9, [exits])
-        assert batch.tokens[i].equal(alone.tokens[0])
 
 
 @pytest.mark.parametrize(
