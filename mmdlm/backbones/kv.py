@@ -83,14 +83,18 @@ class KV:
         Returns:
             two views [B heads end head_dim] of the buffers.
         """
+        all_keys, all_values = self.keys[layer], self.values[layer]
         if isinstance(rows, slice):
-            self.keys[layer][:, :, rows] = keys.to(self.keys[layer].dtype)
-            self.values[layer][:, :, rows] = values.to(self.values[layer].dtype)
+            start, _, _ = rows.indices(all_keys.shape[2])
+            all_keys.narrow(2, start, keys.shape[2]).copy_(keys)
+            all_values.narrow(2, start, keys.shape[2]).copy_(values)
         else:
             at = rows[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-            self.keys[layer].scatter_(2, at, keys.to(self.keys[layer].dtype))
-            self.values[layer].scatter_(2, at, values.to(self.values[layer].dtype))
-        return self.keys[layer][:, :, : self.end], self.values[layer][:, :, : self.end]
+            all_keys.scatter_(2, at, keys.to(all_keys.dtype))
+            all_values.scatter_(2, at, values.to(all_values.dtype))
+        if self.end == all_keys.shape[2]:
+            return all_keys, all_values
+        return all_keys.narrow(2, 0, self.end), all_values.narrow(2, 0, self.end)
 
     def enter(self, layer: int, now: Pass) -> Pass:
         """What a layer computes, asked before it does; a policy may add rows.

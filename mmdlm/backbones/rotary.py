@@ -17,26 +17,36 @@ class Rotary(nn.Module):
     def __init__(self, dim: int, base: float) -> None:
         super().__init__()
         self.dim, self.base = dim, base
+        self.frequency: Tensor | None = None  # not a buffer, which would follow the weights' type
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Two float32 tensors [B 1 M dim] for positions [B M]."""
-        step = torch.arange(0, self.dim, 2, device=positions.device, dtype=torch.float32)
-        # In the published order of operations: base ** -x differs in the last bit, which thousands
-        # of positions make visible.
-        frequency = 1.0 / self.base ** (step / self.dim)
-        angles = positions[..., None].float() * frequency  # [B M dim/2]
-        angles = torch.cat([angles, angles], -1)[:, None]  # [B 1 M dim]
-        return angles.cos(), angles.sin()
+        """Two float32 tensors [B 1 M dim] for positions [B M]: cosines, and sines for `rotate`.
+
+        The sines of the first half are negated: it takes away what the second half gives it.
+        """
+        if self.frequency is None or self.frequency.device != positions.device:
+            with torch.inference_mode(False):
+                step = torch.arange(0, self.dim, 2, device=positions.device, dtype=torch.float32)
+                # In the published order of operations: base ** -x differs in the last bit, which
+                # thousands of positions make visible.
+                self.frequency = 1.0 / self.base ** (step / self.dim)
+        angles = positions[:, None, :, None].float() * self.frequency  # [B 1 M dim/2]
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, float32: bool) -> Tensor:
     """Rotated queries or keys [B H M hd]; channels beyond the rotary width pass through."""
     dim = cos.shape[-1]
-    head, rest = x[..., :dim], x[..., dim:]
-    if float32:
-        head = head.float()
-    else:
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    rest = None
+    if dim < x.shape[-1]:
+        x, rest = x.split([dim, x.shape[-1] - dim], -1)
+    head = x
+    if x.dtype != torch.float32:
+        if float32:
+            head = x.float()
+        else:
+            cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     low, high = head.chunk(2, -1)
-    head = (head * cos + torch.cat([-high, low], -1) * sin).to(x.dtype)
-    return torch.cat([head, rest], -1) if rest.shape[-1] else head
+    head = (head * cos + torch.cat([high, low], -1) * sin).to(x.dtype)
+    return head if rest is None else torch.cat([head, rest], -1)
