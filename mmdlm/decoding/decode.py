@@ -206,8 +206,7 @@ def _lasts(state: DecodeState, owners: Owners) -> bool:
     """
     if any(hook in owners for hook in ("stop", "edit", "revise", "end", "resize")):
         return False
-    level = state.level[:, state.prompt :]
-    is_even = state.window.turn is None and bool((level == level[:, :1]).all())
+    is_even = state.even and state.window.turn is None
     return is_even and owners["plan"][0].steady and owners["select"][0].lasts(state)
 
 

@@ -67,8 +67,7 @@ def _own(state: DecodeState, beyond: bool) -> Tensor | None:
     """
     start, stop, turn = state.window
     inside = None if beyond or turn is None else state.turns == turn
-    answer = state.level[:, state.prompt :]
-    if state.model.spec.attention == "full" or bool((answer == answer[:, :1]).all()):
+    if state.model.spec.attention == "full" or state.even:
         return inside
     scoring = state.level.roll(int(state.model.spec.shift), 1)
     masks = state.left if turn is None else state.left & (state.turns == turn)

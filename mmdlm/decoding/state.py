@@ -65,6 +65,10 @@ class DecodeState:
     """[B L] int64 on the CPU, when each position is opened by a plan in which every row has blocks
     of its own: 0 first; negative for earlier text and padding. The model's own blocks, counted from
     the one that holds the first canvas position, unless the plan says otherwise."""
+    even: bool = True
+    """The answer is of one level in every row."""
+    flat: bool = True
+    """All is of one level, and nothing is padding."""
     turn_size: int = 0
     """Positions of a whole turn or block, before answers were cut, where the plan says so."""
     nfe: int = 0
@@ -160,7 +164,7 @@ class DecodeState:
     def masked(self) -> Tensor:
         """[B L] bool, canvas positions still to be filled; masks inside the prompt never count."""
         masked = self.tokens == self.model.spec.mask_id
-        masked[:, : self.prompt] = False
+        masked.narrow(1, 0, self.prompt).zero_()
         return masked
 
     @property
@@ -180,6 +184,8 @@ class DecodeState:
         real = self.sequence.mask.cpu()
         self.level = level.cpu().masked_fill(~real, -1)
         first = self.level[:, self.prompt : self.prompt + 1]
+        self.even = bool((self.level[:, self.prompt :] == first).all())
+        self.flat = bool(self.level.min() == self.level.max())
         self.turns = (self.level - first).masked_fill(~real, -1)
 
     @property
@@ -199,7 +205,11 @@ class DecodeState:
 
     def opened(self, start: int, stop: int) -> Tensor:
         """[B stop-start] bool, canvas positions that are masked and inside the window."""
-        return (self.masked & self.within())[:, start:stop]
+        masked = self.tokens.narrow(1, start, stop - start) == self.model.spec.mask_id
+        first, last, turn = self.window
+        if turn is None and first <= start and stop <= last:  # and so behind the prompt
+            return masked
+        return masked & self.within().narrow(1, start, stop - start)
 
     def within(self) -> Tensor:
         """[B L] bool, the positions of the window."""
@@ -241,7 +251,7 @@ class DecodeState:
             start: canvas position of the first column of `target`.
         """
         if self.real is None:
-            window = target[:, self.read.start - start : self.read.stop - start]
+            window = target.narrow(1, self.read.start - start, self.read.stop - self.read.start)
             window.copy_(torch.where(taken, values, window))
             return
         # All that is not taken goes to a column of its own: a repeated position must not write.
@@ -307,6 +317,8 @@ class DecodeState:
         look at the device would wait for it.
         """
         seen, keys = self.refresh.seen, self.level[:, :end]
+        if self.flat and seen is None:
+            return None
         queries = self.level[:, rows] if isinstance(rows, slice) else self.level
         everything = bool(keys.min() >= 0) and bool(queries.min() >= keys.max())
         if everything and (seen is None or bool(seen[:, :end].all())):
