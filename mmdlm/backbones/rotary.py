@@ -48,5 +48,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, float32: bool) -> Tensor:
         else:
             cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     low, high = head.chunk(2, -1)
-    head = (head * cos + torch.cat([high, low], -1) * sin).to(x.dtype)
+    # In place where it harms no gradient: of a long prompt every temporary counts.
+    head = (head * cos).add_(torch.cat([high, low], -1).mul_(sin)).to(x.dtype)
     return head if rest is None else torch.cat([head, rest], -1)
