@@ -202,9 +202,10 @@ def _open(state: DecodeState, owners: Owners) -> bool:
 def _lasts(state: DecodeState, owners: Owners) -> bool:
     """Whether the window surely stays for another step, so that nobody need look at the device.
 
-    A row that is finished then leaves with the next look; meanwhile it has nothing open.
+    A row that is finished then leaves with the next look; meanwhile it has nothing open. On a CPU,
+    where it would be computed for nothing and looking costs nothing, everybody looks.
     """
-    if any(hook in owners for hook in ("stop", "edit", "revise", "end", "resize")):
+    if state.thrifty or any(hook in owners for hook in ("stop", "edit", "revise", "end", "resize")):
         return False
     is_even = state.even and state.window.turn is None
     return is_even and owners["plan"][0].steady and owners["select"][0].lasts(state)

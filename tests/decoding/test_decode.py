@@ -353,3 +353,12 @@ def test_rows_known_from_the_start_cost_nothing(toy: Toy, watch) -> None:
     assert [len(forward.tokens) for forward in forwards] == [1]
     assert got.tokens[[0, 2]].tolist() == [[3, 7, 8], [5, 7, 9]]
     assert got.history.step.tolist() == [[-1, -1], [0, -1], [-1, -1]]
+
+
+def test_a_finished_row_is_not_computed_any_more(toy: Toy, prompts, watch) -> None:
+    model, (tokens, mask) = toy(), prompts(6, 4)
+    canvas = torch.full((2, LENGTH), 2)
+    canvas[0, 2:] = 9  # two masks left
+    forwards = watch(model)
+    decode(model, tokens, LENGTH, mask=mask, canvas=canvas)
+    assert [len(f.tokens) for f in forwards] == [2, 2, 1, 1, 1, 1, 1, 1]
