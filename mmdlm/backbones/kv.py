@@ -169,3 +169,19 @@ def indices(rows: Rows, batch: int, device: torch.device) -> Tensor:
     if isinstance(rows, Tensor):
         return rows
     return torch.arange(rows.start, rows.stop, device=device).repeat(batch, 1)
+
+
+def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """The True columns of each row as indices of equal number.
+
+    Args:
+        chosen: [B L] bool on the CPU.
+    Returns:
+        [B M] int64, ascending; a row with fewer repeats its last one. And [B M] bool, False where
+        it does.
+    """
+    count = chosen.sum(1, keepdim=True)
+    order = chosen.int().sort(dim=1, descending=True, stable=True).indices
+    place = torch.arange(max(1, int(count.max()))).expand(len(chosen), -1)
+    at = order.gather(1, place.minimum((count - 1).clamp(min=0)))
+    return at, place < count

@@ -122,9 +122,8 @@ class Allowed(Strategy):
         tables = state.memory.get(self)
         if tables is None:
             return logits
-        if state.model.spec.mask_id < logits.shape[-1]:  # no part of what `rest` stands for
-            logits[..., state.model.spec.mask_id] = -torch.inf
-        logits = _limit(tables, state, logits)
+        # The mask token is no part of what `rest` stands for.
+        logits = _limit(tables, state, state.ban_mask(logits))
         for start, options, own in tables.choices:
             first, last = state.prompt + start, state.prompt + start + options.shape[1]
             if first < state.read.stop and state.read.start < last:

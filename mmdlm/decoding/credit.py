@@ -64,10 +64,7 @@ class Credit(Strategy):
         """[B R V] float32, changed in place."""
         if self.alpha == 0:
             return logits
-        offset = 0 if state.columns is None else state.columns.start
-        if 0 <= state.model.spec.mask_id - offset < logits.shape[-1]:
-            # The mask token is no guess; the loop forbids it too, but only after this.
-            logits[..., state.model.spec.mask_id - offset] = -torch.inf
+        logits = state.ban_mask(logits)
         highest, best = logits.max(-1)
         gain = (highest - logits.logsumexp(-1)).exp() ** self.gamma  # [B R]
         tokens, credit = self._add(state, best, gain)

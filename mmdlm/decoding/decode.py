@@ -219,12 +219,9 @@ def _step(state: DecodeState, owners: Owners) -> None:
     logits = state.forward()
     for strategy in owners.get("guide", ()):
         logits = strategy.guide(state, logits)
-    offset = 0 if state.columns is None else state.columns.start
-    if 0 <= spec.mask_id - offset < logits.shape[-1]:
-        # The mask token is an input, never an answer: a committed mask would be decoded again.
-        logits[..., spec.mask_id - offset] = -torch.inf
+    logits = state.ban_mask(logits)
     picked = owners["pick"][0].pick(state, logits)
-    state.candidates = picked + offset
+    state.candidates = picked + state.first_id
     state.log_odds = log_odds(logits, picked)
     confidence = owners["score"][0].score(state, logits, picked)
     state.confidence = confidence.masked_fill(~state.open, -torch.inf)

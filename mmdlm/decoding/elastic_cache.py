@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdlm.backbones.kv import KV, Held, Pass, Rows
+from mmdlm.backbones.kv import KV, Held, Pass, Rows, listed
 from mmdlm.backbones.transformer import finite
 from mmdlm.decoding.refusals import any_order
-from mmdlm.decoding.state import DecodeState, listed
+from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Refresh, Strategy, Window
 from mmdlm.decoding.window_diffusion import first
 

@@ -46,11 +46,8 @@ class Nucleus(Strategy):
 
     def guide(self, state: DecodeState, logits: Tensor) -> Tensor:
         """[B R V] with -inf for the tokens left out, and for the mask token, which is no answer."""
-        logits = logits / self.temperature
-        mask = state.model.spec.mask_id - (0 if state.columns is None else state.columns.start)
-        if 0 <= mask < logits.shape[-1]:
-            # The loop forbids it only after this: where it is the likeliest, nothing would be left.
-            logits[..., mask] = -torch.inf
+        # Where the mask token is the likeliest, nothing else would be left.
+        logits = state.ban_mask(logits / self.temperature)
         if self.top_p < 1:
             ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
             p = ordered.softmax(-1)

@@ -62,11 +62,9 @@ class ODD(Strategy):
         alpha = self.alpha * (1 - state.step / steps)
         if alpha <= 0 or self.quality == 0 or len(logits) == 1:
             return logits
-        spec, offset = state.model.spec, 0 if state.columns is None else state.columns.start
+        spec, offset = state.model.spec, state.first_id
         columns = range(logits.shape[-1])
-        if spec.mask_id - offset in columns:
-            # The mask token is no answer; the loop forbids it too, but only after this.
-            logits[..., spec.mask_id - offset] = -torch.inf
+        logits = state.ban_mask(logits)
         kept = (spec.eos_id, *spec.stop_ids) if self.protected is None else self.protected
         kept = [token - offset for token in kept if token - offset in columns]
         masks = state.here(state.masked)

@@ -114,9 +114,7 @@ def lead(state: DecodeState, logits: Tensor) -> Tensor:
         state: the run.
         logits: [B R V]; the mask token's are set to -inf.
     """
-    offset = 0 if state.columns is None else state.columns.start
-    if 0 <= state.model.spec.mask_id - offset < logits.shape[-1]:
-        logits[..., state.model.spec.mask_id - offset] = -torch.inf
+    logits = state.ban_mask(logits)
     if logits.shape[-1] == 1:
         return torch.full_like(logits[..., 0], 1e9)
     first, second = logits.topk(2).values.unbind(-1)

@@ -22,15 +22,17 @@ def resize(state: DecodeState, owners: Owners) -> None:
             continue
         size, before = state.length - state.prompt, state.memory
         _rebuild(state, source)
-        state.memory = {
-            key: value
-            for key, value in before.items()
-            if strategy in (key if isinstance(key, tuple) else (key,))
-        }
+        state.memory = _of(strategy, before)
         for other in owners["begin"]:
             if other is not strategy:
                 other.begin(state)
                 _carry(state, other, before, size, source)
+
+
+def _of(strategy: Strategy, memory: dict[Any, Any]) -> dict[Any, Any]:
+    """What a strategy keeps, under itself or under itself and a name."""
+    keys = (key for key in memory if strategy in (key if isinstance(key, tuple) else (key,)))
+    return {key: memory[key] for key in keys}
 
 
 def _carry(
@@ -45,9 +47,7 @@ def _carry(
         size: positions the answer had.
         source: see `Strategy.resize`.
     """
-    for key, was in before.items():
-        if strategy not in (key if isinstance(key, tuple) else (key,)):
-            continue
+    for key, was in _of(strategy, before).items():
         new = state.memory.get(key)
         if not isinstance(was, Tensor) or not isinstance(new, Tensor):
             continue

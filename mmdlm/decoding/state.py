@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mmdlm.backbones.kv import KV, Held, Rows, take
+from mmdlm.backbones.kv import KV, Held, Rows, listed, take
 from mmdlm.decoding.sources import Source, streams
 from mmdlm.decoding.strategy import Refresh, Window
 from mmdlm.layout import MEDIA, Sequence, chosen, seen_by
@@ -166,6 +166,22 @@ class DecodeState:
         masked = self.tokens == self.model.spec.mask_id
         masked.narrow(1, 0, self.prompt).zero_()
         return masked
+
+    @property
+    def first_id(self) -> int:
+        """The id that the first column of the logits stands for."""
+        return 0 if self.columns is None else self.columns.start
+
+    def ban_mask(self, logits: Tensor) -> Tensor:
+        """Logits [... V] with the mask token at -inf, in place.
+
+        It is an input, never an answer. The loop bans it behind all guides; those to whom the
+        likeliest token or the sum of all matters do so before.
+        """
+        column = self.model.spec.mask_id - self.first_id
+        if 0 <= column < logits.shape[-1]:
+            logits[..., column] = -torch.inf
+        return logits
 
     @property
     def probability(self) -> Tensor:
@@ -374,19 +390,3 @@ class DecodeState:
             value = getattr(self, name)
             setattr(self, name, value[at] if len(value) else value)
         self.real = None if self.real is None else self.real[at]
-
-
-def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """The True columns of each row as indices of equal number.
-
-    Args:
-        chosen: [B L] bool on the CPU.
-    Returns:
-        [B M] int64, ascending; a row with fewer repeats its last one. And [B M] bool, False where
-        it does.
-    """
-    count = chosen.sum(1, keepdim=True)
-    order = chosen.int().sort(dim=1, descending=True, stable=True).indices
-    place = torch.arange(max(1, int(count.max()))).expand(len(chosen), -1)
-    at = order.gather(1, place.minimum((count - 1).clamp(min=0)))
-    return at, place < count

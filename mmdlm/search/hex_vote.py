@@ -100,19 +100,13 @@ def hex_vote(
     drawing = [Gumbel(temperature)] if temperature else []
     shared = [*drawing, *preset.strategies(strategies)]
     runs = tuple((size, seed) for size in sizes for seed in seeds)
-    candidates = tuple(
-        decode(
-            model,
-            prompt,
-            length,
-            [Blocks(size), *shared],
-            mask=mask,
-            generator=sources(model, prompt, seed),
-            columns=columns,
-            canvas=canvas,
-        )
-        for size, seed in runs
-    )
+    given = {"mask": mask, "columns": columns, "canvas": canvas}
+
+    def run(size: int, seed: int) -> Decoded:
+        drawn, ways = sources(model, prompt, seed), [Blocks(size), *shared]
+        return decode(model, prompt, length, ways, generator=drawn, **given)
+
+    candidates = tuple(run(*each) for each in runs)
     said = zip(*(answers(model, candidate) for candidate in candidates), strict=True)
     take = tuple if extract is None else extract
     votes = tuple(tuple(take(ids) for ids in row) for row in said)

@@ -1,4 +1,15 @@
-"""A model that drafts its own next steps and checks them all in one forward."""
+"""A model that drafts its own next steps and checks them all in one forward.
+
+The logits of one forward say what comes next and, less surely, what comes after that: nested
+drafts, each a token longer than the one before. One forward over all drafts as a batch shows what a
+plain decode would do from each of them. The drafts it really reaches are kept, together with the
+logits of the last, from which the next drafts are made. A draft that is never reached costs
+computation, not correctness.
+
+Source: FreeDave (arXiv 2510.00294; cychomatica/FreeDave: generation/core.py, token_transfer and
+draft_verification_vectorized, with eager acceptance); FreeDave++ with `tau`, where the reference
+takes `rule="subset"`.
+"""
 
 from __future__ import annotations
 
@@ -78,11 +89,7 @@ def free_dave(
 ) -> Decoded:
     """The answer of `decode` with one token per step, in fewer forwards.
 
-    The logits of one forward say what comes next and, less surely, what comes after that: nested
-    drafts, each a token longer than the one before. One forward over all drafts as a batch shows
-    what a plain decode would do from each of them. The drafts it really reaches are kept, together
-    with the logits of the last, from which the next drafts are made. A draft that is never reached
-    costs computation, not correctness: in exact arithmetic, tokens and commit order are those of
+    In exact arithmetic, tokens and commit order are those of
     `decode(model, prompt, length, [Blocks(block)])`, with `tau` those of `[Blocks(block),
     Threshold(tau)]`, and the forwards are never more. In low precision the kernels of another
     batch size may break near-ties otherwise.
@@ -91,9 +98,7 @@ def free_dave(
     Drafts may reach into the next blocks. A prompt that does not see the answer is computed once;
     else, as with full attention, every forward recomputes it for every draft.
 
-    Source: FreeDave (arXiv 2510.00294; cychomatica/FreeDave: generation/core.py, token_transfer
-    and draft_verification_vectorized, with eager acceptance); FreeDave++ with `tau`, where the
-    reference takes `rule="subset"`.
+    Source: FreeDave (arXiv 2510.00294), see the module.
 
     Args:
         model: the model.
@@ -118,7 +123,22 @@ def free_dave(
     """
     _check(drafts, block, tau, rule, order)
     state = start(model, prompt, length, mask, None, columns, canvas)
-    rows, nfe = _rows(state, block), 0
+    rows = _rows(state, block)
+    nfe = _rounds(state, rows, drafts, tau, rule, order)
+    answer = slice(state.prompt, None)
+    device = state.tokens.device
+    history = History(
+        torch.stack([row.step[answer] for row in rows]).to(device),
+        torch.stack([row.sure[answer].sigmoid() for row in rows]).to(device),
+    )
+    return Decoded(torch.stack([row.tokens for row in rows]).to(device), nfe, history)
+
+
+def _rounds(
+    state: DecodeState, rows: list[_Row], drafts: int, tau: float | None, rule: Rule, order: Order
+) -> int:
+    """Fills all rows, round by round; the number of forwards."""
+    nfe = 0
     busy = [i for i, row in enumerate(rows) if _masked(state, row.tokens, row.writable).any()]
     if busy:
         nfe += 1
@@ -140,13 +160,7 @@ def free_dave(
             own = [next(guesses) for _ in open_drafts[i]]
             _accept(state, rows[i], plans[i], own, tau, rule)
         busy = [i for i in busy if rows[i].guess is not None]
-    answer = slice(state.prompt, None)
-    device = state.tokens.device
-    history = History(
-        torch.stack([row.step[answer] for row in rows]).to(device),
-        torch.stack([row.sure[answer].sigmoid() for row in rows]).to(device),
-    )
-    return Decoded(torch.stack([row.tokens for row in rows]).to(device), nfe, history)
+    return nfe
 
 
 def nested(tokens: Tensor, guess: Guess, order: Tensor, counts: Items[int]) -> Tensor:
@@ -282,7 +296,6 @@ def _ask(
         drafts: drafts that are to be made from the answer, see `_reach`.
         order: see `free_dave`.
     """
-    spec, columns = state.model.spec, state.columns
     device = state.tokens.device
     at = torch.tensor([i for i, _ in given], device=device)
     canvases = torch.stack([tokens for _, tokens in given])
@@ -293,12 +306,9 @@ def _ask(
     sequence = chosen(state.sequence, at).with_tokens(canvases.to(device))
     kv, first = _keys(state, [i for i, _ in given])
     computed = slice(first, state.length)
-    logits = state.model.run(sequence, computed, read.to(device), kv, columns)
-    offset = 0 if columns is None else columns.start
-    if 0 <= spec.mask_id - offset < logits.shape[-1]:
-        logits[..., spec.mask_id - offset] = -torch.inf
-    picked = logits.argmax(-1)
-    odds, picked = log_odds(logits, picked).cpu(), picked.cpu() + offset
+    logits = state.model.run(sequence, computed, read.to(device), kv, state.columns)
+    picked = state.ban_mask(logits).argmax(-1)
+    odds, picked = log_odds(logits, picked).cpu(), picked.cpu() + state.first_id
     if bool(odds.isnan().any()):
         raise ValueError(
             "a position had no possible token: the model gave NaN (check the weights, or load with "

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmdlm.decoding.decode import Decoded, History, start
 from mmdlm.decoding.sources import Source, streams
+from mmdlm.decoding.state import DecodeState
 from mmdlm.layout import Sequence
 from mmdlm.model import MultimodalDLM
 from mmdlm.speculative.accept import Kept
@@ -97,15 +98,8 @@ def speculate(
     check_vocabulary(model, verifier)
     # Refuses what no decode would take; the canvas itself is laid out anew in every round.
     state = start(model, prompt, length, mask, generator, None, None)
-    if state.sequence.media is not None:
-        raise ValueError("the prompt holds media, which the verifier cannot see; give token ids")
+    _check_prompt(state, verifier)
     real = state.sequence.mask[:, : state.prompt]
-    highest = int((state.tokens[:, : state.prompt] * real).max())
-    if highest >= verifier.vocab:
-        raise ValueError(
-            f"the prompt holds id {highest}, the verifier knows ids below {verifier.vocab}; use a "
-            "template of tokens that both models know"
-        )
     sources = streams(generator, state.batch, torch.device("cpu"))
     before = verifier.forwards
     rows = [
@@ -126,6 +120,19 @@ def speculate(
         tuple(tuple(row.drafted) for row in rows),
         tuple(tuple(row.accepted) for row in rows),
     )
+
+
+def _check_prompt(state: DecodeState, verifier: Scorer) -> None:
+    """Refuses a prompt that the verifier cannot read."""
+    if state.sequence.media is not None:
+        raise ValueError("the prompt holds media, which the verifier cannot see; give token ids")
+    real = state.sequence.mask[:, : state.prompt]
+    highest = int((state.tokens[:, : state.prompt] * real).max())
+    if highest >= verifier.vocab:
+        raise ValueError(
+            f"the prompt holds id {highest}, the verifier knows ids below {verifier.vocab}; use a "
+            "template of tokens that both models know"
+        )
 
 
 def masks(

@@ -102,9 +102,7 @@ def infill(
     if image is not None:
         check_kind(model, "image")
     rows = _rows(template, image, prompt)
-    is_form = [isinstance(given, Mapping) for given, _, _ in rows]
-    if any(is_form) and not all(is_form):
-        raise TypeError("templates are texts and schemas; fill them in by one call each")
+    is_form = _is_form(rows)
     one = None if isinstance(prompt, list) else prompt
     how = settings(model, "infill", one, length, strategies, needs_prompt=False)
     own = (model.preset.get("infill") or {}).get("length")
@@ -113,12 +111,24 @@ def infill(
     asked = [(given, *rest) for (given, _, _), *rest in zip(rows, heads, media, strict=True)]
     run = {"strategies": how.strategies, "batch_size": batch_size, "seed": seed}
     run |= {"length": length, "own": own}
-    if any(is_form):
+    if is_form:
         forms = [Form(*one) for one in asked]
         answers = complete(model, forms, slot=slot, fence=fence, **run)
     else:
         answers = _texts(model, asked, **run)
     return shown(answers, any(isinstance(x, list) for x in (template, image, prompt)), details)
+
+
+def _is_form(rows: list[tuple]) -> bool:
+    """Whether the templates are schemas.
+
+    Raises:
+        TypeError: some are.
+    """
+    found = {isinstance(template, Mapping) for template, *_ in rows}
+    if len(found) > 1:
+        raise TypeError("templates are texts and schemas; fill them in by one call each")
+    return found == {True}
 
 
 def _texts(

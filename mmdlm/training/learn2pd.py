@@ -182,17 +182,22 @@ def train_filter(
     train, stop, test = (samples.of(chosen) for chosen in order.tensor_split([-2 * part, -part]))
     network = fresh(block, hidden, generator)
     when = fit(network, train, stop, accept, epochs, patience, rate, hide)
-    right, accepted, final = counted(network, test, accept)
-    scores = Scores(
-        precision=right / accepted if accepted else math.nan,
-        recall=right / final if final else math.nan,
-        decided=int(test.masked.sum()),
-        epochs=when,
-    )
+    scores = _scored(network, test, accept, when)
     sizes = {"size": network.size, "hidden": network.hidden}
     notes = {"accept": accept, "length": length, "prompts": len(prompts), **asdict(scores)}
     weights.save(out, KIND, network, sizes, **notes)
     return scores
+
+
+def _scored(network: Filter, test: Samples, accept: float, epochs: int) -> Scores:
+    """Scores on samples that took no part in the training."""
+    right, accepted, final = counted(network, test, accept)
+    return Scores(
+        precision=right / accepted if accepted else math.nan,
+        recall=right / final if final else math.nan,
+        decided=int(test.masked.sum()),
+        epochs=epochs,
+    )
 
 
 def fit(
