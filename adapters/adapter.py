@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
-from encoders.features import Features
+from encoders.features import Features, Prepared, Size
 from encoders.rebuild import Rebuildable
 
 
+class Embedded(NamedTuple):
+    """One item as the backbone sees it.
+
+    Args:
+        tokens: [N D] embeddings.
+        grid: rows and columns of the tokens when they are a row-major grid, else None.
+    """
+
+    tokens: Tensor
+    grid: Size | None = None
+
+
 class Adapter(Rebuildable, nn.Module):
-    """Brings features to the backbone: projects, pools or prunes them.
+    """Brings features to the backbone: projects, pools, prunes or merges them.
 
     Args:
         in_dim: encoder width E.
@@ -21,11 +36,33 @@ class Adapter(Rebuildable, nn.Module):
         self.in_dim = in_dim
         self.out_dim = out_dim
 
-    def forward(self, features: Features, query: Tensor | None = None) -> Features:
+    def forward(self, features: Features) -> Features:
         """Features of width `out_dim`.
 
         Args:
-            features: what the encoder gave, tokens [B N E].
-            query: [B M D] embeddings of the prompt, for adapters that look at the question.
+            features: output of the encoder, tokens [B N E].
         """
-        raise TypeError(f"{type(self).__name__} does not define forward(features, query)")
+        raise TypeError(f"{type(self).__name__} does not define forward(features)")
+
+    def embed(self, features: Features, items: Sequence[Prepared]) -> list[Embedded]:
+        """The embeddings of each item; by default one row of `forward` each, without padding.
+
+        Adapters that merge the views of an item or append vectors override it.
+
+        Args:
+            features: output of the encoder for these items.
+            items: the preprocessed items, for their original sizes and views.
+        Raises:
+            ValueError: the encoder gave several rows per item, which this adapter cannot merge.
+        """
+        if len(features.tokens) != len(items):
+            raise ValueError(
+                f"{type(self).__name__}: {len(features.tokens)} rows of features for {len(items)} "
+                "items; use an adapter that merges the views of an image"
+            )
+        out = self(features)
+        sizes = out.sizes or (None,) * len(items)
+        return [
+            Embedded(row[keep], size)
+            for row, keep, size in zip(out.tokens, out.mask, sizes, strict=True)
+        ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from adapters.adapter import Adapter
 from encoders.features import Features
@@ -39,11 +39,10 @@ class MLP(Adapter):
             modules += [nn.GELU(), nn.Linear(out_dim, out_dim)]
         self.layers = nn.Sequential(*modules)
 
-    def forward(self, features: Features, query: Tensor | None = None) -> Features:
-        """The same tokens at width D; mask and grid stay.
+    def forward(self, features: Features) -> Features:
+        """The same tokens at width D; mask and sizes stay.
 
         Args:
             features: tokens [B N E].
-            query: not read.
         """
-        return Features(self.layers(features.tokens), features.mask, features.grid)
+        return Features(self.layers(features.tokens), features.mask, features.sizes)

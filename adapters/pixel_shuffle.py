@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from einops import rearrange
-from torch import Tensor
 
 from adapters.adapter import Adapter
 from adapters.mlp import MLP
@@ -30,12 +29,11 @@ class PixelShuffle(Adapter):
         self.factor = factor
         self.project = MLP(in_dim * factor**2, out_dim, layers)
 
-    def forward(self, features: Features, query: Tensor | None = None) -> Features:
+    def forward(self, features: Features) -> Features:
         """Tokens [B N/factor^2 D]; a joined token is real if any of its parts is.
 
         Args:
             features: tokens [B N E] with a grid whose sides the factor divides.
-            query: not read.
         Raises:
             ValueError: there is no such grid.
         """

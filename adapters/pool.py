@@ -50,12 +50,11 @@ class Pool(Adapter):
         self.kind, self.factor = kind, factor
         self.project = MLP(in_dim * factor if kind == "concat" else in_dim, out_dim, layers)
 
-    def forward(self, features: Features, query: Tensor | None = None) -> Features:
+    def forward(self, features: Features) -> Features:
         """Pooled tokens of width D; a pooled token is real if any token it covers is.
 
         Args:
             features: tokens [B N E]; every kind but concat needs their grid.
-            query: not read.
         Raises:
             ValueError: no grid, or one smaller than `factor`.
         """

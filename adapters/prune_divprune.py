@@ -52,14 +52,13 @@ class DivPrune(Adapter):
         self.arguments["inner"] = self.inner  # a function could not be written to a checkpoint
         self.keep, self.order = keep, order
 
-    def forward(self, features: Features, query: Tensor | None = None) -> Features:
+    def forward(self, features: Features) -> Features:
         """The kept tokens at width D, without a grid; everything as it came if all are kept.
 
         Args:
             features: tokens [B N E].
-            query: passed to `inner`, not used to choose.
         """
-        projected = self.inner(features, query)
+        projected = self.inner(features)
         tokens, mask = projected.tokens, projected.mask
         width = int(self._counts(torch.tensor(tokens.shape[1], device="cpu")))
         if width >= tokens.shape[1]:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from adapters.action_bins import ActionBins
+from adapters.codec import Codec
 from adapters.normalize import Normalizer
 
 
 @dataclass(frozen=True)
-class Robot:
+class Robot(Codec):
     """What a policy needs beside its weights; it travels with them as statistics.json.
 
     Args:
@@ -40,9 +41,9 @@ class Robot:
         return self.chunk * self.action_size
 
     @property
-    def columns(self) -> slice:
+    def ids(self) -> range:
         """The token ids of actions."""
-        return slice(self.bins.ids.start, self.bins.ids.stop)
+        return self.bins.ids
 
     def encode(self, actions: np.ndarray) -> Tensor:
         """Token ids [K*A] int64 of a chunk [K A] in robot units.

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
-from torch import Tensor, nn
+from torch import nn
 
-from encoders.features import Features
+from encoders.features import Features, Prepared
 from encoders.rebuild import Rebuildable
 
 
 class Encoder(Rebuildable, nn.Module):
-    """Turns prepared raw items into `Features`.
+    """Turns preprocessed items into `Features`.
 
     Attributes:
         kind: modality, "image", "audio" or "state".
         dim: width E of the tokens it gives.
+        preprocess: raw item to `Prepared`. It holds settings but no weights, so that worker
+            processes and server threads can have a copy.
         KEYS: our tensor names to published ones, `{i}` for the layer, a tuple for parts that are
             stacked along the first axis; where a published layout exists.
     """
@@ -23,13 +26,17 @@ class Encoder(Rebuildable, nn.Module):
     kind: ClassVar[str]
     KEYS: ClassVar[dict[str, str | tuple[str, ...]]] = {}
     dim: int
+    preprocess: Callable[[Any], Prepared]
 
-    def prepare(self, item: Any) -> Tensor:
-        """The float tensor `forward` takes, from one raw item, on the CPU."""
-        raise TypeError(f"{type(self).__name__} does not define prepare(item)")
+    def prepare(self, item: Any) -> Prepared:
+        """What `forward` takes, from one raw item; see `preprocess`."""
+        return self.preprocess(item)
 
-    def forward(self, items: list[Tensor]) -> Features:
-        """Features of prepared items; items of unequal length are padded and masked."""
+    def forward(self, items: Sequence[Prepared]) -> Features:
+        """Features of preprocessed items, padded and masked to one length.
+
+        An item of several views gives one row per view, in order.
+        """
         raise TypeError(f"{type(self).__name__} does not define forward(items)")
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The one contract between encoders, adapters and the model.
+"""The contract between encoders, adapters and the model.
 
 Shape letters used throughout: B batch, L sequence, V vocabulary, D backbone width, N modality
 tokens, E encoder width, Y X image rows/columns, C channels, T audio samples or frames, S state
@@ -11,6 +11,27 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+Size = tuple[int, int]
+"""Rows and columns."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """One preprocessed item: what an encoder takes, on the CPU and without weights.
+
+    Args:
+        kind: modality, "image", "audio" or "state".
+        tensor: pixels [3 Y X], views of one image [V 3 Y X], patches [N C], log-mel frames
+            [mels T] or a state [S]; float.
+        size: rows and columns of the original image in pixels; () otherwise.
+        grid: patches per axis where the item decides it (native resolution); () otherwise.
+    """
+
+    kind: str
+    tensor: Tensor
+    size: tuple[int, ...] = ()
+    grid: tuple[int, ...] = ()
+
 
 @dataclass(frozen=True)
 class Features:
@@ -19,12 +40,15 @@ class Features:
     Args:
         tokens: [B N E] float.
         mask: [B N] bool, True where the token is real; what stands at False is never read.
-        grid: rows and columns when the tokens are a row-major picture, else None.
+        sizes: rows and columns of each item whose tokens are a row-major grid; one pair stands for
+            all items. None without grids.
+        hidden: [B M E] each, hidden states of chosen layers for adapters that use several.
     """
 
     tokens: Tensor
     mask: Tensor
-    grid: tuple[int, int] | None = None
+    sizes: tuple[Size, ...] | Size | None = None
+    hidden: tuple[Tensor, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 3 or self.mask.shape != self.tokens.shape[:2]:
@@ -32,5 +56,21 @@ class Features:
                 f"Features: tokens {list(self.tokens.shape)} and mask {list(self.mask.shape)}; "
                 "expected [B N E] and [B N]"
             )
-        if self.grid is not None and self.grid[0] * self.grid[1] != self.tokens.shape[1]:
-            raise ValueError(f"Features: grid {self.grid} does not hold {self.tokens.shape[1]}")
+        if self.sizes is None:
+            return
+        batch, count = self.mask.shape
+        sizes = self.sizes
+        if len(sizes) == 2 and isinstance(sizes[0], int):
+            sizes = (sizes,) * batch
+        object.__setattr__(self, "sizes", tuple(sizes))
+        if len(sizes) != batch:
+            raise ValueError(f"Features: {len(sizes)} sizes for {batch} items")
+        most = max((rows * columns for rows, columns in sizes), default=count)
+        if most != count:
+            raise ValueError(f"Features: sizes {sizes} do not hold {count} tokens")
+
+    @property
+    def grid(self) -> Size | None:
+        """Rows and columns that all items have in common; None without."""
+        sizes = set(self.sizes or ())
+        return sizes.pop() if len(sizes) == 1 else None

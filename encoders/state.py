@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -10,7 +12,39 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from encoders.encoder import Encoder
-from encoders.features import Features
+from encoders.features import Features, Prepared
+
+
+@dataclass(frozen=True)
+class StateInput:
+    """An already normalised state vector as a tensor.
+
+    Args:
+        size: length S of the state vector.
+    """
+
+    size: int
+
+    def __call__(self, item: Any) -> Prepared:
+        """The state [S] float32.
+
+        Args:
+            item: S numbers, already normalised (see adapters.normalize).
+        Raises:
+            ValueError: another length, or NaN or infinite entries.
+        """
+        state = item.detach().cpu().numpy() if isinstance(item, Tensor) else np.asarray(item)
+        if state.shape != (self.size,):
+            raise ValueError(
+                f"StateEncoder: state is {list(state.shape)}, expected [{self.size}]; "
+                "is it the same robot and simulator the model was trained on?"
+            )
+        if state.dtype.kind not in "fiu":
+            raise ValueError(f"StateEncoder: state dtype is {state.dtype}, expected numbers")
+        if not np.isfinite(state).all():
+            bad = np.flatnonzero(~np.isfinite(state)).tolist()
+            raise ValueError(f"StateEncoder: state is not finite at {bad}; check the sensor")
+        return Prepared("state", torch.from_numpy(state.astype(np.float32)))
 
 
 class StateEncoder(Encoder):
@@ -33,35 +67,13 @@ class StateEncoder(Encoder):
                 "expected each to be at least 1"
             )
         self.size, self.dim, self.tokens = size, dim, tokens
+        self.preprocess = StateInput(size)
         self.layers = nn.Sequential(
             nn.Linear(size, hidden), nn.GELU(), nn.Linear(hidden, tokens * dim)
         )
 
-    def prepare(self, item: Any) -> Tensor:
-        """The state vector as a tensor.
-
-        Args:
-            item: S numbers, already normalised (see adapters.normalize).
-        Returns:
-            [S] float32 on the CPU.
-        Raises:
-            ValueError: another length, or NaN or infinite entries.
-        """
-        state = item.detach().cpu().numpy() if isinstance(item, Tensor) else np.asarray(item)
-        if state.shape != (self.size,):
-            raise ValueError(
-                f"StateEncoder: state is {list(state.shape)}, expected [{self.size}]; "
-                "is it the same robot and simulator the model was trained on?"
-            )
-        if state.dtype.kind not in "fiu":
-            raise ValueError(f"StateEncoder: state dtype is {state.dtype}, expected numbers")
-        if not np.isfinite(state).all():
-            bad = np.flatnonzero(~np.isfinite(state)).tolist()
-            raise ValueError(f"StateEncoder: state is not finite at {bad}; check the sensor")
-        return torch.from_numpy(state.astype(np.float32))
-
-    def forward(self, items: list[Tensor]) -> Features:
-        """Tokens [B N E], all real, of B prepared states [S] (a [B S] tensor is taken as well).
+    def forward(self, items: Sequence[Prepared]) -> Features:
+        """Tokens [B N E], all real, of B states [S].
 
         Raises:
             ValueError: no states, or one of another shape.
@@ -69,12 +81,11 @@ class StateEncoder(Encoder):
         if len(items) == 0:
             raise ValueError("StateEncoder: no states; pass at least one prepared state")
         for index, item in enumerate(items):
-            if item.shape != (self.size,):
-                raise ValueError(
-                    f"StateEncoder: state {index} is {list(item.shape)}, expected [{self.size}]"
-                )
+            if item.tensor.shape != (self.size,):
+                shape = list(item.tensor.shape)
+                raise ValueError(f"StateEncoder: state {index} is {shape}, expected [{self.size}]")
         weight = self.layers[0].weight
-        states = items if isinstance(items, Tensor) else torch.stack(items)  # [B S]
+        states = torch.stack([item.tensor for item in items])  # [B S]
         out = self.layers(states.to(weight.device, weight.dtype))
         tokens = rearrange(out, "B (N E) -> B N E", N=self.tokens)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)

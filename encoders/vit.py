@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -16,7 +18,95 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from encoders.encoder import Encoder
-from encoders.features import Features
+from encoders.features import Features, Prepared
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """Normalised pixels of one image, resized (bicubic) to a square without keeping its aspect.
+
+    Args:
+        size: side in pixels.
+        mean: per channel, subtracted from pixels in [0, 1].
+        std: per channel, divides after `mean`.
+    """
+
+    size: int
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(
+                f"ViT: mean={self.mean}, std={self.std}; expected three numbers each, std > 0"
+            )
+
+    def __call__(self, item: Any) -> Prepared:
+        """Pixels [3 size size] float32 of an image, with its original size.
+
+        Args:
+            item: path, PIL image, or [Y X 3] / [3 Y X] / [Y X] array or tensor, uint8 in 0..255
+                or float in 0..1. Transparent pixels are shown on white.
+        Raises:
+            ValueError: not such an image, or values that are not finite or out of range.
+        """
+        side = self.size
+        if isinstance(item, np.ndarray) and item.shape == (side, side, 3) and item.dtype == "uint8":
+            pixels, size = torch.from_numpy(np.ascontiguousarray(item)), (side, side)  # [Y X C]
+        else:
+            image = as_rgb(item)
+            size = (image.height, image.width)
+            if image.size != (side, side):
+                image = image.resize((side, side), Image.Resampling.BICUBIC)
+            pixels = torch.from_numpy(np.array(image))  # [Y X C]
+        return Prepared("image", self.normalize(pixels), size)
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """[... 3 Y X] float32 of uint8 pixels [... Y X 3]."""
+        # In units of uint8, so that with 0.5 black and white are exactly -1 and 1.
+        middle = torch.tensor([255 * m for m in self.mean], device="cpu")
+        spread = torch.tensor([255 * s for s in self.std], device="cpu")
+        normalised = pixels.float().sub_(middle).div_(spread)
+        return normalised.movedim(-1, -3).contiguous()
+
+
+def as_rgb(item: Any) -> Image.Image:
+    """An image as 8-bit RGB; transparent pixels are shown on white.
+
+    Args:
+        item: see `ImageInput`.
+    Raises:
+        TypeError: not an image.
+        ValueError: an image that cannot be read, or whose range is not fixed.
+    """
+    if isinstance(item, str | Path):
+        try:
+            with Image.open(item) as image:
+                return _flattened(ImageOps.exif_transpose(image))
+        except (UnidentifiedImageError, SyntaxError, EOFError) as error:
+            raise ValueError(f"ViT: {item} is not an image that can be read") from error
+    if isinstance(item, Image.Image):
+        return _flattened(item)
+    if isinstance(item, np.ndarray | Tensor):
+        return _flattened(Image.fromarray(_to_uint8(item)))
+    raise TypeError(
+        f"ViT: image is a {type(item).__name__}; expected a path, PIL image, array or tensor"
+    )
+
+
+def _flattened(image: Image.Image) -> Image.Image:
+    """8-bit RGB of any 8-bit image."""
+    if image.mode[0] in "IF":
+        raise ValueError(
+            f"ViT: image mode is {image.mode}, whose range is not fixed; "
+            "expected 8 bits per channel, read it with mmdlm.media.read_image"
+        )
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 class ConvStem(nn.Module):
@@ -174,7 +264,10 @@ class ViT(Encoder):
         self.grid: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
         self.dim = self.vit.embed_dim
         published = getattr(self.vit, "pretrained_cfg", {}) if name else {}
-        self._set_pixels(mean or published.get("mean"), std or published.get("std"))
+        half = (0.5, 0.5, 0.5)
+        self.preprocess = ImageInput(
+            self.size, mean or published.get("mean") or half, std or published.get("std") or half
+        )
 
     def _cut(self, layers: int | None) -> None:
         """Drops the blocks after the first `layers`, and with them the final norm."""
@@ -187,69 +280,11 @@ class ViT(Encoder):
         self.vit.blocks = self.vit.blocks[:layers]
         self.vit.norm = nn.Identity()
 
-    def _set_pixels(self, mean: Any, std: Any) -> None:
-        mean = tuple(float(value) for value in mean or (0.5, 0.5, 0.5))
-        std = tuple(float(value) for value in std or (0.5, 0.5, 0.5))
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"ViT: mean={mean}, std={std}; expected three numbers each, std > 0")
-        self.mean, self.std = mean, std
-        # In units of uint8, so that with 0.5 black and white are exactly -1 and 1. The device is
-        # named because the model may be built inside `torch.device("meta")`.
-        self._middle = torch.tensor([255 * m for m in mean], device="cpu")
-        self._range = torch.tensor([255 * s for s in std], device="cpu")
-
-    def prepare(self, item: Any) -> Tensor:
-        """Normalised pixels of one image, resized (bicubic) without keeping its aspect.
-
-        Args:
-            item: path, PIL image, or [Y X 3] / [3 Y X] / [Y X] array or tensor, uint8 in 0..255
-                or float in 0..1. Transparent pixels are shown on white.
-        Returns:
-            [3 size size] float32 on the CPU.
-        Raises:
-            ValueError: not such an image, or values that are not finite or out of range.
-        """
-        side = self.size
-        if isinstance(item, np.ndarray) and item.shape == (side, side, 3) and item.dtype == "uint8":
-            pixels = torch.from_numpy(np.ascontiguousarray(item))  # [Y X C]
-        elif isinstance(item, str | Path):
-            try:
-                with Image.open(item) as image:
-                    pixels = self._resized(ImageOps.exif_transpose(image))
-            except (UnidentifiedImageError, SyntaxError, EOFError) as error:
-                raise ValueError(f"ViT: {item} is not an image that can be read") from error
-        elif isinstance(item, Image.Image):
-            pixels = self._resized(item)
-        elif isinstance(item, np.ndarray | Tensor):
-            pixels = self._resized(Image.fromarray(_to_uint8(item)))
-        else:
-            raise TypeError(
-                f"ViT: image is a {type(item).__name__}; "
-                "expected a path, PIL image, array or tensor"
-            )
-        normalised = pixels.float().sub_(self._middle).div_(self._range)
-        return normalised.permute(2, 0, 1).contiguous()  # [C Y X]
-
-    def _resized(self, image: Image.Image) -> Tensor:
-        """[Y X 3] uint8 of any 8-bit image."""
-        if image.mode[0] in "IF":
-            raise ValueError(
-                f"ViT: image mode is {image.mode}, whose range is not fixed; "
-                "expected 8 bits per channel, read it with mmdlm.media.read_image"
-            )
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-        if image.size != (self.size, self.size):
-            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(image))  # [Y X C]
-
-    def forward(self, items: list[Tensor]) -> Features:
+    def forward(self, items: Sequence[Prepared]) -> Features:
         """One token per patch, row-major: tokens [B N E] on the `grid`, all real.
 
         Args:
-            items: B prepared images [3 size size]; a [B 3 size size] tensor is taken as well.
+            items: images [3 size size], or views [V 3 size size] that give V rows each.
         Raises:
             ValueError: no images, or one of another shape.
         """
@@ -257,13 +292,13 @@ class ViT(Encoder):
             raise ValueError("ViT: no images; pass at least one prepared image")
         shape = (3, self.size, self.size)
         for index, item in enumerate(items):
-            if item.shape != shape:
+            if item.tensor.shape[-3:] != shape or item.tensor.ndim not in (3, 4):
                 raise ValueError(
-                    f"ViT: image {index} is {list(item.shape)}, expected {list(shape)}; "
+                    f"ViT: image {index} is {list(item.tensor.shape)}, expected {list(shape)}; "
                     "pass each image through prepare first"
                 )
         weight = next(self.vit.parameters())
-        images = items if isinstance(items, Tensor) else torch.stack(items)  # [B C Y X]
+        images = torch.cat([item.tensor.view(-1, *shape) for item in items])  # [B C Y X]
         tokens = self.vit.forward_features(images.to(weight.device, weight.dtype))
         tokens = tokens[:, self.vit.num_prefix_tokens :]  # [B N E]
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)

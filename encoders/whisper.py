@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -14,12 +15,44 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from encoders.encoder import Encoder
-from encoders.features import Features
+from encoders.features import Features, Prepared
 from encoders.mel import HOP, RATE, LogMel, waveform
 
 # Windowed clips carry this many frames past their end: an analysis window of 400 samples centred
 # there can still reach into the clip, so these frames are not yet silence.
 TAIL = 2
+
+
+@dataclass(frozen=True)
+class AudioInput:
+    """Log-mel frames of one clip.
+
+    With a window, two frames past the end of the clip come along.
+
+    Args:
+        mels: mel bands.
+        seconds: window that clips are filled to with silence; None keeps each clip's length.
+        longest: seconds a clip may last.
+    """
+
+    mels: int
+    seconds: float | None
+    longest: float
+
+    def __call__(self, item: Any) -> Prepared:
+        """Frames [mels T] float32 of (samples, rate).
+
+        Raises:
+            TypeError: the item is not a pair of samples and rate.
+            ValueError: see `encoders.mel.waveform`; among others, the clip is longer than fits.
+        """
+        # Resampling rounds the number of samples up, perhaps to one past the window.
+        wave = waveform(item, longest=self.longest)[: round(self.longest * RATE)]
+        mel = LogMel(self.mels, self.seconds)(wave)
+        if self.seconds is not None:
+            frames = math.ceil(len(wave) / HOP)
+            mel = F.pad(mel, (0, TAIL))[:, : frames + TAIL]
+        return Prepared("audio", mel)
 
 
 class WhisperEncoder(Encoder):
@@ -89,34 +122,19 @@ class WhisperEncoder(Encoder):
                 f"got positions={positions}"
             )
         self.longest = positions * 2 * HOP / RATE if seconds is None else seconds  # seconds
-        self.log_mel = LogMel(mels, seconds)
+        LogMel(mels, seconds)  # checks the window
+        self.preprocess = AudioInput(mels, seconds, self.longest)
         self.conv1 = nn.Conv1d(mels, dim, 3, padding=1)
         self.conv2 = nn.Conv1d(dim, dim, 3, stride=2, padding=1)
         self.register_buffer("positions", sinusoids(positions, dim))
         self.blocks = nn.ModuleList(_Block(dim, heads, hidden or 4 * dim) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
 
-    def prepare(self, item: Any) -> Tensor:
-        """Log-mel frames, float32 [mels T], of (samples, rate).
-
-        With a window, two frames past the end of the clip come along.
-
-        Raises:
-            TypeError: the item is not a pair of samples and rate.
-            ValueError: see `encoders.mel.waveform`; among others, the clip is longer than fits.
-        """
-        # Resampling rounds the number of samples up, perhaps to one past the window.
-        wave = waveform(item, longest=self.longest)[: round(self.longest * RATE)]
-        if self.window is None:
-            return self.log_mel(wave)
-        frames = math.ceil(len(wave) / HOP)
-        return F.pad(self.log_mel(wave), (0, TAIL))[:, : frames + TAIL]
-
-    def forward(self, items: list[Tensor]) -> Features:
+    def forward(self, items: Sequence[Prepared]) -> Features:
         """Features of prepared clips, tokens [B N E], cut to the longest clip of the batch.
 
         Args:
-            items: log-mel frames [mels T] each, as `prepare` gives them.
+            items: log-mel frames [mels T] each.
         """
         frames = self._frames(items)
         for state in self._states(items, frames):
@@ -126,7 +144,7 @@ class WhisperEncoder(Encoder):
         at = torch.arange(last.shape[1], device=last.device)
         return Features(last, at < lengths.to(last.device)[:, None])
 
-    def states(self, items: list[Tensor]) -> list[Tensor]:
+    def states(self, items: Sequence[Prepared]) -> list[Tensor]:
         """What each layer gives, [B N E] each: 0 the stem, i layer i, the last one normalised.
 
         N is the whole window, or the longest clip without one; nothing is cut or masked. Without a
@@ -148,27 +166,28 @@ class WhisperEncoder(Encoder):
         noise = rng.standard_normal(len(time))
         return (0.2 * np.sum(tones, axis=0) + 0.02 * noise).astype(np.float32), RATE
 
-    def _frames(self, items: list[Tensor]) -> Tensor:
+    def _frames(self, items: Sequence[Prepared]) -> Tensor:
         """Frames of each clip itself, int64 [B]."""
         if not items:
             raise ValueError("WhisperEncoder: no clips, expected at least one")
         tail = 0 if self.window is None else TAIL
         most = self.window or 2 * len(self.positions)
-        for index, mel in enumerate(items):
+        mels = [item.tensor for item in items]
+        for index, mel in enumerate(mels):
             if mel.ndim != 2 or len(mel) != self.mels or not 0 < mel.shape[1] - tail <= most:
                 raise ValueError(
                     f"WhisperEncoder: clip {index} is {list(mel.shape)}, expected [{self.mels} T] "
                     f"with {1 + tail} to {most + tail} frames; pass what prepare() gives"
                 )
-        return torch.tensor([mel.shape[1] - tail for mel in items])
+        return torch.tensor([mel.shape[1] - tail for mel in mels])
 
-    def _batch(self, items: list[Tensor]) -> Tensor:
+    def _batch(self, items: Sequence[Prepared]) -> Tensor:
         """Frames [B mels T], filled with silence to the window or with zeros to the longest."""
-        items = [mel.to(self.conv1.weight) for mel in items]
+        mels = [item.tensor.to(self.conv1.weight) for item in items]
         if self.window is None:
-            return rearrange(pad_sequence([mel.T for mel in items], True), "b t c -> b c t")
+            return rearrange(pad_sequence([mel.T for mel in mels], True), "b t c -> b c t")
         batch = []
-        for mel in items:
+        for mel in mels:
             # Digital silence after the -8 floor and (x + 4) / 4 of the front end.
             silence = (mel.max() - 2).clamp(min=-1.5)
             clip = mel[:, : self.window]
@@ -176,7 +195,7 @@ class WhisperEncoder(Encoder):
             batch.append(torch.cat([clip, rest], dim=1))
         return torch.stack(batch)
 
-    def _states(self, items: list[Tensor], frames: Tensor) -> Iterator[Tensor]:
+    def _states(self, items: Sequence[Prepared], frames: Tensor) -> Iterator[Tensor]:
         x = F.gelu(self.conv1(self._batch(items)))  # [B E T]
         keys = None
         if self.window is None and frames.min() < frames.max():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from adapters.adapter import Adapter
 from encoders.encoder import Encoder
+from encoders.features import Prepared
 from mmdlm.backbones.family import Spec
 from mmdlm.backbones.kv import KV, Rows, count, indices, take
 from mmdlm.backbones.recorded import MOST_ROWS, Lent
@@ -69,7 +71,7 @@ class MultimodalDLM(nn.Module):
         """Type of the weights."""
         return self.backbone.embed.weight.dtype
 
-    def prepare(self, kind: str, item: Any) -> Tensor:
+    def prepare(self, kind: str, item: Any) -> Prepared:
         """One raw item as `encode` takes it; robot state is normalised on the way.
 
         Args:
@@ -87,14 +89,11 @@ class MultimodalDLM(nn.Module):
             item = self.robot.normalize_state(item)
         return self.encoders[kind].prepare(item)
 
-    def encode(self, kind: str, items: Items[Tensor]) -> list[Tensor]:
-        """Backbone embeddings [N D] of each prepared item of one modality."""
-        ready = [x.to(self.device) for x in items]
-        features = self.adapters[kind](self.encoders[kind](ready))
-        tokens = features.tokens
-        if bool(features.mask.all()):
-            return list(tokens.unbind(0))
-        return [row[keep] for row, keep in zip(tokens, features.mask, strict=True)]
+    def encode(self, kind: str, items: Items[Prepared]) -> list[Tensor]:
+        """Backbone embeddings [N D] of each preprocessed item of one modality."""
+        ready = [replace(item, tensor=item.tensor.to(self.device)) for item in items]
+        embedded = self.adapters[kind].embed(self.encoders[kind](ready), ready)
+        return [item.tokens for item in embedded]
 
     def compile(self, backend: str = "inductor") -> None:
         """Compiles the backbone for a GPU, where a step is otherwise mostly waiting for launches.

@@ -257,9 +257,9 @@ def test_state_of_a_robot_is_normalised_before_it_is_encoded() -> None:
             return torch.as_tensor(item) / 2
 
     model = build()
-    plain = model.prepare("state", state(0))
+    plain = model.prepare("state", state(0)).tensor
     model.robot = Halves()
-    torch.testing.assert_close(model.prepare("state", state(0)), plain / 2)
+    torch.testing.assert_close(model.prepare("state", state(0)).tensor, plain / 2)
 
 
 def test_encoder_without_adapter_is_refused() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,8 @@ class EncoderShape:
         """A function that encodes the prepared input once and says how many tokens came out."""
         torch.manual_seed(seed)
         encoder = self.make().eval().requires_grad_(False).to(device, dtype)
-        prepared = [encoder.prepare(self.item()).to(device, dtype)] * self.count
+        item = encoder.prepare(self.item())
+        prepared = [replace(item, tensor=item.tensor.to(device, dtype))] * self.count
 
         @torch.inference_mode()
         def encode() -> int:

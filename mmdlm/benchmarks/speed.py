@@ -71,7 +71,7 @@ def timed(
         raise ValueError(f"answers have canvases {sorted(lengths)}; time them one by one")
     length = lengths.pop()
     is_text = isinstance(samples[0].turns[0].answer, str)
-    columns = None if is_text else model.robot.columns
+    columns = None if is_text else slice(model.robot.ids.start, model.robot.ids.stop)
     encoding = decoding = 0.0
     steps: list[int] = []
     for start in range(0, len(samples), batch):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from encoders.features import Prepared
 from mmdlm.data.dataset import Sample
 from mmdlm.layout import GOLDEN, Row, Turn
 
@@ -33,7 +34,7 @@ class Collated:
             per token for a picture; empty where the data do not say.
     """
 
-    media: dict[str, list[Tensor]]
+    media: dict[str, list[Prepared]]
     turns: list[tuple[Turn, ...]]
     seeds: Tensor
     phase: Tensor
@@ -47,7 +48,7 @@ def collate(model: MultimodalDLM, samples: Items[Sample], seeds: Tensor, phase: 
     Raises:
         ValueError: the samples differ in what they hold, or an answer does not fit its canvas.
     """
-    media: dict[str, list[Tensor]] = {}
+    media: dict[str, list[Prepared]] = {}
     for kind in MEDIA_ORDER:
         items = [getattr(s, kind) for s in samples if getattr(s, kind) is not None]
         if items and len(items) != len(samples):

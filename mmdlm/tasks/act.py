@@ -123,9 +123,8 @@ class Policy:
             Row((*(parts[i] for parts in media), model.prompt(obs["prompt"])))
             for i, obs in enumerate(checked)
         ]
-        decoded = decode(
-            model, model.arrange(rows), robot.length, self.strategies, columns=robot.columns
-        )
+        columns = slice(robot.ids.start, robot.ids.stop)
+        decoded = decode(model, model.arrange(rows), robot.length, self.strategies, columns=columns)
         actions = [robot.decode(ids) for ids in decoded.tokens[:, -robot.length :].cpu()]
         timing = {
             "infer_ms": 1e3 * (time.perf_counter() - begin),

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from encoders.features import Prepared
 from mmdlm.media import find_media
 from mmdlm.model import MultimodalDLM
 from mmdlm.tasks.answer import answer
@@ -18,7 +19,7 @@ from mmdlm.tasks.caption import caption
 from mmdlm.tasks.describe import describe
 from mmdlm.tasks.embed import embed
 from mmdlm.tasks.generate import Answer, check_batch_size, settings
-from mmdlm.tasks.request import Prepared, check_kind, prepare
+from mmdlm.tasks.request import check_kind, prepare
 from mmdlm.tasks.transcribe import transcribe
 
 KINDS: dict[str, Literal["image", "audio"]] = {

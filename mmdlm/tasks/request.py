@@ -14,21 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from encoders.features import Prepared
 from mmdlm.media import read_audio, read_image
 from mmdlm.model import MultimodalDLM
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """A medium that is read and prepared already; every task takes it in place of a file.
-
-    Args:
-        kind: "image" or "audio".
-        tensor: what the encoder's `prepare` gave.
-    """
-
-    kind: str
-    tensor: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +50,7 @@ def prepare(model: MultimodalDLM, kind: str, item: Any) -> Prepared:
         return item
     check_kind(model, kind)
     read = {"image": read_image, "audio": read_audio}.get(kind)
-    return Prepared(kind, model.prepare(kind, item if read is None else read(item)))
+    return model.prepare(kind, item if read is None else read(item))
 
 
 def check_kind(model: MultimodalDLM, kind: str) -> None:
@@ -93,22 +81,22 @@ class Encoded:
             requests: of the batch.
             numbers: of the requests in the call, for errors.
         """
-        new: dict[str, dict[Hashable, Tensor]] = {}
+        new: dict[str, dict[Hashable, Prepared]] = {}
         for request, number in zip(requests, numbers, strict=True):
             for kind, item in request.media:
                 key = (kind, _identity(item))
                 if key in self.content:
                     continue
                 try:
-                    tensor = prepare(self.model, kind, item).tensor
+                    prepared = prepare(self.model, kind, item)
                 except Exception as error:
                     error.add_note(f"This is the {kind} of item {number}, counted from 0.")
                     raise
-                content = (kind, _digest(tensor))
+                content = (kind, _digest(prepared))
                 self.content[key] = content
                 self.uses[content] += self.left[key]
                 if content not in self.held:
-                    new.setdefault(kind, {})[content] = tensor
+                    new.setdefault(kind, {})[content] = prepared
         begin = time.perf_counter()
         for kind, waiting in new.items():
             embeddings = self.model.encode(kind, list(waiting.values()))
@@ -140,6 +128,7 @@ def _identity(item: Any) -> Hashable:
     return str(item) if isinstance(item, str | Path) else id(item)
 
 
-def _digest(tensor: Tensor) -> tuple[bytes, tuple[int, ...]]:
-    data = tensor.contiguous().view(torch.uint8).numpy()
-    return hashlib.blake2b(data, digest_size=16).digest(), tuple(tensor.shape)
+def _digest(item: Prepared) -> tuple[bytes, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    data = item.tensor.contiguous().view(torch.uint8).numpy()
+    digest = hashlib.blake2b(data, digest_size=16).digest()
+    return digest, tuple(item.tensor.shape), item.size, item.grid

@@ -32,8 +32,8 @@ def test_actions_come_back_within_half_a_bin(reverse):
     ids = made.encode(actions)
     assert ids.dtype == torch.int64
     assert ids.shape == (made.length,) == (15,)
-    assert made.columns == slice(200 - BINS + 1, 201)
-    assert all(made.columns.start <= i < made.columns.stop for i in ids.tolist())
+    assert made.ids == range(200 - BINS + 1, 201)
+    assert all(i in made.ids for i in ids.tolist())
     back = made.decode(ids)
     assert back.dtype == np.float32
     assert back.shape == (5, 3)
@@ -69,7 +69,7 @@ def test_ids_that_are_no_actions_are_refused():
     ids = made.encode(chunk())
     with pytest.raises(ValueError, match=r"expected integers \[\.\.\. 15\]"):
         made.decode(ids[:-1])
-    ids[3] = made.columns.stop
+    ids[3] = made.ids.stop
     with pytest.raises(ValueError, match="1 ids are no actions, the first is 201"):
         made.decode(ids)
 
@@ -101,7 +101,7 @@ def test_statistics_travel_through_json(reverse):
     assert np.array_equal(again.decode(made.encode(chunk())), made.decode(made.encode(chunk())))
     state = np.array([0.1, 0.2, 0.3, 0.4])
     assert torch.equal(again.normalize_state(state), made.normalize_state(state))
-    assert (again.chunk, again.columns) == (made.chunk, made.columns)
+    assert (again.chunk, again.ids) == (made.chunk, made.ids)
 
 
 @pytest.mark.parametrize("name", ["chunk", "bins", "action", "state"])

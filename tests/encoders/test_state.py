@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from encoders.features import Prepared
 from encoders.state import StateEncoder
 
 
@@ -26,13 +27,12 @@ def test_state_row_alone_equals_row_in_batch():
     batch = encoder(states).tokens
     for index, state in enumerate(states):
         torch.testing.assert_close(encoder([state]).tokens[0], batch[index])
-    assert torch.equal(encoder(torch.stack(states)).tokens, batch)
 
 
 def test_state_prepare_takes_arrays_lists_and_tensors():
     encoder = StateEncoder.tiny()
     for item in ([1, 2, 3, 4], np.array([1.0, 2, 3, 4]), torch.tensor([1.0, 2, 3, 4])):
-        state = encoder.prepare(item)
+        state = encoder.prepare(item).tensor
         assert state.dtype == torch.float32
         assert state.tolist() == [1, 2, 3, 4]
 
@@ -53,7 +53,7 @@ def test_unusable_states_are_refused(item, message):
 
 def test_state_forward_names_the_row_that_does_not_fit():
     with pytest.raises(ValueError, match=r"state 1 is \[3\], expected \[4\]"):
-        StateEncoder.tiny()([torch.zeros(4), torch.zeros(3)])
+        StateEncoder.tiny()([Prepared("state", torch.zeros(n)) for n in (4, 3)])
     with pytest.raises(ValueError, match="no states"):
         StateEncoder.tiny()([])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from adapters.mlp import MLP
 from adapters.pool import Pool
+from encoders.features import Prepared
 from encoders.vit import ViT
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vision"
@@ -73,8 +75,8 @@ def test_siglip_keys_consume_every_published_tensor_but_the_unused_norm():
 
 def test_a_picture_file_gives_the_reference_pixels():
     vit, golden = siglip(), load_file(GOLDEN / "siglip.safetensors")
-    from_file = vit.prepare(GOLDEN / "siglip.png")
-    from_array = vit.prepare(golden["pixels"][0].numpy())
+    from_file = vit.prepare(GOLDEN / "siglip.png").tensor
+    from_array = vit.prepare(golden["pixels"][0].numpy()).tensor
     assert torch.equal(from_file, from_array)
     expected = (golden["pixels"][0].permute(2, 0, 1).float() / 255 - 0.5) / 0.5
     torch.testing.assert_close(from_file, expected, atol=1e-6, rtol=0)
@@ -126,13 +128,12 @@ def test_a_row_alone_equals_the_row_in_a_batch():
         batch = vit(images).tokens
         for index, image in enumerate(images):
             torch.testing.assert_close(vit([image]).tokens[0], batch[index], atol=1e-5, rtol=1e-5)
-        assert torch.equal(vit(torch.stack(images)).tokens, batch)
 
 
 def test_every_form_of_an_image_gives_the_same_pixels():
     vit = ViT.tiny()
     array = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    expected = vit.prepare(array)
+    expected = vit.prepare(array).tensor
     assert expected.shape == (3, 16, 16)
     assert expected.dtype == torch.float32
     assert float(expected.min()) >= -1
@@ -146,13 +147,13 @@ def test_every_form_of_an_image_gives_the_same_pixels():
         array.astype(np.float64) / 255,
         array[::-1][::-1],
     ):
-        assert torch.equal(vit.prepare(form), expected)
+        assert torch.equal(vit.prepare(form).tensor, expected)
 
 
 def test_prepare_does_not_share_memory_with_the_array():
     vit = ViT.tiny()
     array = np.zeros((16, 16, 3), np.uint8)
-    pixels = vit.prepare(array)
+    pixels = vit.prepare(array).tensor
     array[:] = 255
     assert float(pixels.max()) == -1
 
@@ -160,16 +161,17 @@ def test_prepare_does_not_share_memory_with_the_array():
 def test_grey_palette_and_transparent_images_become_rgb():
     vit = ViT.tiny()
     grey = np.full((5, 9), 100, np.uint8)
-    assert torch.equal(vit.prepare(grey), vit.prepare(np.repeat(grey[:, :, None], 3, 2)))
+    colour = np.repeat(grey[:, :, None], 3, 2)
+    assert torch.equal(vit.prepare(grey).tensor, vit.prepare(colour).tensor)
     clear = Image.new("RGBA", (8, 8), (10, 20, 30, 0))
-    assert torch.equal(vit.prepare(clear), torch.ones(3, 16, 16))
+    assert torch.equal(vit.prepare(clear).tensor, torch.ones(3, 16, 16))
     palette = Image.new("RGB", (8, 8), (255, 0, 0)).convert("P")
-    assert vit.prepare(palette)[:, 0, 0].tolist() == [1, -1, -1]
+    assert vit.prepare(palette).tensor[:, 0, 0].tolist() == [1, -1, -1]
 
 
 def test_one_pixel_image_is_spread_over_the_square():
     vit = ViT.tiny()
-    pixels = vit.prepare(np.array([[[255, 0, 255]]], np.uint8))
+    pixels = vit.prepare(np.array([[[255, 0, 255]]], np.uint8)).tensor
     assert torch.equal(pixels, torch.tensor([1.0, -1, 1]).view(3, 1, 1).expand(3, 16, 16))
 
 
@@ -206,7 +208,7 @@ def test_other_kinds_of_items_are_refused():
 def test_forward_names_the_image_that_does_not_fit():
     vit = ViT.tiny()
     with pytest.raises(ValueError, match=r"image 1 is \[3, 8, 8\], expected \[3, 16, 16\]"):
-        vit([torch.zeros(3, 16, 16), torch.zeros(3, 8, 8)])
+        vit([Prepared("image", torch.zeros(3, side, side)) for side in (16, 8)])
     with pytest.raises(ValueError, match="no images"):
         vit([])
 
@@ -236,7 +238,7 @@ def test_named_model_without_prefix_tokens_and_with_its_own_pixel_statistics():
     vit = ViT("deit_tiny_patch16_224", depth=1)
     features = vit([vit.prepare(ViT.example())])
     assert features.tokens.shape == (1, 196, 192)
-    assert vit.mean == pytest.approx((0.485, 0.456, 0.406))
+    assert vit.preprocess.mean == pytest.approx((0.485, 0.456, 0.406))
 
 
 def test_layers_drops_the_final_norm_and_the_rest_of_the_tower():
@@ -248,4 +250,20 @@ def test_builds_on_the_meta_device():
     with torch.device("meta"):
         vit = ViT("vit_so400m_patch14_siglip_384", act="gelu_tanh", layers=26)
     assert (vit.dim, vit.grid, vit.size, len(vit.vit.blocks)) == (1152, (27, 27), 384, 26)
-    assert vit.prepare(ViT.example()).shape == (3, 384, 384)
+    assert vit.prepare(ViT.example()).tensor.shape == (3, 384, 384)
+
+
+def test_views_give_one_row_each_and_the_original_size_is_kept():
+    vit = ViT.tiny()
+    images = [vit.prepare(ViT.example(seed)) for seed in range(3)]
+    views = Prepared("image", torch.stack([image.tensor for image in images[:2]]))
+    with torch.no_grad():
+        assert torch.equal(vit([views, images[2]]).tokens, vit(images).tokens)
+    assert images[0].size == (20, 24)
+
+
+def test_preprocessing_holds_no_weights_and_can_be_pickled():
+    vit = ViT.tiny()
+    again = pickle.loads(pickle.dumps(vit.preprocess))
+    assert len(pickle.dumps(vit.preprocess)) < 1000
+    assert torch.equal(again(ViT.example()).tensor, vit.prepare(ViT.example()).tensor)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from encoders.features import Prepared
 from encoders.whisper import WhisperEncoder, sinusoids
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "audio"
@@ -94,21 +95,27 @@ def test_a_clip_gets_the_same_tokens_alone_and_in_a_batch(seconds):
 def test_gradients_reach_every_weight_and_never_the_padding():
     torch.manual_seed(0)
     encoder = WhisperEncoder.tiny()
-    mels = [encoder.prepare(clip(frames, frames)).requires_grad_() for frames in (50, 80)]
+    mels = [encoder.prepare(clip(frames, frames)) for frames in (50, 80)]
+    for mel in mels:
+        mel.tensor.requires_grad_()
     features = encoder(mels)
     features.tokens[features.mask].square().sum().backward()
     for name, weight in encoder.named_parameters():
         assert weight.grad is not None, name
         assert weight.grad.isfinite().all(), name
         assert weight.grad.abs().sum() > 0, name
-    assert all(mel.grad.abs().sum(0).gt(0).all() for mel in mels)
+    assert all(mel.tensor.grad.abs().sum(0).gt(0).all() for mel in mels)
 
 
 def test_example_is_encoded_by_the_tiny_encoder():
     encoder = WhisperEncoder.tiny()
     mels = [encoder.prepare(WhisperEncoder.example(seed)) for seed in range(3)]
     features = encoder(mels)
-    assert features.tokens.shape == (3, max((m.shape[1] - 1) // 2 + 1 for m in mels), encoder.dim)
+    assert features.tokens.shape == (
+        3,
+        max((m.tensor.shape[1] - 1) // 2 + 1 for m in mels),
+        encoder.dim,
+    )
     assert features.grid is None
     assert np.array_equal(WhisperEncoder.example(1)[0], WhisperEncoder.example(1)[0])
 
@@ -143,9 +150,9 @@ def test_wrong_input_and_settings_are_named():
     with pytest.raises(ValueError, match="no clips"):
         encoder([])
     with pytest.raises(ValueError, match=r"clip 1 is \[128, 10\], expected \[80 T\]"):
-        encoder([torch.zeros(80, 10), torch.zeros(128, 10)])
+        encoder([Prepared("audio", torch.zeros(mels, 10)) for mels in (80, 128)])
     with pytest.raises(ValueError, match="1 to 400 frames"):
-        encoder([torch.zeros(80, 401)])
+        encoder([Prepared("audio", torch.zeros(80, 401))])
     with pytest.raises(ValueError, match="multiple of heads"):
         WhisperEncoder(dim=100, heads=6)
     with pytest.raises(ValueError, match="needs 1500 positions"):
@@ -166,7 +173,7 @@ def test_checkpoint_holds_weights_only_and_meta_construction_works():
 def test_half_precision_weights_take_the_same_frames():
     encoder = WhisperEncoder.tiny().to(torch.bfloat16)
     mels = [encoder.prepare(WhisperEncoder.example(seed)) for seed in range(2)]
-    assert mels[0].dtype == torch.float32
+    assert mels[0].tensor.dtype == torch.float32
     assert encoder(mels).tokens.dtype == torch.bfloat16
 
 

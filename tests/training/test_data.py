@@ -40,7 +40,9 @@ def test_processes_share_the_rows_of_one_larger_batch(model):
     assert torch.equal(seeds, one.seeds)
     assert torch.equal(torch.stack([p.phase for p in parts], 1).flatten(), one.phase)
     pictures = [x for pair in zip(*(p.media["image"] for p in parts), strict=True) for x in pair]
-    assert all(torch.equal(a, b) for a, b in zip(pictures, one.media["image"], strict=True))
+    assert all(
+        torch.equal(a.tensor, b.tensor) for a, b in zip(pictures, one.media["image"], strict=True)
+    )
 
 
 def test_every_row_comes_once_per_pass_in_a_new_order(model):

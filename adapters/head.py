@@ -1,0 +1,42 @@
+"""The base of every head: values that are sampled from hidden states instead of tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from encoders.rebuild import Rebuildable
+
+
+class Head(Rebuildable, nn.Module):
+    """Reads a value from the backbone's hidden states at the slots of an answer.
+
+    Heads for continuous actions (L1 regression, flow matching, diffusion) derive from it.
+
+    Args:
+        in_dim: backbone width D.
+    """
+
+    def __init__(self, in_dim: int) -> None:
+        super().__init__()
+        self.in_dim = in_dim
+
+    def loss(self, hidden: Tensor, value: Tensor) -> Tensor:
+        """Loss of each row, [B].
+
+        Args:
+            hidden: [B N D] final hidden states at the slots.
+            value: the target of each row, such as normalised actions [B K A].
+        """
+        raise TypeError(f"{type(self).__name__} does not define loss(hidden, value)")
+
+    def sample(self, hidden: Tensor, generator: torch.Generator | None = None) -> Any:
+        """The value of each row.
+
+        Args:
+            hidden: [B N D] final hidden states at the slots.
+            generator: source of random draws of heads that need them.
+        """
+        raise TypeError(f"{type(self).__name__} does not define sample(hidden)")
