@@ -26,7 +26,7 @@ BASES = {
 
 
 def names(package: str, base: type | None = None) -> list[str]:
-    """Modules of the package that define a public class deriving from the base, sorted.
+    """Modules that define a public class deriving from the base, sorted; sub-folders are searched.
 
     Args:
         package: dotted name, such as "mmdlm.decoding".
@@ -35,7 +35,7 @@ def names(package: str, base: type | None = None) -> list[str]:
     Raises:
         ValueError: no such package, or one of unknown kind with no base given.
     """
-    return sorted(_classes_by_module(package, _base_name(package, base)))
+    return sorted(map(_stem, _classes_by_module(package, _base_name(package, base))))
 
 
 def classes(package: str, base: type | None = None) -> dict[str, type]:
@@ -50,6 +50,18 @@ def classes(package: str, base: type | None = None) -> dict[str, type]:
     found = _classes_by_module(package, _base_name(package, base))
     pairs = sorted((name, module) for module, held in found.items() for name in held)
     return {name: _load(package, module, name) for name, module in pairs}
+
+
+def paths(package: str, base: type | None = None) -> dict[str, str]:
+    """Dotted path of every public class deriving from the base, by class name; imports nothing.
+
+    Args:
+        package: dotted name, such as "mmdlm.decoding".
+        base: the class to derive from; by default the one of that folder.
+    """
+    found = _classes_by_module(package, _base_name(package, base))
+    pairs = sorted((name, module) for module, held in found.items() for name in held)
+    return {name: f"{package}.{module}.{name}" for name, module in pairs}
 
 
 def find(package: str, name: str, base: type | None = None) -> type:
@@ -67,16 +79,24 @@ def find(package: str, name: str, base: type | None = None) -> type:
     found = _classes_by_module(package, _base_name(package, base))
     wanted = _squash(name)
     exact = [(m, c) for m, held in found.items() for c in held if _squash(c) == wanted]
-    matches = exact or [(m, c) for m, held in found.items() for c in held if _squash(m) == wanted]
+    matches = exact or [
+        (m, c) for m, held in found.items() for c in held if _squash(_stem(m)) == wanted
+    ]
     if len(matches) == 1:
         return _load(package, *matches[0])
     if matches:
         choices = ", ".join(f"{c} ({m}.py)" for m, c in matches)
         raise ValueError(f"{package}: {name!r} stands for several classes, {choices}; name one")
-    known = sorted({*found, *(c for held in found.values() for c in held)})
+    modules = sorted(map(_stem, found))
+    known = sorted({*modules, *(c for held in found.values() for c in held)})
     near = difflib.get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    raise ValueError(f"{package} has no {name!r}; {hint}known: {', '.join(sorted(found))}")
+    raise ValueError(f"{package} has no {name!r}; {hint}known: {', '.join(modules)}")
+
+
+def _stem(module: str) -> str:
+    """Name of a module without its folder."""
+    return module.rpartition(".")[2]
 
 
 def _squash(name: str) -> str:
@@ -98,10 +118,12 @@ def _base_name(package: str, base: type | None) -> str:
 
 @cache
 def _classes_by_module(package: str, base: str) -> dict[str, tuple[str, ...]]:
-    """Public classes per module that derive from the class called `base`, also in several steps."""
+    """Public classes by module (relative to the package) that derive from `base`, or indirectly."""
     parents: dict[str, dict[str, set[str]]] = {}
-    for path in sorted(_folder(package).glob("*.py")):
-        parents[path.stem] = {
+    folder = _folder(package)
+    for path in sorted(folder.rglob("*.py")):
+        module = ".".join(path.relative_to(folder).with_suffix("").parts)
+        parents[module] = {
             node.name: {_last_name(parent) for parent in node.bases}
             for node in ast.parse(path.read_text(encoding="utf-8")).body
             if isinstance(node, ast.ClassDef)

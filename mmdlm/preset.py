@@ -55,26 +55,32 @@ def strategy(recipe: Any) -> Any:
     """The decoding strategy of a recipe.
 
     Args:
-        recipe: `class_path` below mmdlm.decoding, and `init_args`.
+        recipe: `class_path` below mmdlm.decoding, and `init_args`. Paths of the first edition,
+            which had all strategies in one folder, are found by the name of the class.
 
     Raises:
         ValueError: the class is none of `mmdlm.decoding` (a checkpoint must not name arbitrary
             code), or it does not take these arguments.
     """
     path = recipe.get("class_path", "") if isinstance(recipe, dict) else str(recipe)
-    module, _, name = path.rpartition(".")
-    known = discover.classes("mmdlm.decoding")
-    if name not in known or known[name].__module__ != module:
-        paths = [f"{cls.__module__}.{cls.__qualname__}" for cls in known.values()]
-        near = difflib.get_close_matches(path, paths, 1)
+    name, known = path.rpartition(".")[2], discover.paths("mmdlm.decoding")
+    if name not in known or path not in (known[name], _flat(known[name])):
+        near = difflib.get_close_matches(path, known.values(), 1)
         hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
         raise ValueError(f"class_path {path!r} names no strategy of mmdlm.decoding{hint}")
+    kind = discover.find("mmdlm.decoding", name)
     given = recipe.get("init_args") or {}
     try:
-        return known[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
     except TypeError as error:
-        takes = [f.name for f in dataclasses.fields(known[name])]
+        takes = [f.name for f in dataclasses.fields(kind)]
         raise ValueError(f"{name} takes {takes}, not {sorted(given)}") from error
+
+
+def _flat(path: str) -> str:
+    """Path of a strategy in the first edition: mmdlm.decoding.threshold.Threshold."""
+    package, (module, name) = "mmdlm.decoding", path.split(".")[-2:]
+    return f"{package}.{module}.{name}"
 
 
 def recipe(strategy: Any) -> dict[str, Any]:

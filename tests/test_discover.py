@@ -79,8 +79,9 @@ def test_reading_files_finds_what_importing_them_finds(package: str) -> None:
     base = getattr(importlib.import_module(module), base_name)
     folder = Path(inspect.getfile(base)).parent
     found = {}
-    for path in folder.glob("*.py"):
-        file = importlib.import_module(f"{package}.{path.stem}")
+    for path in folder.rglob("*.py"):
+        parts = path.relative_to(folder).with_suffix("").parts
+        file = importlib.import_module(".".join((package, *parts)))
         for name, value in vars(file).items():
             ours = inspect.isclass(value) and value.__module__ == file.__name__
             if ours and issubclass(value, base) and value is not base and not name.startswith("_"):

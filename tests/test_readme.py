@@ -74,7 +74,7 @@ def test_the_strategy_of_the_readme_decodes():
     exec(
         "from dataclasses import dataclass\nfrom torch import Tensor\n"
         "from mmdlm.decoding.state import DecodeState\n"
-        "from mmdlm.decoding.strategy import Strategy\nfrom mmdlm.decoding.top_k import rank\n",
+        "from mmdlm.decoding.strategy import Strategy\nfrom mmdlm.decoding.numerics import rank\n",
         space,
     )
     exec(code, space)

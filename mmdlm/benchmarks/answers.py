@@ -10,7 +10,7 @@ from typing import Any
 from mmdlm.data.collate import MEDIA_ORDER
 from mmdlm.data.dataset import Sample
 from mmdlm.decoding import preset
-from mmdlm.decoding.end_of_text import EndOfText
+from mmdlm.decoding.lengths.end_of_text import EndOfText
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.model import MultimodalDLM
 from mmdlm.tasks.generate import Request, blank, fill, finish

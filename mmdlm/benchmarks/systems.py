@@ -9,15 +9,15 @@ import torch
 
 from mmdlm.benchmarks import plain
 from mmdlm.benchmarks.shapes import Shape, padded, prompts
-from mmdlm.decoding.blocks import Blocks
+from mmdlm.decoding.caches.dual_cache import DualCache
+from mmdlm.decoding.caches.prefix_cache import PrefixCache
+from mmdlm.decoding.caches.prefix_lm import PrefixLM
+from mmdlm.decoding.caches.prompt_once import PromptOnce
+from mmdlm.decoding.commits.threshold import Threshold
+from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.decode import decode
-from mmdlm.decoding.dual_cache import DualCache
-from mmdlm.decoding.prefix_cache import PrefixCache
-from mmdlm.decoding.prefix_lm import PrefixLM
-from mmdlm.decoding.prompt_once import PromptOnce
+from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.decoding.strategy import Strategy
-from mmdlm.decoding.threshold import Threshold
-from mmdlm.decoding.top_k import TopK
 from mmdlm.model import MultimodalDLM
 
 OURS, PLAIN = "mmdlm", "plain"

@@ -92,7 +92,7 @@ def strategies() -> list[tuple[str, str, str, str, str, str]]:
         decides = kind.hooks()
         alone = [hook for hook in decides if hook in Strategy.ONE_OWNER]
         others = [*([f"others that decide {' or '.join(alone)}"] if alone else ()), *kind.excludes]
-        path = f"{kind.__module__.rpartition('.')[2]}.{name}"
+        path = f"{kind.__module__.removeprefix('mmdlm.decoding.')}.{name}"
         answer = "same" if kind.exact else "its own"
         decided = ", ".join(decides) or "begin"
         found.append((path, _line(kind), decided, answer, kind.paper, ", ".join(others)))

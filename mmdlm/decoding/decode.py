@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmdlm.decoding import preset
-from mmdlm.decoding.owners import Owners, assign
-from mmdlm.decoding.probability import log_odds
-from mmdlm.decoding.reading import reading
+from mmdlm.decoding.active_positions import reading
+from mmdlm.decoding.dispatch import Owners, assign
+from mmdlm.decoding.numerics import log_odds
 from mmdlm.decoding.resizing import resize
-from mmdlm.decoding.sources import Source
+from mmdlm.decoding.rng import Source
 from mmdlm.decoding.state import DecodeState
 from mmdlm.layout import ANSWER, Sequence, from_tokens, levels
 from mmdlm.model import MultimodalDLM

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmdlm.decoding.owners import Owners
+from mmdlm.decoding.dispatch import Owners
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.layout import ANSWER
@@ -108,3 +108,32 @@ def _rebuild(state: DecodeState, source: Tensor) -> None:
     pending = state.pending[:, state.prompt :].gather(1, old.cpu()) & is_old.cpu()
     state.pending = torch.cat([state.pending[:, : state.prompt], pending], 1)
     state.wrote()
+
+
+def longest(state: DecodeState, growth: float) -> Tensor:
+    """[B] int64 on the CPU, positions each answer may have: so many times as at first, in reach.
+
+    Args:
+        state: the run, before its first step.
+        growth: multiple of the length at first.
+    """
+    length, spec = state.length - state.prompt, state.model.spec
+    most = torch.full((len(state.tokens),), int(growth * length))
+    if spec.context is None:
+        return most
+    before = state.sequence.positions[:, state.prompt].cpu()
+    return most.minimum((spec.reach - before).clamp(min=length))
+
+
+def lengths(state: DecodeState) -> Tensor:
+    """[B] int64 on the CPU, positions of each answer, which may be shorter than the canvas."""
+    return (state.level[:, state.prompt :] >= 0).sum(1)
+
+
+def lasting(state: DecodeState) -> list[int | None]:
+    """[B] the last given position of each answer, which a cut must leave; None without any."""
+    given = ~state.writable & (state.tokens != state.model.spec.eos_id)
+    given = (given.cpu() & (state.level >= 0))[:, state.prompt :]
+    order = torch.arange(given.shape[1])
+    last = torch.where(given, order, -1).amax(1).tolist()
+    return [None if at < 0 else at for at in last]

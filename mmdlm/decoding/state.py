@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmdlm.backbones.kv import KV, Held, Rows, listed, take
-from mmdlm.decoding.sources import Source, streams
+from mmdlm.decoding.rng import Source, streams
 from mmdlm.decoding.strategy import Refresh, Window
 from mmdlm.layout import MEDIA, Sequence, chosen, seen_by
 from mmdlm.model import MultimodalDLM

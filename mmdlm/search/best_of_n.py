@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmdlm.decoding import preset
 from mmdlm.decoding.decode import Decoded, decode
-from mmdlm.decoding.gumbel import Gumbel
+from mmdlm.decoding.scores.gumbel import Gumbel
 from mmdlm.layout import Sequence
 from mmdlm.model import MultimodalDLM
 from mmdlm.search.candidates import answers, chosen, sources
@@ -69,7 +69,8 @@ def best_of_n(
         n: number of decodes, where no seeds are given.
         seeds: one decode each, in which every row draws from a generator of this seed; None: 0 to
             n - 1.
-        temperature: of `mmdlm.decoding.gumbel.Gumbel`; 0 for strategies that draw themselves.
+        temperature: of `mmdlm.decoding.scores.gumbel.Gumbel`; 0 for strategies that draw
+            themselves.
         score: of an answer, higher is better; None: `mean_log_probability`.
         mask: see `mmdlm.decode`.
         canvas: see `mmdlm.decode`.

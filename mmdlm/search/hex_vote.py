@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mmdlm.decoding import preset
-from mmdlm.decoding.blocks import Blocks
 from mmdlm.decoding.decode import Decoded, decode
-from mmdlm.decoding.gumbel import Gumbel
+from mmdlm.decoding.plans.blocks import Blocks
+from mmdlm.decoding.scores.gumbel import Gumbel
 from mmdlm.layout import Sequence
 from mmdlm.model import MultimodalDLM
 from mmdlm.search.candidates import answers, chosen, sources
@@ -78,11 +78,11 @@ def hex_vote(
         length: positions G to fill.
         strategies: of every decode, see `mmdlm.decode`; none that decides `plan`, and with a
             temperature none that decides `pick`.
-        blocks: positions per block, see `mmdlm.decoding.blocks.Blocks`. Blocks larger than the
-            answer are the same as one of its length, which runs once.
+        blocks: positions per block, see `mmdlm.decoding.plans.blocks.Blocks`. Blocks larger than
+            the answer are the same as one of its length, which runs once.
         seeds: every row draws from a generator of this seed. None: 0 to 4, without temperature
             only 0.
-        temperature: of `mmdlm.decoding.gumbel.Gumbel`; 0 for none.
+        temperature: of `mmdlm.decoding.scores.gumbel.Gumbel`; 0 for none.
         extract: what is voted on, None for the whole answer. With a tokenizer it can be
             `lambda ids: last_number(model.tokenizer.decode(ids))`.
         mask: see `mmdlm.decode`.

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from mmdlm.backbones.kv import KV
 from mmdlm.decoding.decode import Decoded, History, start
-from mmdlm.decoding.probability import log_odds
+from mmdlm.decoding.numerics import log_odds, odds_of
 from mmdlm.decoding.state import DecodeState
-from mmdlm.decoding.threshold import odds_of
 from mmdlm.layout import Sequence, chosen
 from mmdlm.model import MultimodalDLM
 
@@ -105,13 +104,13 @@ def free_dave(
         prompt: see `mmdlm.decode`.
         length: positions G to fill.
         drafts: drafts per row and forward.
-        block: positions per block, see `mmdlm.decoding.blocks.Blocks`.
+        block: positions per block, see `mmdlm.decoding.plans.blocks.Blocks`.
         tau: steps commit every open position of this probability, and always the best one; the
             first draft is such a step, each further one adds a token. None: one token per step.
         rule: without `tau` both rules are the same. With it, exact_match keeps the result that of
             the plain decode; subset also accepts drafts that hold less than a step of it would
             have written, and may end elsewhere.
-        order: "left_to_right" is the order of `mmdlm.decoding.left_to_right.LeftToRight`.
+        order: "left_to_right" is the order of `mmdlm.decoding.scores.left_to_right.LeftToRight`.
         mask: see `mmdlm.decode`.
         canvas: see `mmdlm.decode`.
         columns: see `mmdlm.decode`.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmdlm.decoding.decode import Decoded, History, start
-from mmdlm.decoding.sources import Source, streams
+from mmdlm.decoding.rng import Source, streams
 from mmdlm.decoding.state import DecodeState
 from mmdlm.layout import Sequence
 from mmdlm.model import MultimodalDLM

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from mmdlm.decoding import preset
+from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.decode import decode
-from mmdlm.decoding.top_k import TopK
 from mmdlm.layout import Row
 
 if TYPE_CHECKING:

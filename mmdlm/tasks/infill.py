@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmdlm.decoding.guidance.suppress import Suppress
 from mmdlm.decoding.preset import Choice
 from mmdlm.decoding.strategy import Strategy
-from mmdlm.decoding.suppress import Suppress
 from mmdlm.model import MultimodalDLM
 from mmdlm.tasks.generate import (
     Answer,

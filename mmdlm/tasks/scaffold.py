@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmdlm.decoding.allowed import Allowed, Choice, Slot
+from mmdlm.decoding.guidance.allowed import Allowed, Choice, Slot
+from mmdlm.decoding.guidance.suppress import Suppress
 from mmdlm.decoding.strategy import Strategy
-from mmdlm.decoding.suppress import Suppress
 from mmdlm.model import MultimodalDLM
 from mmdlm.tasks.generate import Answer, Filled, blank, end_ids, fill, text_ids, words
 from mmdlm.tasks.request import Request

@@ -14,15 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from mmdlm.decoding import weights
-from mmdlm.decoding.blocks import Blocks
+from mmdlm.decoding import aux_network
+from mmdlm.decoding.commits.learn2pd import KIND, Filter, blocks, gathered, places
 from mmdlm.decoding.decode import decode
-from mmdlm.decoding.learn2pd import KIND, Filter, blocks, gathered, places
-from mmdlm.decoding.probability import log_odds
+from mmdlm.decoding.numerics import log_odds, odds_of, rank
+from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
-from mmdlm.decoding.threshold import odds_of
-from mmdlm.decoding.top_k import rank
 from mmdlm.layout import Row
 
 if TYPE_CHECKING:
@@ -185,7 +183,7 @@ def train_filter(
     scores = _scored(network, test, accept, when)
     sizes = {"size": network.size, "hidden": network.hidden}
     notes = {"accept": accept, "length": length, "prompts": len(prompts), **asdict(scores)}
-    weights.save(out, KIND, network, sizes, **notes)
+    aux_network.save(out, KIND, network, sizes, **notes)
     return scores
 
 

@@ -9,9 +9,9 @@ from mmdlm.backbones import linear as module
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
 from mmdlm.backbones.linear import Linear, linear, pack
-from mmdlm.decoding.blocks import Blocks
+from mmdlm.decoding.caches.dual_cache import DualCache
 from mmdlm.decoding.decode import decode
-from mmdlm.decoding.dual_cache import DualCache
+from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.model import MultimodalDLM
 
 

@@ -7,13 +7,13 @@ from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.moe import MoEConfig
 from mmdlm.benchmarks.plain import MODES, Plain, Schedule
 from mmdlm.benchmarks.shapes import synthetic
-from mmdlm.decoding.blocks import Blocks
+from mmdlm.decoding.caches.dual_cache import DualCache
+from mmdlm.decoding.caches.prefix_cache import PrefixCache
+from mmdlm.decoding.caches.prefix_lm import PrefixLM
+from mmdlm.decoding.commits.threshold import Threshold
+from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.decode import decode
-from mmdlm.decoding.dual_cache import DualCache
-from mmdlm.decoding.prefix_cache import PrefixCache
-from mmdlm.decoding.prefix_lm import PrefixLM
-from mmdlm.decoding.threshold import Threshold
-from mmdlm.decoding.top_k import TopK
+from mmdlm.decoding.plans.blocks import Blocks
 
 OURS = {"none": [], "prefix": [PrefixCache()], "dual": [DualCache()], "prefix-lm": [PrefixLM()]}
 CONFIGS = {

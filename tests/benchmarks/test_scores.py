@@ -11,9 +11,9 @@ from mmdlm.benchmarks.scores import absent, bench, mixed
 from mmdlm.benchmarks.speed import race, timed
 from mmdlm.benchmarks.success import act_samples, success
 from mmdlm.data.scenes import Scenes
-from mmdlm.decoding.end_of_text import EndOfText
-from mmdlm.decoding.threshold import Threshold
-from mmdlm.decoding.top_k import TopK
+from mmdlm.decoding.commits.threshold import Threshold
+from mmdlm.decoding.commits.top_k import TopK
+from mmdlm.decoding.lengths.end_of_text import EndOfText
 
 
 @pytest.fixture(scope="module")

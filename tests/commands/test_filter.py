@@ -1,8 +1,8 @@
 import torch
 
 from mmdlm.cli import main
-from mmdlm.decoding import weights
-from mmdlm.decoding.learn2pd import KIND, Filter
+from mmdlm.decoding import aux_network
+from mmdlm.decoding.commits.learn2pd import KIND, Filter
 
 
 def test_a_filter_is_trained_from_a_file_of_prompts(tmp_path, capsys) -> None:
@@ -12,7 +12,7 @@ def test_a_filter_is_trained_from_a_file_of_prompts(tmp_path, capsys) -> None:
     args = ["filter", str(prompts), "--out", str(out), "--length", "4", "--block", "4"]
     assert main(args) == 0
     assert "of what it accepts is final" in capsys.readouterr().out
-    network = weights.load(out, KIND, Filter)
+    network = aux_network.load(out, KIND, Filter)
     assert network(torch.ones(1, 4)).shape == (1, 4)
     prompts.write_text("what is this ?\n")
     assert main(args) == 2

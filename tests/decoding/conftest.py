@@ -13,7 +13,7 @@ from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
 from mmdlm.backbones.kv import KV, Rows, take
 from mmdlm.decoding.decode import Decoded, decode
-from mmdlm.decoding.probability import log_odds
+from mmdlm.decoding.numerics import log_odds
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy, Window
 from mmdlm.layout import Sequence, from_tokens

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from mmdlm.decoding.block_cache import BlockCache
+from mmdlm.decoding.caches.block_cache import BlockCache
+from mmdlm.decoding.caches.sub_block_cache import SubBlockCache
+from mmdlm.decoding.commits.dynamic import Dynamic
 from mmdlm.decoding.decode import decode
-from mmdlm.decoding.dynamic import Dynamic
-from mmdlm.decoding.end_of_text import EndOfText
-from mmdlm.decoding.left_to_right import LeftToRight
+from mmdlm.decoding.lengths.end_of_text import EndOfText
+from mmdlm.decoding.plans.sub_blocks import SubBlocks
+from mmdlm.decoding.scores.left_to_right import LeftToRight
 from mmdlm.decoding.strategy import Strategy
-from mmdlm.decoding.sub_block_cache import SubBlockCache
-from mmdlm.decoding.sub_blocks import SubBlocks
 
 EOS, PAD, LENGTH = 1, 0, 14
 SIZES = (9, 4, 6, 8)

@@ -31,14 +31,14 @@ import torch
 from torch import Tensor
 
 import mmdlm
-from mmdlm.decoding.block_cache import BlockCache
+from mmdlm.decoding.caches.block_cache import BlockCache
+from mmdlm.decoding.caches.sub_block_cache import SubBlockCache
+from mmdlm.decoding.commits.dynamic import Dynamic
 from mmdlm.decoding.decode import Decoded, decode
-from mmdlm.decoding.dynamic import Dynamic
-from mmdlm.decoding.left_to_right import LeftToRight
+from mmdlm.decoding.plans.sub_blocks import SubBlocks
+from mmdlm.decoding.scores.left_to_right import LeftToRight
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Refresh, Strategy, Window
-from mmdlm.decoding.sub_block_cache import SubBlockCache
-from mmdlm.decoding.sub_blocks import SubBlocks
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {

@@ -12,26 +12,26 @@ import pytest
 import torch
 
 from mmdlm import discover
-from mmdlm.decoding.block_cache import BlockCache
-from mmdlm.decoding.blocks import Blocks
-from mmdlm.decoding.cfg import CFG
+from mmdlm.decoding.caches.block_cache import BlockCache
+from mmdlm.decoding.caches.dkv_cache import DKVCache
+from mmdlm.decoding.caches.dkv_greedy import DKVGreedy
+from mmdlm.decoding.caches.dual_cache import DualCache
+from mmdlm.decoding.caches.elastic_cache import ElasticCache
+from mmdlm.decoding.caches.exact import Exact
+from mmdlm.decoding.caches.free_cache import FreeCache
+from mmdlm.decoding.caches.prefix_cache import PrefixCache
+from mmdlm.decoding.caches.prompt_once import PromptOnce
+from mmdlm.decoding.caches.sub_block_cache import SubBlockCache
+from mmdlm.decoding.caches.vicinity import VicinityCache
+from mmdlm.decoding.caches.window_diffusion import WindowDiffusion
+from mmdlm.decoding.commits.threshold import Threshold
+from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.decode import decode
-from mmdlm.decoding.dkv_cache import DKVCache
-from mmdlm.decoding.dkv_greedy import DKVGreedy
-from mmdlm.decoding.dual_cache import DualCache
-from mmdlm.decoding.elastic_cache import ElasticCache
-from mmdlm.decoding.end_of_text import EndOfText
-from mmdlm.decoding.exact import Exact
-from mmdlm.decoding.free_cache import FreeCache
-from mmdlm.decoding.prefix_cache import PrefixCache
-from mmdlm.decoding.prompt_once import PromptOnce
+from mmdlm.decoding.guidance.cfg import CFG
+from mmdlm.decoding.lengths.end_of_text import EndOfText
+from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Refresh, Strategy
-from mmdlm.decoding.sub_block_cache import SubBlockCache
-from mmdlm.decoding.threshold import Threshold
-from mmdlm.decoding.top_k import TopK
-from mmdlm.decoding.vicinity import VicinityCache
-from mmdlm.decoding.window_diffusion import WindowDiffusion
 from mmdlm.model import MultimodalDLM
 
 LENGTH = 12

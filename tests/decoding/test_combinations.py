@@ -8,7 +8,7 @@ import torch
 
 from mmdlm import discover
 from mmdlm.decoding.decode import decode
-from mmdlm.decoding.owners import assign
+from mmdlm.decoding.dispatch import assign
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.model import MultimodalDLM
 

@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmdlm.decoding.blocks import Blocks
-from mmdlm.decoding.cad import CAD
+from mmdlm.decoding.commits.cad import CAD
+from mmdlm.decoding.commits.entropy_threshold import EntropyThreshold
+from mmdlm.decoding.commits.hierarchy import Hierarchy
+from mmdlm.decoding.commits.local_leap import LocalLeap
+from mmdlm.decoding.commits.threshold import Threshold
 from mmdlm.decoding.decode import decode
-from mmdlm.decoding.entropy_threshold import EntropyThreshold
-from mmdlm.decoding.hierarchy import Hierarchy
-from mmdlm.decoding.hierarchy_remask import HierarchyRemask
-from mmdlm.decoding.local_leap import LocalLeap
+from mmdlm.decoding.plans.blocks import Blocks
+from mmdlm.decoding.revise.hierarchy_remask import HierarchyRemask
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
-from mmdlm.decoding.threshold import Threshold
 
 FILE = Path(__file__).parents[1] / "golden" / "decoding" / "commit_rules.json"
 METHODS = {name: m["cases"] for name, m in json.loads(FILE.read_text())["methods"].items()}

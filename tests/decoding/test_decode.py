@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 
 from mmdlm import discover
-from mmdlm.decoding.blocks import Blocks
-from mmdlm.decoding.cfg import CFG
+from mmdlm.decoding.caches.dual_cache import DualCache
+from mmdlm.decoding.caches.prefix_cache import PrefixCache
+from mmdlm.decoding.caches.prefix_lm import PrefixLM
+from mmdlm.decoding.commits.threshold import Threshold
+from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.decode import decode
-from mmdlm.decoding.dual_cache import DualCache
-from mmdlm.decoding.end_of_text import EndOfText
-from mmdlm.decoding.gumbel import Gumbel
-from mmdlm.decoding.owners import assign
-from mmdlm.decoding.prefix_cache import PrefixCache
-from mmdlm.decoding.prefix_lm import PrefixLM
-from mmdlm.decoding.random_order import RandomOrder
+from mmdlm.decoding.dispatch import assign
+from mmdlm.decoding.guidance.cfg import CFG
+from mmdlm.decoding.lengths.end_of_text import EndOfText
+from mmdlm.decoding.plans.blocks import Blocks
+from mmdlm.decoding.scores.gumbel import Gumbel
+from mmdlm.decoding.scores.random_order import RandomOrder
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Refresh, Strategy
-from mmdlm.decoding.threshold import Threshold
-from mmdlm.decoding.top_k import TopK
 from mmdlm.layout import Row, arrange
 from mmdlm.model import MultimodalDLM
 

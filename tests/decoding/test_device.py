@@ -10,17 +10,17 @@ from torch import Tensor
 
 from mmdlm import discover
 from mmdlm.backbones import recorded
-from mmdlm.decoding.blocks import Blocks
+from mmdlm.decoding.caches.dual_cache import DualCache
+from mmdlm.decoding.caches.prefix_cache import PrefixCache
+from mmdlm.decoding.caches.prefix_lm import PrefixLM
+from mmdlm.decoding.commits.maskgit import MaskGIT
+from mmdlm.decoding.commits.threshold import Threshold
+from mmdlm.decoding.commits.time_shift import TimeShift
+from mmdlm.decoding.commits.timesteps import Timesteps
+from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.decode import Decoded, decode
-from mmdlm.decoding.dual_cache import DualCache
-from mmdlm.decoding.maskgit import MaskGIT
-from mmdlm.decoding.prefix_cache import PrefixCache
-from mmdlm.decoding.prefix_lm import PrefixLM
+from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.decoding.strategy import Strategy
-from mmdlm.decoding.threshold import Threshold
-from mmdlm.decoding.time_shift import TimeShift
-from mmdlm.decoding.timesteps import Timesteps
-from mmdlm.decoding.top_k import TopK
 from mmdlm.model import MultimodalDLM
 
 LENGTH = 8

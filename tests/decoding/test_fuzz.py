@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mmdlm import discover
+from mmdlm.decoding.caches.exact import Exact
 from mmdlm.decoding.decode import Decoded, decode
-from mmdlm.decoding.exact import Exact
-from mmdlm.decoding.owners import assign
+from mmdlm.decoding.dispatch import assign
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Refresh, Strategy
 from mmdlm.layout import Row

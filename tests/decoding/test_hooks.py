@@ -7,17 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmdlm.decoding.blocks import Blocks
+from mmdlm.decoding.caches.dual_cache import DualCache
+from mmdlm.decoding.caches.prefix_cache import PrefixCache
+from mmdlm.decoding.caches.prefix_lm import PrefixLM
+from mmdlm.decoding.caches.sub_block_cache import SubBlockCache
+from mmdlm.decoding.commits.threshold import Threshold
+from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.decode import decode
-from mmdlm.decoding.dual_cache import DualCache
-from mmdlm.decoding.entropy import Entropy
-from mmdlm.decoding.prefix_cache import PrefixCache
-from mmdlm.decoding.prefix_lm import PrefixLM
+from mmdlm.decoding.plans.blocks import Blocks
+from mmdlm.decoding.scores.entropy import Entropy
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Refresh, Strategy, Window
-from mmdlm.decoding.sub_block_cache import SubBlockCache
-from mmdlm.decoding.threshold import Threshold
-from mmdlm.decoding.top_k import TopK
 from mmdlm.model import MultimodalDLM
 
 LENGTH = 8

@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmdlm.decoding.blocks import Blocks
-from mmdlm.decoding.cfg import CFG
+from mmdlm.decoding.commits.factor import Factor
+from mmdlm.decoding.commits.threshold import Threshold
+from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.decode import Decoded, decode
-from mmdlm.decoding.entropy import Entropy
-from mmdlm.decoding.factor import Factor
-from mmdlm.decoding.margin import Margin
-from mmdlm.decoding.nucleus import Nucleus
-from mmdlm.decoding.probability import Probability
-from mmdlm.decoding.threshold import Threshold
-from mmdlm.decoding.top_k import TopK
+from mmdlm.decoding.guidance.cfg import CFG
+from mmdlm.decoding.guidance.nucleus import Nucleus
+from mmdlm.decoding.plans.blocks import Blocks
+from mmdlm.decoding.scores.entropy import Entropy
+from mmdlm.decoding.scores.margin import Margin
+from mmdlm.decoding.scores.probability import Probability
 
 FILE = Path(__file__).parents[1] / "golden" / "decoding" / "methods.json"
 METHODS = {name: m["cases"] for name, m in json.loads(FILE.read_text())["methods"].items()}

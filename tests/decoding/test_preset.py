@@ -6,10 +6,10 @@ import torch
 
 import mmdlm
 from mmdlm.decoding import preset
-from mmdlm.decoding.blocks import Blocks
-from mmdlm.decoding.end_of_text import EndOfText
-from mmdlm.decoding.prefix_cache import PrefixCache
-from mmdlm.decoding.threshold import Threshold
+from mmdlm.decoding.caches.prefix_cache import PrefixCache
+from mmdlm.decoding.commits.threshold import Threshold
+from mmdlm.decoding.lengths.end_of_text import EndOfText
+from mmdlm.decoding.plans.blocks import Blocks
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "decoding"
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
@@ -34,7 +34,7 @@ def test_every_shipped_preset_decodes(name: str, toy) -> None:
 def test_the_working_directory_comes_first(tmp_path: Path, monkeypatch) -> None:
     folder = tmp_path / "configs" / "decoding"
     folder.mkdir(parents=True)
-    recipe = "- class_path: mmdlm.decoding.blocks.Blocks\n  init_args: {size: 7}\n"
+    recipe = "- class_path: mmdlm.decoding.plans.blocks.Blocks\n  init_args: {size: 7}\n"
     (folder / "llada.yaml").write_text(recipe)
     (folder / "mine.yaml").write_text(recipe)
     monkeypatch.chdir(tmp_path)
@@ -44,7 +44,7 @@ def test_the_working_directory_comes_first(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_lists_may_mix_instances_and_recipes() -> None:
-    recipe = {"class_path": "mmdlm.decoding.threshold.Threshold", "init_args": {"tau": 0.5}}
+    recipe = {"class_path": "mmdlm.decoding.commits.threshold.Threshold", "init_args": {"tau": 0.5}}
     assert preset.strategies([Blocks(3), recipe]) == [Blocks(3), Threshold(0.5)]
     assert preset.strategies(None) == preset.strategies([]) == []
 
@@ -58,20 +58,21 @@ def test_unknown_names_are_refused_with_those_known(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["os.system", "mmdlm.model.MultimodalDLM", "mmdlm.decoding.threshold.Treshold", "x"]
+    "path",
+    ["os.system", "mmdlm.model.MultimodalDLM", "mmdlm.decoding.commits.threshold.Treshol", "x"],
 )
 def test_only_strategies_of_ours_are_built(path: str) -> None:
     with pytest.raises(ValueError, match="names no strategy of mmdlm.decoding") as error:
         preset.strategies([{"class_path": path}])
     if "Treshold" in path:
-        assert "did you mean mmdlm.decoding.threshold.Threshold" in str(error.value)
+        assert "did you mean mmdlm.decoding.commits.threshold.Threshold" in str(error.value)
 
 
 @pytest.mark.parametrize("given", [{"taw": 0.5}, {"tau": "high"}])
 def test_bad_arguments_are_named_with_their_strategy(given: dict) -> None:
     with pytest.raises(ValueError, match="Threshold"):
         preset.strategies(
-            [{"class_path": "mmdlm.decoding.threshold.Threshold", "init_args": given}]
+            [{"class_path": "mmdlm.decoding.commits.threshold.Threshold", "init_args": given}]
         )
 
 

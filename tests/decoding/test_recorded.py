@@ -11,22 +11,22 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdlm.backbones import recorded
-from mmdlm.decoding.block_cache import BlockCache
-from mmdlm.decoding.blocks import Blocks
-from mmdlm.decoding.cfg import CFG
-from mmdlm.decoding.credit import Credit
+from mmdlm.decoding.caches.block_cache import BlockCache
+from mmdlm.decoding.caches.dkv_cache import DKVCache
+from mmdlm.decoding.caches.dual_cache import DualCache
+from mmdlm.decoding.caches.elastic_cache import ElasticCache
+from mmdlm.decoding.caches.prefix_cache import PrefixCache
+from mmdlm.decoding.caches.prefix_lm import PrefixLM
+from mmdlm.decoding.caches.prompt_once import PromptOnce
+from mmdlm.decoding.caches.sub_block_cache import SubBlockCache
+from mmdlm.decoding.commits.klass import KLASS
+from mmdlm.decoding.commits.threshold import Threshold
+from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.decode import decode
-from mmdlm.decoding.dkv_cache import DKVCache
-from mmdlm.decoding.dual_cache import DualCache
-from mmdlm.decoding.elastic_cache import ElasticCache
-from mmdlm.decoding.klass import KLASS
-from mmdlm.decoding.prefix_cache import PrefixCache
-from mmdlm.decoding.prefix_lm import PrefixLM
-from mmdlm.decoding.prompt_once import PromptOnce
+from mmdlm.decoding.guidance.cfg import CFG
+from mmdlm.decoding.guidance.credit import Credit
+from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.decoding.state import DecodeState
-from mmdlm.decoding.sub_block_cache import SubBlockCache
-from mmdlm.decoding.threshold import Threshold
-from mmdlm.decoding.top_k import TopK
 from mmdlm.layout import Row, Turn
 from mmdlm.model import MultimodalDLM
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmdlm.decoding.credit import Credit
-from mmdlm.decoding.daedal import DAEDAL
 from mmdlm.decoding.decode import decode
+from mmdlm.decoding.guidance.credit import Credit
+from mmdlm.decoding.lengths.daedal import DAEDAL
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
 

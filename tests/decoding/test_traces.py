@@ -18,21 +18,21 @@ import pytest
 import torch
 
 import mmdlm
-from mmdlm.decoding.blocks import Blocks
-from mmdlm.decoding.cfg import CFG
+from mmdlm.decoding.caches.dual_cache import DualCache
+from mmdlm.decoding.caches.prefix_cache import PrefixCache
+from mmdlm.decoding.commits.factor import Factor
+from mmdlm.decoding.commits.threshold import Threshold
+from mmdlm.decoding.commits.timesteps import Timesteps
+from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.decode import Decoded, decode
-from mmdlm.decoding.dual_cache import DualCache
-from mmdlm.decoding.entropy import Entropy
-from mmdlm.decoding.factor import Factor
-from mmdlm.decoding.margin import Margin
-from mmdlm.decoding.prefix_cache import PrefixCache
-from mmdlm.decoding.probability import Probability
-from mmdlm.decoding.random_order import RandomOrder
+from mmdlm.decoding.guidance.cfg import CFG
+from mmdlm.decoding.plans.blocks import Blocks
+from mmdlm.decoding.scores.entropy import Entropy
+from mmdlm.decoding.scores.margin import Margin
+from mmdlm.decoding.scores.probability import Probability
+from mmdlm.decoding.scores.random_order import RandomOrder
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Refresh, Strategy, Window
-from mmdlm.decoding.threshold import Threshold
-from mmdlm.decoding.timesteps import Timesteps
-from mmdlm.decoding.top_k import TopK
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {

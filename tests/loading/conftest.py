@@ -22,8 +22,8 @@ from encoders.whisper import WhisperEncoder
 from mmdlm import preset
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
-from mmdlm.decoding.blocks import Blocks
-from mmdlm.decoding.threshold import Threshold
+from mmdlm.decoding.commits.threshold import Threshold
+from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.loading.shards import INDEX, SINGLE
 from mmdlm.model import MultimodalDLM
 from mmdlm.text import Tokenizer

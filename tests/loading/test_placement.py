@@ -9,9 +9,9 @@ import mmdlm
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.transformer import Transformer
 from mmdlm.checkpoint import load
-from mmdlm.decoding.blocks import Blocks
-from mmdlm.decoding.prefix_cache import PrefixCache
-from mmdlm.decoding.top_k import TopK
+from mmdlm.decoding.caches.prefix_cache import PrefixCache
+from mmdlm.decoding.commits.top_k import TopK
+from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.loading.placement import devices, spread
 
 CPU, META = torch.device("cpu"), torch.device("meta")

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import mmdlm
 from mmdlm import checkpoint
 from mmdlm.checkpoint import load, save, save_published
-from mmdlm.decoding.blocks import Blocks
-from mmdlm.decoding.dual_cache import DualCache
-from mmdlm.decoding.top_k import TopK
+from mmdlm.decoding.caches.dual_cache import DualCache
+from mmdlm.decoding.commits.top_k import TopK
+from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.layout import from_tokens
 from mmdlm.loading.quantize import is_quantized
 

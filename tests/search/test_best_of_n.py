@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from mmdlm.decoding.commits.threshold import Threshold
 from mmdlm.decoding.decode import decode
-from mmdlm.decoding.gumbel import Gumbel
-from mmdlm.decoding.random_order import RandomOrder
-from mmdlm.decoding.threshold import Threshold
+from mmdlm.decoding.scores.gumbel import Gumbel
+from mmdlm.decoding.scores.random_order import RandomOrder
 from mmdlm.search.best_of_n import best_of_n, mean_log_probability
 
 LENGTH, ENDS = 10, {1, 3}

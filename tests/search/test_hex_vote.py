@@ -5,10 +5,10 @@ from collections import Counter
 import pytest
 import torch
 
-from mmdlm.decoding.blocks import Blocks
+from mmdlm.decoding.commits.threshold import Threshold
 from mmdlm.decoding.decode import decode
-from mmdlm.decoding.gumbel import Gumbel
-from mmdlm.decoding.threshold import Threshold
+from mmdlm.decoding.plans.blocks import Blocks
+from mmdlm.decoding.scores.gumbel import Gumbel
 from mmdlm.search.hex_vote import hex_vote
 
 LENGTH, ENDS = 12, {1, 3}

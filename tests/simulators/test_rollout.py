@@ -113,7 +113,7 @@ def test_evaluate_records_seeds_and_settings(policy):
     assert settings["size"] == 32  # what the policy's image encoder takes
     assert settings["execute"] == 2
     assert settings["chunk"] == 3
-    assert settings["strategies"][0]["class_path"] == "mmdlm.decoding.top_k.TopK"
+    assert settings["strategies"][0]["class_path"] == "mmdlm.decoding.commits.top_k.TopK"
     assert settings["versions"]["torch"] == torch.__version__.partition("+")[0]
     again = evaluate(policy, "toy", [5, 6], execute=2, horizon=4, progress=False)
     assert [e.reward for e in again.episodes] == [e.reward for e in result.episodes]

@@ -13,12 +13,12 @@ from torch import Tensor
 import mmdlm
 from mmdlm.backbones.kv import Rows, take
 from mmdlm.data.scenes import draw, random_scene
-from mmdlm.decoding.blocks import Blocks
+from mmdlm.decoding.commits.threshold import Threshold
 from mmdlm.decoding.decode import Decoded, decode
-from mmdlm.decoding.left_to_right import LeftToRight
-from mmdlm.decoding.probability import log_odds
+from mmdlm.decoding.numerics import log_odds
+from mmdlm.decoding.plans.blocks import Blocks
+from mmdlm.decoding.scores.left_to_right import LeftToRight
 from mmdlm.decoding.strategy import Strategy
-from mmdlm.decoding.threshold import Threshold
 from mmdlm.layout import Row, Sequence, arrange
 from mmdlm.model import MultimodalDLM
 from mmdlm.speculative.free_dave import Guess, free_dave, nested, verify

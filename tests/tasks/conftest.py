@@ -12,7 +12,7 @@ from mmdlm.model import MultimodalDLM
 from mmdlm.text import Tokenizer
 
 WORDS = "a and blue circle describe is it left of picture red say square the what yes no ? ,"
-STEPS = [{"class_path": "mmdlm.decoding.top_k.TopK", "init_args": {"steps": 3}}]
+STEPS = [{"class_path": "mmdlm.decoding.commits.top_k.TopK", "init_args": {"steps": 3}}]
 
 
 def build(seed: int = 0, attention: str = "cascade", shift: bool = False) -> MultimodalDLM:

@@ -5,8 +5,8 @@ import mmdlm
 from adapters.normalize import Normalizer
 from adapters.robot import Robot
 from mmdlm.checkpoint import save
+from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.decode import decode
-from mmdlm.decoding.top_k import TopK
 from mmdlm.simulators.toy import Toy
 from mmdlm.tasks import act
 from mmdlm.tasks.act import Policy, load_policy
@@ -85,7 +85,7 @@ def test_openpi_keys_mean_the_same(policy):
 
 def test_strategies_come_from_the_caller_then_the_checkpoint(model):
     assert Policy(model).strategies == [TopK(steps=1)]
-    recipe = {"class_path": "mmdlm.decoding.top_k.TopK", "init_args": {"steps": 3}}
+    recipe = {"class_path": "mmdlm.decoding.commits.top_k.TopK", "init_args": {"steps": 3}}
     model.preset = {"act": {"strategies": [recipe], "tasks": ["toy"], "execute": 2}}
     try:
         saved = Policy(model)

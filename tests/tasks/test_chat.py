@@ -73,7 +73,7 @@ def test_length_comes_from_the_caller_or_the_checkpoint(chatty, monkeypatch):
 
 
 def test_seed_repeats_a_random_answer(chatty):
-    drawn = [{"class_path": "mmdlm.decoding.gumbel.Gumbel", "init_args": {}}]
+    drawn = [{"class_path": "mmdlm.decoding.scores.gumbel.Gumbel", "init_args": {}}]
     first = [mmdlm.generate(chatty, "hi", length=8, strategies=drawn, seed=1) for _ in range(2)]
     assert first[0] == first[1]
 

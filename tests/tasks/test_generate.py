@@ -144,8 +144,8 @@ def test_path_asked_about_in_many_batches_is_encoded_once(model, pictures, encod
 
 def test_seed_makes_random_decoding_repeatable_in_any_batch(model, pictures):
     drawn = [
-        {"class_path": "mmdlm.decoding.gumbel.Gumbel", "init_args": {}},
-        {"class_path": "mmdlm.decoding.random_order.RandomOrder", "init_args": {}},
+        {"class_path": "mmdlm.decoding.scores.gumbel.Gumbel", "init_args": {}},
+        {"class_path": "mmdlm.decoding.scores.random_order.RandomOrder", "init_args": {}},
     ]
     together = mmdlm.caption(model, pictures, strategies=drawn[:1], seed=3)
     alone = [mmdlm.caption(model, one, strategies=drawn[:1], seed=3) for one in pictures]

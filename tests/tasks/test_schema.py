@@ -10,9 +10,9 @@ import mmdlm
 from adapters.mlp import MLP
 from encoders.vit import ViT
 from mmdlm.cli import main
-from mmdlm.decoding.gumbel import Gumbel
-from mmdlm.decoding.random_order import RandomOrder
-from mmdlm.decoding.threshold import Threshold
+from mmdlm.decoding.commits.threshold import Threshold
+from mmdlm.decoding.scores.gumbel import Gumbel
+from mmdlm.decoding.scores.random_order import RandomOrder
 from mmdlm.model import MultimodalDLM
 from mmdlm.tasks.scaffold import instruction, scaffold
 from mmdlm.tasks.schema import Text, parse

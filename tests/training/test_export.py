@@ -24,7 +24,7 @@ from mmdlm.training.cli import run
 from mmdlm.training.export import blueprint, build, export
 from mmdlm.training.module import Module
 
-STEPS = [{"class_path": "mmdlm.decoding.top_k.TopK", "init_args": {"steps": 4}}]
+STEPS = [{"class_path": "mmdlm.decoding.commits.top_k.TopK", "init_args": {"steps": 4}}]
 GOLDEN = Path(__file__).parent.parent / "golden" / "backbones"
 PUBLISHED = sorted(folder.name for folder in GOLDEN.iterdir())
 PRESET = {

@@ -9,10 +9,10 @@ import torch
 from safetensors import safe_open
 
 from mmdlm.backbones.kv import take
-from mmdlm.decoding.blocks import Blocks
+from mmdlm.decoding.commits.learn2pd import Learn2PD
+from mmdlm.decoding.commits.threshold import Threshold
 from mmdlm.decoding.decode import decode
-from mmdlm.decoding.learn2pd import Learn2PD
-from mmdlm.decoding.threshold import Threshold
+from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.layout import arrange
 from mmdlm.training.learn2pd import record, train_filter
 

@@ -1,0 +1,1 @@
+"""Which positions are recomputed, and which keys and values are reused."""

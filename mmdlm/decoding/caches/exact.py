@@ -1,0 +1,33 @@
+"""Recompute what can have changed, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mmdlm.decoding.recompute import column_levels, renewed, scored_from
+from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.strategy import Refresh, Strategy
+
+
+@dataclass(frozen=True)
+class Exact(Strategy):
+    """Keeps keys and values that can no longer change; the logits are those of a full recompute.
+
+    A row's keys depend on rows of its own level and below only (`mmdlm.layout`). So rows below the
+    level of the first masked position are final once computed with their tokens known: the prompt
+    of a prefix model, the finished blocks of a block-causal one, the tokens written so far of an
+    autoregressive one. With full attention nothing is final and every step recomputes everything.
+    This is the loop's default.
+    """
+
+    exact: ClassVar[bool] = True
+
+    def refresh(self, state: DecodeState) -> Refresh:
+        """Rows from the first that may have changed to the last the window can see."""
+        levels = column_levels(state)
+        if levels is None:
+            return Refresh(0, state.length, cached=False)
+        end = scored_from(state, levels)
+        start = min(renewed(state), state.window.start - state.model.spec.shift)
+        return Refresh(start, end, cached=True, attend=end)

@@ -1,0 +1,1 @@
+"""Which candidates are committed in a step."""

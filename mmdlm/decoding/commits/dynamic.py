@@ -1,0 +1,55 @@
+"""Commit everything that is sure enough, but no less than a schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mmdlm.decoding.numerics import odds_of, rank
+from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Dynamic(Strategy):
+    """Commits all open positions above `tau` if they are as many as are due, else the best due.
+
+    What is due depends on the size of the block (or part, see `SubBlocks`), not on its masks: n
+    positions in S steps owe n // S in a step, and one more in the first n mod S. So a first block
+    that holds the end of the prompt is done in fewer steps.
+
+    Source: `low_confidence_dynamic` of JetAstra/SDAR: generate.py; with `tau` 1, which nothing
+    exceeds, its `low_confidence_static`. LLaDA2.x (ZHZisZZ/dllm:
+    dllm/pipelines/llada2/models/modeling_llada2_moe.py) has the same rule; `minimal_topk` there
+    only bounds the steps, by the length of the answer // minimal_topk. With one step per position
+    it is the rule of Fast-dLLM v2 (Efficient-Large-Model/Fast_dLLM_v2_7B: modeling.py).
+
+    Args:
+        steps_per_block: S, `denoising_steps` of SDAR and `steps` of LLaDA2; None: one per position.
+        tau: probability that a position must exceed; 0 commits all at once.
+    """
+
+    paper: ClassVar[str] = "SDAR, arXiv 2510.06303"
+
+    steps_per_block: int | None = None
+    tau: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.steps_per_block is not None and self.steps_per_block < 1:
+            raise ValueError(
+                f"Dynamic.steps_per_block is {self.steps_per_block}, expected at least 1"
+            )
+        if not self.tau >= 0:
+            raise ValueError(f"Dynamic.tau is {self.tau}, expected a probability")
+
+    def select(self, state: DecodeState) -> Tensor:
+        """[B R] bool."""
+        size = state.size
+        steps = self.steps_per_block or size
+        due = size // steps + (state.block_step < size % steps)
+        sure = state.open & (state.log_odds > odds_of(self.tau))
+        enough = sure.sum(1, keepdim=True) >= due
+        return torch.where(enough, sure, rank(state.confidence) < due)

@@ -1,0 +1,43 @@
+"""Commit everything whose distribution is certain enough."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from mmdlm.decoding.numerics import entropy
+from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class EntropyThreshold(Strategy):
+    """Commits every open position whose entropy is `tau` or less, and always the lowest one.
+
+    It decides `score` as well, so that the position that is always committed is the one of lowest
+    entropy. What makes it fast is a model trained to be certain early (the dParallel checkpoints);
+    with other models it is one more threshold.
+
+    Source: czg1225/dParallel: LLaDA/generate.py (get_transfer_index_entropy).
+
+    Args:
+        tau: entropy in nats; 0 commits one per step unless more are certain.
+    """
+
+    paper: ClassVar[str] = "dParallel, arXiv 2509.26488"
+
+    tau: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.tau >= 0:
+            raise ValueError(f"EntropyThreshold.tau is {self.tau}, expected nats, 0 or more")
+
+    def score(self, state: DecodeState, logits: Tensor, tokens: Tensor) -> Tensor:
+        """[B R] negative entropy in nats, 0 at most."""
+        return -entropy(logits)
+
+    def select(self, state: DecodeState) -> Tensor:
+        """[B R] bool."""
+        return state.confidence >= -self.tau

@@ -1,0 +1,49 @@
+"""Commit as many as may be wrong together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mmdlm.decoding.numerics import rank
+from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Factor(Strategy):
+    """Commits the n surest positions while the n-th has probability 1 - factor / (n + 1) or more.
+
+    The first rank that fails ends the list; the best one never fails. As in the reference, a
+    failure of the very last rank goes unnoticed: if all masks but the least sure one pass, all are
+    committed.
+
+    Source: Fast-dLLM (arXiv 2505.22618, section 3.3; NVlabs/Fast-dLLM: llada/generate.py,
+    get_transfer_index_dynamic).
+
+    Args:
+        factor: 0 or more; larger commits more.
+    """
+
+    paper: ClassVar[str] = "Fast-dLLM, arXiv 2505.22618"
+
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.factor >= 0:
+            raise ValueError(f"Factor.factor is {self.factor}, expected 0 or more")
+
+    def select(self, state: DecodeState) -> Tensor:
+        """[B R] bool."""
+        is_open = state.open
+        odds = state.log_odds.masked_fill(~is_open, -torch.inf)
+        place = rank(odds)
+        # 1 - p from the odds: exact where p itself would round to 1.
+        doubt = (-odds).sigmoid()
+        fails = is_open & (place > 0) & (doubt > self.factor / (place + 2))
+        masks = is_open.sum(1, keepdim=True)
+        passed = torch.where(fails, place, masks).amin(1, keepdim=True)
+        return place < torch.where(passed >= masks - 1, masks, passed)

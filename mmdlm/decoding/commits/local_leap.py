@@ -1,0 +1,59 @@
+"""Commit what is sure, and what is nearly sure beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmdlm.decoding.numerics import odds_of
+from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class LocalLeap(Strategy):
+    """Commits what reaches `tau`, and what reaches `relaxed` near such a position.
+
+    Positions that reach `tau` in this step are anchors; what lies at most `radius` positions from
+    one of them needs `relaxed` only. Tokens committed in earlier steps are no anchors. The best
+    position is committed always.
+
+    Source: friedrichor/LocalLeap: generate.py, of which a copy by others was checked, not the file
+    itself. Its early stop is `EndOfText`.
+
+    Args:
+        tau: probability that makes an anchor.
+        relaxed: probability that is enough near an anchor, at most `tau`.
+        radius: positions to either side; 0 makes it `Threshold`.
+    """
+
+    paper: ClassVar[str] = "LocalLeap, arXiv 2510.07081"
+
+    tau: float = 0.9
+    relaxed: float = 0.75
+    radius: int = 4
+
+    def __post_init__(self) -> None:
+        if not self.tau >= 0:
+            raise ValueError(f"LocalLeap.tau is {self.tau}, expected a probability")
+        if not 0 <= self.relaxed <= self.tau:
+            raise ValueError(
+                f"LocalLeap.relaxed is {self.relaxed}, expected a probability, at most tau "
+                f"({self.tau})"
+            )
+        if self.radius < 0:
+            raise ValueError(f"LocalLeap.radius is {self.radius}, expected 0 or more positions")
+
+    def select(self, state: DecodeState) -> Tensor:
+        """[B R] bool."""
+        anchors = state.open & (state.log_odds >= odds_of(self.tau))
+        canvas = torch.zeros_like(state.tokens, dtype=torch.float32)
+        state.put(canvas, anchors, 1)
+        # The largest within the radius: 1 where an anchor is near. # [B L]
+        near = F.max_pool1d(canvas[:, None], 2 * self.radius + 1, 1, self.radius)[:, 0]
+        nearly = state.log_odds >= odds_of(self.relaxed)
+        return anchors | (nearly & state.here(near > 0))

@@ -1,0 +1,53 @@
+"""Numbers of tokens per step that follow a curve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from mmdlm.decoding.numerics import rank
+from mmdlm.decoding.schedules import due, quotas, rests, share
+from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class MaskGIT(Strategy):
+    """Commits the most confident positions, as many per step as a curve says.
+
+    The share of a block that is still masked after step i of S falls from 1 to 0 as a function of
+    r = (i + 1) / S: "linear" 1 - r; "cosine" cos(pi r / 2), few first and many last; "pow2" (any
+    exponent K) 1 - r^K; "exp" 1 - n^(r - 1) and "log" -log r / log n for n masks. Masks are whole,
+    so with about as many steps as masks some steps commit nothing; their forward is spent all the
+    same. The last step commits whatever is left.
+
+    Source: MaskGIT (arXiv 2202.04200, section 3.3), with the curves of autonomousvision/mdpo:
+    src/llada/generate.py (get_num_transfer_tokens_maskgit).
+
+    Args:
+        steps: steps for the whole answer, split evenly over the blocks; None: one per token.
+        schedule: name of the curve, see above.
+    """
+
+    paper: ClassVar[str] = "MaskGIT, arXiv 2202.04200"
+    may_idle: ClassVar[bool] = True
+
+    steps: int | None = None
+    schedule: str = "cosine"
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"MaskGIT.steps is {self.steps}, expected at least 1")
+        share(1, 1, self.schedule)
+
+    def select(self, state: DecodeState) -> Tensor:
+        """[B R] bool."""
+        steps = state.share(self.steps or state.asked)
+        quota = due(state, self, lambda masks: quotas(masks, steps, self.schedule))
+        return rank(state.confidence) < quota[:, None]
+
+    def lasts(self, state: DecodeState) -> bool:
+        """As its table says."""
+        return rests(state, self)

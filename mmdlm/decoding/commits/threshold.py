@@ -1,0 +1,51 @@
+"""Commit everything that is sure enough."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from mmdlm.decoding.numerics import odds_of, rank
+from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Threshold(Strategy):
+    """Commits every open position whose probability reaches `tau`, and always the best one.
+
+    Source: Fast-dLLM (arXiv 2505.22618; NVlabs/Fast-dLLM: llada/generate.py); with `steps` the
+    `confidence_threshold` of NVlabs/Fast-dLLM: dream/model/generation_utils.py, which carries what
+    a step may commit but does not over to the next. inclusionAI/dInfer: python/dinfer/decoding/
+    parallel_strategy.py (get_transfer_index_threshold) has the same rule, but where nothing reaches
+    `tau` commits all within 1e-5 of the best, and passes over positions where the mask id is best.
+
+    Args:
+        tau: probability; 0 commits all at once, above 1 one per step.
+        steps: never ahead of an even schedule of so many steps for the whole answer; None: no
+            limit.
+    """
+
+    paper: ClassVar[str] = "Fast-dLLM, arXiv 2505.22618"
+
+    tau: float = 0.9
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tau >= 0:
+            raise ValueError(f"Threshold.tau is {self.tau}, expected a probability")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"Threshold.steps is {self.steps}, expected at least 1")
+
+    def select(self, state: DecodeState) -> Tensor:
+        """[B R] bool."""
+        sure = state.log_odds >= odds_of(self.tau)
+        if self.steps is None:
+            return sure
+        steps, masks = state.share(self.steps), state.block_masks
+        now = state.block_step + 1
+        due = masks // steps * now + (masks % steps).clamp(max=now) if now < steps else masks
+        filled = masks - state.opened(state.window.start, state.window.stop).sum(1)
+        return sure & (rank(state.confidence) < (due - filled)[:, None])

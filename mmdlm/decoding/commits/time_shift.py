@@ -1,0 +1,89 @@
+"""Numbers of tokens per step that follow a shifted clock."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from mmdlm.decoding.numerics import rank
+from mmdlm.decoding.schedules import due, rests
+from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class TimeShift(Strategy):
+    """Commits the most confident positions, few per step first and many last, or the reverse.
+
+    With t going evenly from 0 to 1 the clock is s = a t / (1 + (a - 1) t), or for "cosine"
+    s = (1 - cos pi t) / 2. A step of n masks in S steps gets the difference of int(s n), at least
+    one; what this adds is taken from the first steps that have more than one, in turns; and the
+    whole list is used backwards. So a shift of 3 starts slowly, and 1 / 3 starts fast.
+
+    Source: LaViDa (arXiv 2505.16839; jacklishufan/LaViDa:
+    llava/model/language_model/llada/generate.py). Where rounding makes the reference end one short
+    and stop, the last tick is exactly 1 here.
+
+    Args:
+        steps: steps for the whole answer, split evenly over the blocks; None: one for two tokens,
+            as in the demonstration of the reference.
+        shift: a, for the schedule "shift".
+        schedule: the clock.
+    """
+
+    paper: ClassVar[str] = "LaViDa, arXiv 2505.16839"
+
+    steps: int | None = None
+    shift: float = 3.0
+    schedule: Literal["shift", "cosine"] = "shift"
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"TimeShift.steps is {self.steps}, expected at least 1")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"TimeShift.shift is {self.shift}, expected a number above 0")
+        if self.schedule not in ("shift", "cosine"):
+            raise ValueError(
+                f"TimeShift.schedule is {self.schedule!r}, expected 'shift' or 'cosine'"
+            )
+
+    def select(self, state: DecodeState) -> Tensor:
+        """[B R] bool."""
+        steps = state.share(self.steps or (state.asked + 1) // 2)
+
+        def plan(masks: Tensor) -> Tensor:
+            counts = [shifted(n, steps, self.shift, self.schedule) for n in masks.tolist()]
+            return torch.tensor([each + [0] * (steps - len(each)) for each in counts])
+
+        return rank(state.confidence) < due(state, self, plan)[:, None]
+
+    def lasts(self, state: DecodeState) -> bool:
+        """As its table says."""
+        return rests(state, self)
+
+
+def shifted(masks: int, steps: int, shift: float, schedule: str) -> list[int]:
+    """Tokens to commit in each step, at most as many steps as masks; see `TimeShift`."""
+    steps = min(steps, masks)
+    if not steps:
+        return []
+    t = torch.linspace(0, 1, steps + 1)
+    # float32, in which the reference rounds down.
+    clock = (1 - torch.cos(torch.pi * t)) * 0.5 if schedule == "cosine" else _shift(t, shift)
+    clock[-1] = 1
+    counts = (clock * masks).long().diff().clamp(min=1).tolist()
+    surplus, at = sum(counts) - masks, 0
+    while surplus:
+        if counts[at] > 1:
+            counts[at] -= 1
+            surplus -= 1
+        at = (at + 1) % steps
+    return counts[::-1]
+
+
+def _shift(t: Tensor, a: float) -> Tensor:
+    return a * t / (1 + (a - 1) * t)

@@ -1,0 +1,1 @@
+"""Rewritten logits."""

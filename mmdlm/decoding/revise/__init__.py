@@ -1,0 +1,1 @@
+"""Which committed positions change or become masks again."""

@@ -1,0 +1,1 @@
+"""The candidate of a position, and its confidence."""

@@ -1,0 +1,26 @@
+"""Confidence = certainty of the whole distribution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from mmdlm.decoding.numerics import entropy
+from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Entropy(Strategy):
+    """Ranks positions by the entropy of their token, lowest first.
+
+    Source: `entropy` of HKUNLP/Dream: generation_utils.py.
+    """
+
+    paper: ClassVar[str] = "Dream, arXiv 2508.15487"
+
+    def score(self, state: DecodeState, logits: Tensor, tokens: Tensor) -> Tensor:
+        """[B R] negative entropy in nats, 0 at most."""
+        return -entropy(logits)

@@ -1,0 +1,26 @@
+"""Confidence = probability of the candidate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Probability(Strategy):
+    """Ranks candidates by their probability, as log-odds. The loop's default.
+
+    Source: low-confidence remasking (ML-GSAI/LLaDA: generate.py); `maskgit_plus` of Dream.
+    """
+
+    paper: ClassVar[str] = "LLaDA, arXiv 2502.09992"
+    exact: ClassVar[bool] = True
+
+    def score(self, state: DecodeState, logits: Tensor, tokens: Tensor) -> Tensor:
+        """[B R] log-odds, same order as the float64 probabilities."""
+        return state.log_odds

@@ -1,0 +1,76 @@
+import math
+
+import pytest
+import torch
+
+from mmdlm.decoding.commits.eb import EntropyBound
+from mmdlm.decoding.commits.top_k import TopK
+from mmdlm.decoding.decode import decode
+from mmdlm.decoding.scores.entropy import Entropy
+from mmdlm.decoding.scores.margin import Margin
+
+PROMPT = torch.tensor([[3, 4, 5], [6, 7, 8]])
+
+
+def entropy(p: list[float]) -> float:
+    return -sum(q * math.log(q) for q in p if q > 0)
+
+
+def longest(nats: list[float], gamma: float) -> tuple[int, float]:
+    """Length of the longest list within the bound, and how close a sum came to it."""
+    sums = [sum(nats[:n]) - max(nats[:n]) for n in range(1, len(nats) + 1)]
+    gap = min((abs(s - gamma) for s in sums), default=1.0)
+    return max((n for n, s in enumerate(sums, 1) if s <= gamma), default=0), gap
+
+
+@pytest.mark.parametrize("order", ["confidence", "entropy", "margin"])
+@pytest.mark.parametrize("gamma", [1e-3, 0.1, 1.0, 3.0, 99.0])
+def test_commits_the_longest_list_within_the_bound(
+    gamma: float, order: str, cases, softmax, moment
+) -> None:
+    rule = EntropyBound(gamma, order)
+    for logits, masked in cases(27):
+        state = moment(logits, masked)
+        score = rule.score(state, logits, state.candidates)
+        state.confidence = score.masked_fill(~masked, -torch.inf)
+        taken = rule.select(state) & masked
+        for i, row in enumerate(logits.tolist()):
+            is_open = masked[i].nonzero()[:, 0].tolist()
+            # The order is that of the score, which has a test of its own.
+            ranked = sorted(is_open, key=lambda j: (-float(state.confidence[i, j]), j))
+            count, gap = longest([entropy(softmax(row[j])) for j in ranked], gamma)
+            if gap > 1e-5:
+                assert taken[i].nonzero()[:, 0].tolist() == sorted(ranked[:count])
+
+
+def test_a_single_uncertain_token_costs_nothing(moment) -> None:
+    sure, even = [30.0, 0.0], [0.0, 0.0]
+    for rows, want in (([sure, even, sure], 3), ([even, sure, even], 2)):
+        logits = torch.tensor([rows])
+        state, rule = moment(logits, torch.ones(1, 3).bool()), EntropyBound(1e-3)
+        state.confidence = rule.score(state, logits, state.candidates)
+        assert int(rule.select(state).sum()) == want
+
+
+@pytest.mark.parametrize(
+    ("order", "alone"), [("confidence", []), ("entropy", [Entropy()]), ("margin", [Margin()])]
+)
+def test_no_bound_is_one_per_step_and_no_limit_all_at_once(order: str, alone: list, toy) -> None:
+    tight, one = (
+        decode(toy(), PROMPT, 8, s) for s in ([EntropyBound(0.0, order)], [TopK(), *alone])
+    )
+    assert tight.tokens.equal(one.tokens)
+    assert tight.history.step.equal(one.history.step)
+    assert decode(toy(), PROMPT, 8, [EntropyBound(math.inf, order)]).nfe == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"gamma": -1.0}, "EntropyBound.gamma is -1.0, expected nats, 0 or more"),
+        ({"order": "size"}, "EntropyBound.order is 'size', expected one of confidence, entropy,"),
+    ],
+)
+def test_bad_arguments_of_an_entropy_bound(given: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EntropyBound(**given)
