@@ -1,7 +1,12 @@
-# Commands for working on mmdlm; `make` alone lists them. All of them use .venv, made on first use.
+# Commands for working on mmdlm; `make` alone lists them. They use .venv, made on first use with the
+# versions of configs/tested-versions.txt; only test-newest has an environment of its own.
 # PYTHON=python3.12 picks the Python that .venv is made with.
 
-override VENV := .venv
+# `make test-newest` calls make again with MMDLM_NEWEST=yes.
+override NEWEST := $(filter yes,$(MMDLM_NEWEST))
+override VENV := $(if $(NEWEST),.venv-newest,.venv)
+TESTED := configs/tested-versions.txt
+VERSIONS := $(if $(NEWEST),--upgrade --upgrade-strategy eager,--constraint $(TESTED))
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.mmdlm-installed
 BUSY := $(VENV)/.mmdlm-installing
@@ -20,10 +25,10 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup system demo check test test-slow test-gpu bench clean
+.PHONY: help setup system demo check test test-newest test-slow test-gpu bench clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 setup: ## Create or repair .venv with all that the demo and the tests need
 	@if test -e $(VENV) || test -L $(VENV); then \
@@ -36,14 +41,14 @@ setup: ## Create or repair .venv with all that the demo and the tests need
 	fi
 	@$(MAKE) --no-print-directory --silent $(STAMP)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml $(TESTED)
 	@test -x $(PY) || test -n "$(PYTHON)" || \
 		{ echo "mmdlm needs Python 3.11, 3.12 or 3.13 (make PYTHON=/path/to/python3)"; exit 1; }
 	@echo "Installing into $(VENV); the first time this fetches torch, which takes minutes."
 	@mkdir -p $(VENV) && touch $(BUSY)
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip --upgrade >/dev/null
-	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'; \
+	@$(PY) -m pip install --quiet --disable-pip-version-check $(VERSIONS) -e '.[$(EXTRAS)]'; \
 		status=$$?; rm -f $(BUSY); exit $$status
 	@$(MAKE) --no-print-directory system
 	@touch $(STAMP)
@@ -75,6 +80,10 @@ check: setup ## Style, format and fast tests: what to run before a commit
 test: setup ## Fast tests
 	@$(PYTEST) -q $(PARALLEL)
 
+test-newest: ## Fast tests with the newest versions of all libraries, in .venv-newest
+	@rm -f .venv-newest/.mmdlm-installed
+	@$(MAKE) --no-print-directory MMDLM_NEWEST=yes test
+
 test-slow: setup ## Tests that take minutes each
 	@$(PYTEST) -q -m slow
 
@@ -85,5 +94,5 @@ bench: setup ## Measure decoding speed on this machine
 	@$(VENV)/bin/mmdlm bench
 
 clean: ## Remove .venv, caches and what the demo wrote
-	@rm -rf $(VENV) build dist demo_out .pytest_cache .ruff_cache .hypothesis
+	@rm -rf .venv .venv-newest build dist demo_out .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

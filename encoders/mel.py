@@ -6,13 +6,16 @@ import functools
 import math
 from fractions import Fraction
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchaudio.functional import resample
-from torchaudio.transforms import MelSpectrogram
+
+from encoders.torchaudio_loader import import_torchaudio
+
+if TYPE_CHECKING:
+    from torchaudio.transforms import MelSpectrogram
 
 RATE = 16_000  # Hz
 HOP = 160  # samples per frame
@@ -33,6 +36,7 @@ def waveform(item: Any, longest: float | None = None) -> Tensor:
     Raises:
         TypeError: not a pair of samples and rate, or integers other than int16.
         ValueError: empty, too short, too long, not finite, not in [-1, 1], or a rate <= 0.
+        ImportError: the clip has to be resampled and torchaudio does not load.
     """
     try:
         samples, rate = item
@@ -47,7 +51,7 @@ def waveform(item: Any, longest: float | None = None) -> Tensor:
         return wave
     # The kernel grows with the reduced ratio: 44101 Hz would need gigabytes for 4 parts in 10^6.
     ratio = Fraction(RATE / rate).limit_denominator(1000)
-    return resample(wave, ratio.denominator, ratio.numerator)
+    return import_torchaudio().functional.resample(wave, ratio.denominator, ratio.numerator)
 
 
 def _mono(samples: Any, rate: Any) -> Tensor:
@@ -98,7 +102,7 @@ def _check_samples(wave: Tensor, rate: float, longest: float | None) -> None:
 def _spectrogram(mels: int) -> MelSpectrogram:
     # Built at first use: an encoder made on the meta device must still have real filters.
     with torch.device("cpu"):
-        return MelSpectrogram(
+        return import_torchaudio().transforms.MelSpectrogram(
             RATE, n_fft=400, hop_length=HOP, n_mels=mels, norm="slaney", mel_scale="slaney"
         )
 
@@ -129,6 +133,7 @@ class LogMel:
 
         Raises:
             ValueError: the clip is longer than the window, or too short for one analysis window.
+            ImportError: torchaudio does not load.
         """
         target = self.samples or math.ceil(len(wave) / HOP) * HOP
         if target < SHORTEST * RATE:

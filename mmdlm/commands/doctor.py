@@ -1,11 +1,10 @@
-"""What of this installation works here: versions, device, extras, rendering, the bundled model.
+"""Checks of this installation: library versions, device, extras, rendering, bundled model.
 
-`python -m mmdlm.commands.doctor --system` prints only the Debian packages that are missing.
+`python -m mmdlm.commands.doctor --system` prints only the missing Debian packages.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 import subprocess
@@ -17,18 +16,36 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from packaging.requirements import Requirement
+from packaging.version import Version
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import mmdlm
+from encoders.torchaudio_loader import fitting_torchaudio
 
 PYTHON = ((3, 11), (3, 13))  # oldest and newest
-TRIO = {"torch": "2.11", "torchvision": "0.26", "torchaudio": "2.11"}
-TORCHCODEC = "0.11"  # the release made for that torch
+# Oldest supported release of torch and of the two libraries that are compiled against it.
+OLDEST = {"torch": "2.11", "torchvision": "0.26", "torchaudio": "2.11"}
+# The imports that load their compiled parts.
+IMPORTS = {
+    "torch": "import torch",
+    "torchvision": "import torchvision",
+    "torchaudio": "import torchaudio.functional, torchaudio.transforms",
+    "torchcodec": "import torchcodec.decoders",
+}
+# torchvision 0.26 and torchcodec 0.11 are made for torch 2.11, 0.27 and 0.12 for 2.12, and so on.
+NEXT_TO_TORCH = {"torchvision": 15, "torchcodec": 0}
+# What is unavailable without them.
+USED_FOR = {
+    "torch": "everything",
+    "torchvision": "image encoders by a timm name",
+    "torchaudio": "audio",
+}
 CORE = (
     *("transformers", "timm", "lightning", "jsonargparse", "einops", "numpy", "pillow"),
-    *("jinja2", "safetensors", "soundfile", "pyyaml", "rich", "tqdm"),
+    *("jinja2", "packaging", "safetensors", "soundfile", "pyyaml", "rich", "tqdm"),
 )
 # Extra: what it adds, and its distributions as pyproject.toml names them.
 EXTRAS = {
@@ -37,9 +54,9 @@ EXTRAS = {
         ("gymnasium", "metaworld", "gym-pusht", "pymunk", "imageio-ffmpeg"),
     ),
     "data": ("LeRobot episodes and handwritten digits", ("pyarrow", "scikit-learn", "av")),
-    "speech": ("synthesised speech to train on", ("espeakng-loader",)),
+    "speech": ("synthetic speech to train on", ("espeakng-loader",)),
     "eval": ("word error rates", ("jiwer",)),
-    "demo": ("the demo's pictures and videos", ("matplotlib", "imageio-ffmpeg")),
+    "demo": ("the demo's plots and videos", ("matplotlib", "imageio-ffmpeg")),
     "train": ("TensorBoard logs", ("tensorboard",)),
     "quant": ("weights in 8 or 4 bits", ("torchao",)),
     "dev": (
@@ -50,7 +67,7 @@ EXTRAS = {
 }
 MODEL_FILES = ("config.json", "model.safetensors")
 GL_BACKENDS = ("egl", "osmesa") if sys.platform == "linux" else ("glfw",)
-# One white ball before a camera: a picture that is not black proves that drawing works.
+# Renders one white ball: an image that is not black shows that rendering works.
 GL_TRIAL = """
 import mujoco
 ball = "<geom size='.5'/><camera pos='0 -2 0' xyaxes='1 0 0 0 0 1'/><light pos='0 -2 2'/>"
@@ -68,10 +85,10 @@ class Check:
     """One line of the report.
 
     Args:
-        name: what was looked at.
-        state: "ok"; "off", a part that is not needed is not there; "broken", a needed one is not.
+        name: the part that was checked.
+        state: "ok"; "off", an optional part is missing; "broken", a required part does not work.
         seen: what was found.
-        fix: the next move, where there is one.
+        fix: the next move, if there is one.
     """
 
     name: str
@@ -81,11 +98,11 @@ class Check:
 
 
 def report() -> list[Check]:
-    """Every check, the needed parts first."""
-    trials = _start_gl_trials()  # they run while the libraries are imported here
+    """Every check, the required parts first."""
+    trials = _start_gl_trials()  # they run while the libraries are checked
     return [
         _python(),
-        _trio(),
+        *_compiled(),
         _core(),
         _device(),
         *(_neighbour(name) for name in ("encoders", "adapters")),
@@ -98,7 +115,7 @@ def report() -> list[Check]:
 
 
 def print_report(checks: Sequence[Check] | None = None) -> int:
-    """Exit status after printing the report as a table: 1 when something needed is broken.
+    """Exit status after printing the report as a table: 1 if a required part is broken.
 
     Args:
         checks: what to print; by default a new report.
@@ -116,7 +133,7 @@ def print_report(checks: Sequence[Check] | None = None) -> int:
 
 
 def system_packages() -> list[str]:
-    """Debian packages that the installed extras miss on this machine; empty when all is there."""
+    """Debian packages that the installed extras need and this machine lacks."""
     missing = []
     if find_spec("mujoco") and not _finish(_start_gl_trials()):
         missing.append("libosmesa6")
@@ -133,24 +150,53 @@ def _python() -> Check:
     return Check("python", "broken", seen, f"use Python {oldest} to {newest}")
 
 
-def _trio() -> Check:
-    """Whether torch, torchvision and torchaudio are one release and load."""
-    fix = "pip install " + " ".join(f'"{name}=={wanted}.*"' for name, wanted in TRIO.items())
-    seen = [f"{name} {_version(name) or 'missing'}" for name in TRIO]
-    matched = all((_version(n) or "").startswith(f"{wanted}.") for n, wanted in TRIO.items())
-    if matched:
-        try:
-            for name in TRIO:
-                importlib.import_module(name)
-        except (ImportError, OSError, RuntimeError) as error:  # a wrong build of one of them
-            matched, seen = False, [*seen, f"{type(error).__name__}: {error}"]
-    return Check("torch", "ok" if matched else "broken", ", ".join(seen), "" if matched else fix)
+def _compiled() -> list[Check]:
+    """Whether torch, and the torchvision and torchaudio beside it, have fitting versions and load.
+
+    Versions alone do not tell: the metadata of torchaudio 2.11.1 admits torch 2.11, on which its
+    compiled part does not load. So each is imported in a process.
+    """
+    trials = {name: _start_python(IMPORTS[name]) for name in OLDEST}
+    torch, checks = _version("torch"), []
+    for name, trial in trials.items():
+        version, error = _version(name), _last_line(trial)
+        fix = f'pip install "{_fitting(name, torch)}"'
+        if version is None:
+            checks.append(Check(name, "broken", f"missing; needed for {USED_FOR[name]}", fix))
+            continue
+        wrong = _misfit(name, version, torch) or error
+        if wrong:
+            seen = f"{version} does not work: {wrong}; needed for {USED_FOR[name]}"
+            checks.append(Check(name, "broken", seen, fix))
+        else:
+            checks.append(Check(name, "ok", version))
+    return checks
+
+
+def _misfit(name: str, version: str, torch: str | None) -> str:
+    """Why this version of torch, torchvision or torchaudio cannot be used here, else ""."""
+    if Version(version) < Version(OLDEST[name]):
+        return f"older than {OLDEST[name]}"
+    for line in () if torch is None else metadata.requires(name) or ():
+        needed = Requirement(line)
+        if needed.name == "torch" and not needed.specifier.contains(torch, prereleases=True):
+            return f"made for torch {needed.specifier}, here is {torch}"
+    return ""
+
+
+def _fitting(name: str, torch: str | None) -> str:
+    """The requirement of a release of this library that fits the installed torch."""
+    if name == "torch" or torch is None or Version(torch) < Version(OLDEST["torch"]):
+        return f"{name}>={OLDEST[name]}"
+    if name == "torchaudio":
+        return fitting_torchaudio(torch)
+    return f"{name}==0.{Version(torch).minor + NEXT_TO_TORCH[name]}.*"
 
 
 def _core() -> Check:
     missing = [name for name in CORE if _version(name) is None]
     if missing:
-        return Check("libraries", "broken", f"no {', '.join(missing)}", "pip install mmdlm")
+        return Check("libraries", "broken", f"{', '.join(missing)} missing", "pip install mmdlm")
     return Check("libraries", "ok", ", ".join(f"{name} {_version(name)}" for name in CORE[:3]))
 
 
@@ -166,7 +212,7 @@ def _device() -> Check:
 
 
 def _neighbour(name: str) -> Check:
-    """Whether the top-level package is ours alone (`import mmdlm` has found ours to win)."""
+    """Whether no other distribution installs a top-level package of this name."""
     owners = set(metadata.packages_distributions().get(name, ())) - {"mmdlm"}
     seen = str(Path(mmdlm.__file__).parent.parent / name)
     if not owners:
@@ -178,7 +224,7 @@ def _neighbour(name: str) -> Check:
 def _model(folder: Path) -> Check:
     missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
     if missing:
-        seen = f"no {', '.join(missing)} in {folder}"
+        seen = f"{', '.join(missing)} missing in {folder}"
         return Check("bundled model", "broken", seen, "install mmdlm again")
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     return Check("bundled model", "ok", f'mmdlm.load("tiny"), {size / 1e6:.1f} MB')
@@ -189,7 +235,7 @@ def _extra(name: str) -> Check:
     missing = [d for d in distributions if _version(d) is None]
     if not missing:
         return Check(f"extra {name}", "ok", adds)
-    seen = f"{adds}; no {', '.join(missing)}"
+    seen = f"{adds}; {', '.join(missing)} missing"
     return Check(f"extra {name}", "off", seen, f'pip install "mmdlm[{name}]"')
 
 
@@ -197,10 +243,10 @@ def _rendering(working: list[str]) -> Check:
     from mmdlm.simulators.simulator import GL_PACKAGES, choose_gl
 
     if not find_spec("mujoco"):
-        return Check("rendering", "off", "no MuJoCo to draw with", 'pip install "mmdlm[sim]"')
+        return Check("rendering", "off", "MuJoCo is missing", 'pip install "mmdlm[sim]"')
     if not working:
-        return Check("rendering", "off", f"none of {', '.join(GL_BACKENDS)} draws", GL_PACKAGES)
-    seen = f"MuJoCo draws with {' and '.join(working)}"
+        return Check("rendering", "off", f"none of {', '.join(GL_BACKENDS)} renders", GL_PACKAGES)
+    seen = f"MuJoCo renders with {' and '.join(working)}"
     if choose_gl() not in working:
         seen += f", but {choose_gl()} would be used"
         return Check("rendering", "off", seen, f"export MUJOCO_GL={working[0]}")
@@ -208,12 +254,15 @@ def _rendering(working: list[str]) -> Check:
 
 
 def _codecs() -> Check:
-    """Whether formats beyond those of soundfile can be read; a wrong torchcodec does not load."""
+    """Whether audio formats can be read that soundfile does not know."""
     name, program, codec = "other audio", shutil.which("ffmpeg"), _version("torchcodec")
     seen = f"ffmpeg {program or 'missing'}, torchcodec {codec or 'missing'}"
-    if program and codec and codec.startswith(f"{TORCHCODEC}."):
+    if codec and (error := _last_line(_start_python(IMPORTS["torchcodec"]))):
+        seen += f" does not load: {error}"
+    elif program and codec:
         return Check(name, "ok", seen)
-    fix = f'for other formats: apt-get install ffmpeg; pip install "torchcodec=={TORCHCODEC}.*"'
+    fitting = _fitting("torchcodec", _version("torch"))
+    fix = f'for other formats: apt-get install ffmpeg; pip install "{fitting}"'
     return Check(name, "off", f"{seen}; WAV, FLAC, OGG and MP3 work without", fix)
 
 
@@ -221,7 +270,7 @@ def _espeak() -> Check:
     program, wheel = shutil.which("espeak-ng"), _version("espeakng-loader")
     if wheel or program:
         return Check("espeak-ng", "ok", f"espeakng-loader {wheel}" if wheel else str(program))
-    return Check("espeak-ng", "off", "no synthesiser", 'pip install "mmdlm[speech]"')
+    return Check("espeak-ng", "off", "missing", 'pip install "mmdlm[speech]"')
 
 
 def _version(distribution: str) -> str | None:
@@ -232,7 +281,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _start_gl_trials() -> dict[str, subprocess.Popen]:
-    """One process per backend, since a process can use one only."""
+    """One process per backend: a process can use only one."""
     if not find_spec("mujoco"):
         return {}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -247,7 +296,7 @@ def _start_gl_trials() -> dict[str, subprocess.Popen]:
 
 
 def _finish(trials: dict[str, subprocess.Popen], seconds: float = 20) -> list[str]:
-    """Names of the trials that ended well; one that hangs is stopped."""
+    """Names of the trials that succeeded; one that hangs is stopped."""
     working = []
     for name, process in trials.items():
         try:
@@ -259,8 +308,25 @@ def _finish(trials: dict[str, subprocess.Popen], seconds: float = 20) -> list[st
     return working
 
 
+def _start_python(code: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _last_line(process: subprocess.Popen) -> str:
+    """What a Python process that failed said last, and "" of one that succeeded."""
+    _, errors = process.communicate()
+    if process.returncode == 0:
+        return ""
+    return (errors.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
+
+
 def _python_fails(code: str) -> bool:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode != 0
+    return bool(_last_line(_start_python(code)))
 
 
 if __name__ == "__main__":

@@ -20,14 +20,18 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import soundfile
 import torch
-from torchaudio.transforms import Resample
 from tqdm import tqdm
 
+from encoders.torchaudio_loader import import_torchaudio
 from mmdlm.data.dataset import Dataset, Sample, Turn
+
+if TYPE_CHECKING:
+    from torchaudio.transforms import Resample
 
 PROMPT = "transcribe the speech"
 RATE = 16_000  # Hz, what Whisper-like encoders take
@@ -224,7 +228,7 @@ def _trimmed(audio: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _to_16k() -> Resample:
-    return Resample(Espeak.rate, RATE)
+    return import_torchaudio().transforms.Resample(Espeak.rate, RATE)
 
 
 def _synthesise(recipe: _Recipe, rng: np.random.Generator) -> tuple[np.ndarray, int]:

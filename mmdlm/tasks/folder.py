@@ -72,6 +72,7 @@ def run_folder(
     Raises:
         FileNotFoundError: a path does not exist.
         ValueError: the task, its options or `out` are not valid; nothing was written.
+        ImportError: a library that the files need does not load.
     """
     out = Path(out)
     kind = _kind(task, kind)
@@ -142,6 +143,8 @@ def _each(
     for file in files:
         try:
             batch[file] = prepare(model, kind, file)
+        except ImportError:
+            raise  # a library is missing or broken: every other file would fail in the same way
         except Exception as error:  # noqa: BLE001 - decoders of damaged files raise of every kind
             yield _record(task, file, options) | {"error": _said(error)}
         if len(batch) == batch_size:
@@ -157,6 +160,8 @@ def _results(
     """Records of a batch; should it fail as a whole, of its items one by one."""
     try:
         results = _run(model, task, list(batch.values()), options)
+    except ImportError:
+        raise
     except Exception as error:  # noqa: BLE001 - whatever it is, it must not cost the other files
         if len(batch) == 1:
             yield _record(task, *batch, options) | {"error": _said(error)}

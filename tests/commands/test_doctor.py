@@ -1,9 +1,12 @@
+import os
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import mmdlm
 from mmdlm.commands import doctor
@@ -18,22 +21,44 @@ def by_name(checks: list[Check]) -> dict[str, Check]:
 
 @pytest.fixture
 def without_gl(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out the trials of drawing, each of which is a process."""
+    """Skips the rendering trials, each of which is a process."""
     monkeypatch.setattr(doctor, "GL_BACKENDS", ())
 
 
-def bare(requirement: str) -> str:
-    for mark in "[<>=":
-        requirement = requirement.split(mark)[0]
-    return requirement
+@pytest.fixture
+def beside_torch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, without_gl: None
+) -> Callable[..., Check]:
+    """A function that installs a fake library beside torch 2.12.1 and gives its line."""
+
+    def install(name: str, version: str, needs: str, code: str = "") -> Check:
+        info = tmp_path / f"{name}-{version}.dist-info"
+        info.mkdir()
+        head = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        (info / "METADATA").write_text(f"{head}Requires-Dist: {needs}\n")
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(code)
+        for part in ("functional", "transforms", "decoders"):
+            (tmp_path / name / f"{part}.py").write_text("")
+        monkeypatch.syspath_prepend(tmp_path)
+        path = os.environ.get("PYTHONPATH", "")
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{path}")
+        return by_name(doctor.report())[{"torchcodec": "other audio"}.get(name, name)]
+
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda n: "2.12.1" if n == "torch" else real(n))
+    return install
 
 
-def test_tables_repeat_pyproject() -> None:
-    trio = {f"{name}=={wanted}.*" for name, wanted in doctor.TRIO.items()}
-    dependencies = set(PROJECT["dependencies"])
-    assert trio <= dependencies
-    assert {bare(d) for d in dependencies - trio} == set(doctor.CORE)
-    extras = {name: {bare(r) for r in e} for name, e in PROJECT["optional-dependencies"].items()}
+def names(requirements: list[str]) -> set[str]:
+    return {Requirement(each).name for each in requirements}
+
+
+def test_tables_agree_with_pyproject() -> None:
+    assert names(PROJECT["dependencies"]) == {*doctor.OLDEST, *doctor.CORE}
+    lowest = {f"{name}>={version}" for name, version in doctor.OLDEST.items()}
+    assert lowest <= set(PROJECT["dependencies"])
+    extras = {name: names(parts) for name, parts in PROJECT["optional-dependencies"].items()}
     assert extras == {name: set(parts) for name, (_, parts) in doctor.EXTRAS.items()}
     (a, b), (c, d) = doctor.PYTHON
     assert PROJECT["requires-python"] == f">={a}.{b},<{c}.{d + 1}"
@@ -51,22 +76,63 @@ def test_missing_parts_are_named_with_the_way_out(
     without_gl: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = doctor._version
-    other = {"jiwer": None, "einops": None, "torchcodec": "0.17.0"}
+    other = {"jiwer": None, "einops": None, "torchcodec": None, "torch": "2.13.0"}
     monkeypatch.setattr(doctor, "_version", lambda n: other[n] if n in other else real(n))
     checks = by_name(doctor.report())
     assert checks["extra eval"] == Check(
-        "extra eval", "off", "word error rates; no jiwer", 'pip install "mmdlm[eval]"'
+        "extra eval", "off", "word error rates; jiwer missing", 'pip install "mmdlm[eval]"'
     )
-    assert checks["libraries"] == Check("libraries", "broken", "no einops", "pip install mmdlm")
+    assert checks["libraries"] == Check(
+        "libraries", "broken", "einops missing", "pip install mmdlm"
+    )
     assert checks["other audio"].state == "off"
-    assert '"torchcodec==0.11.*"' in checks["other audio"].fix
+    assert '"torchcodec==0.13.*"' in checks["other audio"].fix
 
 
-def test_unmatched_trio_is_broken(without_gl: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(doctor.TRIO, "torchvision", "0.99")
-    check = by_name(doctor.report())["torch"]
+def test_library_made_for_another_torch_is_broken(beside_torch: Callable[..., Check]) -> None:
+    check = beside_torch("torchvision", "0.26.0", "torch==2.11.0")
     assert check.state == "broken"
-    assert '"torchvision==0.99.*"' in check.fix
+    assert "made for torch ==2.11.0, here is 2.12.1" in check.seen
+    assert check.fix == 'pip install "torchvision==0.27.*"'
+
+
+def test_library_that_does_not_load_is_broken(beside_torch: Callable[..., Check]) -> None:
+    code = "raise OSError('Could not load this library: libtorchaudio.so')"
+    check = beside_torch("torchaudio", "2.11.0", "torch>=2.11", code)
+    assert check.state == "broken"
+    assert "Could not load this library: libtorchaudio.so; needed for audio" in check.seen
+    assert check.fix == 'pip install "torchaudio>=2.11.1"'
+
+
+def test_too_old_library_is_broken(beside_torch: Callable[..., Check]) -> None:
+    check = beside_torch("torchaudio", "2.9.1", "torch")
+    assert (check.state, "older than 2.11" in check.seen) == ("broken", True)
+
+
+def test_newer_library_that_loads_is_fine(beside_torch: Callable[..., Check]) -> None:
+    check = beside_torch("torchvision", "0.40.0", "torch>=2.12")
+    assert check == Check("torchvision", "ok", "0.40.0")
+
+
+def test_torchcodec_that_does_not_load_is_off(beside_torch: Callable[..., Check]) -> None:
+    check = beside_torch("torchcodec", "0.12.0", "torch", "raise RuntimeError('no FFmpeg')")
+    assert check.state == "off"
+    assert "torchcodec 0.12.0 does not load: RuntimeError: no FFmpeg" in check.seen
+
+
+@pytest.mark.parametrize(
+    ("name", "torch", "fitting"),
+    [
+        ("torch", "2.9.1", "torch>=2.11"),
+        ("torchvision", None, "torchvision>=0.26"),
+        ("torchvision", "2.11.0+cu130", "torchvision==0.26.*"),
+        ("torchvision", "2.14.1", "torchvision==0.29.*"),
+        ("torchaudio", "2.11.0+cpu", "torchaudio==2.11.0"),
+        ("torchaudio", "2.14.1", "torchaudio>=2.11.1"),
+    ],
+)
+def test_fitting_release(name: str, torch: str | None, fitting: str) -> None:
+    assert doctor._fitting(name, torch) == fitting
 
 
 def test_missing_model_is_broken(
@@ -105,13 +171,13 @@ def test_print_report_fails_only_for_broken_parts(
 
 
 @pytest.mark.sim
-def test_drawing_is_reported_as_it_turns_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rendering_is_reported_as_it_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = doctor.GL_BACKENDS[-1]
     monkeypatch.setattr(doctor, "GL_BACKENDS", (backend,))
     monkeypatch.setenv("MUJOCO_GL", backend)
     monkeypatch.setattr(doctor, "GL_TRIAL", "raise SystemExit(1)")
     check = by_name(doctor.report())["rendering"]
-    assert (check.state, check.seen) == ("off", f"none of {backend} draws")
+    assert (check.state, check.seen) == ("off", f"none of {backend} renders")
     assert "apt-get install" in check.fix
     assert "libosmesa6" in doctor.system_packages()
     monkeypatch.setattr(doctor, "GL_TRIAL", "")
