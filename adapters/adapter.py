@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from encoders.arguments import Recorded
 from encoders.features import Features, Prepared, Size
-from encoders.rebuild import Rebuildable
 
 
 class Embedded(NamedTuple):
@@ -23,7 +23,7 @@ class Embedded(NamedTuple):
     grid: Size | None = None
 
 
-class Adapter(Rebuildable, nn.Module):
+class Adapter(Recorded, nn.Module):
     """Brings features to the backbone: projects, pools, prunes or merges them.
 
     Args:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.rebuild import Rebuildable
+from encoders.arguments import Recorded
 
 
-class Head(Rebuildable, nn.Module):
+class Head(Recorded, nn.Module):
     """Reads a value from the backbone's hidden states at the slots of an answer.
 
     Heads for continuous actions (L1 regression, flow matching, diffusion) derive from it.

@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Self
 
 from torch import nn
 
+from encoders.arguments import Recorded
 from encoders.features import Features, Prepared
-from encoders.rebuild import Rebuildable
 
 
-class Encoder(Rebuildable, nn.Module):
+class Encoder(Recorded, nn.Module):
     """Turns preprocessed items into `Features`.
 
     Attributes:

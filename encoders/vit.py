@@ -196,12 +196,12 @@ class ViT(Encoder):
     kind = "image"
 
     # Ours to published (Hugging Face SigLIP names); `{i}` is the block. A tuple is concatenated
-    # along the first axis. The position table is [N E] there and [1 N E] here. The pooling head
-    # (`vision_model.head.*`) has no counterpart, nor has post_layernorm when `layers` is set.
+    # along the first axis. The position table is [N E] there and [1 N E] here, hence "[0]". The
+    # pooling head (`vision_model.head.*`) has no counterpart; nor, with `layers`, post_layernorm.
     KEYS: ClassVar[dict[str, str | tuple[str, ...]]] = {
         "vit.patch_embed.proj.weight": "vision_model.embeddings.patch_embedding.weight",
         "vit.patch_embed.proj.bias": "vision_model.embeddings.patch_embedding.bias",
-        "vit.pos_embed": "vision_model.embeddings.position_embedding.weight",
+        "vit.pos_embed[0]": "vision_model.embeddings.position_embedding.weight",
         **{
             f"vit.blocks.{{i}}.{ours}.{part}": f"vision_model.encoder.layers.{{i}}.{theirs}.{part}"
             for ours, theirs in (

@@ -18,6 +18,7 @@ BASES = {
     "encoders": "encoders.encoder.Encoder",
     "adapters": "adapters.adapter.Adapter",
     "mmdlm.backbones": "mmdlm.backbones.family.Family",
+    "mmdlm.systems": "mmdlm.systems.system.System",
     "mmdlm.decoding": "mmdlm.decoding.strategy.Strategy",
     "mmdlm.objectives": "mmdlm.objectives.objective.Objective",
     "mmdlm.data": "mmdlm.data.dataset.Dataset",

@@ -60,6 +60,10 @@ class MultimodalDLM(nn.Module):
         self.robot = robot
         self.preset: dict[str, dict[str, Any]] = {}
         """Prompt, canvas and strategies by task, from the checkpoint's decoding.yaml."""
+        self.template: dict[str, Any] = {}
+        """What goes beyond `spec.template`, see `mmdlm.blueprint.Blueprint`."""
+        self.system: str | None = None
+        """Name of the published multimodal system it was loaded from."""
 
     @property
     def device(self) -> torch.device:

@@ -86,6 +86,6 @@ def test_reading_files_finds_what_importing_them_finds(package: str) -> None:
             ours = inspect.isclass(value) and value.__module__ == file.__name__
             if ours and issubclass(value, base) and value is not base and not name.startswith("_"):
                 found[name] = value
-    assert found
+    assert found or package == "mmdlm.systems"  # the first are about to come
     assert discover.classes(package) == dict(sorted(found.items()))
     assert discover.names(package) == sorted({c.__module__.split(".")[-1] for c in found.values()})

@@ -18,12 +18,16 @@ PACKAGES = ("encoders", "adapters", "mmdlm")
 # Files and folders of mmdlm; each may import what stands in the lines above it, and itself.
 LEVELS = (
     {"text", "discover", "media"},
-    {"backbones", "preset", "chat"},
+    {"recipe"},
+    {"backbones", "chat"},
     {"layout"},
     {"model"},
+    {"blueprint"},
+    {"systems"},
     {"loading"},
-    {"checkpoint"},
     {"decoding", "objectives"},
+    {"checkpoint"},
+    {"export"},
     {"speculative", "search"},
     {"data"},
     {"training"},
@@ -36,7 +40,7 @@ LEVELS = (
 )
 RANK = {unit: rank for rank, units in enumerate(LEVELS) for unit in units}
 # What adapters may import of encoders: contracts, never an encoder.
-CONTRACTS = {"features", "rebuild"}
+CONTRACTS = {"features", "arguments"}
 # What a distribution is called in Python where that is not its own name.
 IMPORT_NAMES = {
     "pillow": "PIL",

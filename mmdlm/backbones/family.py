@@ -11,9 +11,11 @@ from mmdlm.backbones.config import TransformerConfig
 Keys = dict[str, str | tuple[str, ...] | None]
 """Our tensor name to the published one, `{i}` for the layer. A tuple is stacked along the first
 axis (fused projections). `{e}` in published names only is an expert: our tensor has one more axis
-in front, [experts ...], and each entry is filled as above. Published names that are known and
-dropped stand under `None` values and may hold `*`: `{"model.vision_tower.*": None}`. One table
-names every tensor the family ever has; the spec decides which of them a model has."""
+in front, [experts ...], and each entry is filled as above. `name[0]` is the first entry of our
+tensor, such as a position table [1 N E] that is published as [N E]; entries together must fill it.
+Published names that are known and have no counterpart stand as keys with the value None and may
+hold `*`: `{"model.vision_tower.*": None}`. One table names every tensor the family ever has; the
+spec decides which of them a model has."""
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,12 @@ def export(
         dtype: type of the weights in the file; by default float32 from a .ckpt, else as stored.
         decoding: YAML file with prompt, length and strategies by task.
         card: Markdown file that becomes README.md.
-        layout: own, or published: the one other tools of a family read (text models only).
-        family: how to read a published checkpoint whose config.json does not tell; of any other,
-            whose published layout is written.
+        layout: own, or published: that of the system or family the model is of, for other tools.
+        family: how to read a published checkpoint whose config.json does not tell; for any other,
+            the family whose published layout is written.
         shard_bytes: most bytes per file of weights in the published layout.
     """
-    from mmdlm.training.export import export as write
+    from mmdlm.export import export as write
 
     write(
         checkpoint,

@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 
+from mmdlm import recipe
 from mmdlm.decoding.strategy import Strategy
-from mmdlm.preset import strategy
 
+PACKAGE = "mmdlm.decoding"
 Choice = str | Items[Strategy | Mapping[str, Any]] | None
 """A preset's name or file, or strategies as instances or `{class_path, init_args}`."""
 
@@ -28,22 +29,53 @@ def strategies(spec: Choice) -> list[Strategy]:
 
     Raises:
         FileNotFoundError: no such preset or file.
-        ValueError: a class is no strategy of mmdlm.decoding, or does not take these arguments.
-        TypeError: the spec is one strategy or something else that is no list.
+        ValueError: a class is not a strategy of mmdlm.decoding, or does not take these arguments.
+        TypeError: the spec is not a list.
     """
     if isinstance(spec, str):
         path = find(spec)
         try:
             spec = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
-            raise ValueError(f"{path} is no YAML ({error}); correct it") from error
+            raise ValueError(f"{path} is not valid YAML ({error}); correct it") from error
         if not isinstance(spec, list):
-            raise ValueError(f"{path} holds no list of strategies, but {type(spec).__name__}")
+            raise ValueError(f"{path} holds {type(spec).__name__}, expected a list of strategies")
     if spec is None:
         return []
     if not isinstance(spec, Items):
         raise TypeError(f"strategies is {spec!r}; give a list, e.g. [TopK(steps=8)], or a preset")
     return [item if isinstance(item, Strategy) else strategy(item) for item in spec]
+
+
+def strategy(given: Mapping[str, Any]) -> Strategy:
+    """The strategy of a recipe.
+
+    Args:
+        given: `class_path` below mmdlm.decoding, and `init_args`. A path of an earlier edition is
+            found by the names of file and class.
+
+    Raises:
+        ValueError: it does not name a strategy, or the strategy does not take these arguments.
+    """
+    return recipe.build(given, [PACKAGE], Strategy)
+
+
+def check(tasks: Mapping[str, Mapping[str, Any]], source: Path) -> None:
+    """Raises unless every strategy in a checkpoint's defaults can be built.
+
+    Args:
+        tasks: entries by task, see `mmdlm.blueprint.Blueprint`.
+        source: the checkpoint, for errors.
+
+    Raises:
+        ValueError: the first that cannot, see `strategy`.
+    """
+    for task, entry in tasks.items():
+        for each in entry.get("strategies") or ():
+            try:
+                strategy(each)
+            except ValueError as error:
+                raise ValueError(f"{source}: task {task!r}: {error}") from error
 
 
 def effective(spec: Choice, length: int) -> list[Strategy]:

@@ -1,25 +1,29 @@
-"""Checkpoints in the layouts they were published in: which family reads one, and what it holds."""
+"""Checkpoints in the layouts they were published in: which family or system reads one.
+
+A multimodal one is a `System` of `mmdlm.systems`; any other is a language model alone, a `Family`
+of `mmdlm.backbones`, and becomes a blueprint without encoders.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mmdlm import discover
-from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Family
-from mmdlm.loading.keymap import Place, Report, expand, prefix_of, resolve, shapes
+from mmdlm.blueprint import Blueprint
+from mmdlm.loading.contents import Contents
+from mmdlm.loading.keymap import Table, prefix_of
 from mmdlm.loading.overrides import override
-from mmdlm.loading.shards import Stored
-from mmdlm.model import MultimodalDLM
+from mmdlm.loading.shards import Stored, index, preview, read_json
+from mmdlm.systems.system import System
 from mmdlm.text import Tokenizer
 
-FAMILIES = "mmdlm.backbones"
+FAMILIES, SYSTEMS = "mmdlm.backbones", "mmdlm.systems"
 
 
 def family_of(config: dict[str, Any], names: set[str], name: str | None) -> type[Family]:
@@ -34,13 +38,11 @@ def family_of(config: dict[str, Any], names: set[str], name: str | None) -> type
         ValueError: no family fits, or more than one.
     """
     if config.get("quantization_config"):
-        raise ValueError("quantised checkpoints are not read; take the bfloat16 one")
+        raise ValueError("quantized checkpoints are not read; use the bfloat16 one")
     if name is not None:
         return discover.find(FAMILIES, name, Family)
     known = discover.classes(FAMILIES, Family)
-    fitting = [family for family in known.values() if family.matches(config, names)]
-    # A family that builds on another one is the closer description.
-    fitting = [f for f in fitting if not any(f in other.__mro__[1:] for other in fitting)]
+    fitting = _closest([family for family in known.values() if family.matches(config, names)])
     if len(fitting) == 1:
         return fitting[0]
     supported = ", ".join(discover.names(FAMILIES, Family))
@@ -66,9 +68,36 @@ def family_of(config: dict[str, Any], names: set[str], name: str | None) -> type
     raise ValueError(f"no family fits {seen}. {near}. Supported: {supported}")
 
 
-def _file(family: type[Family]) -> str:
-    """Name of the file a family is in."""
-    return family.__module__.rpartition(".")[2]
+def system_of(config: dict[str, Any], names: set[str], name: str | None) -> type[System] | None:
+    """The system that reads a published checkpoint, None where it is a language model alone.
+
+    Args:
+        config: config.json.
+        names: the checkpoint's tensors.
+        name: system or family asked for; None to find it.
+
+    Raises:
+        ValueError: more than one system fits.
+    """
+    if name is not None:
+        there = name in discover.names(SYSTEMS, System)
+        return discover.find(SYSTEMS, name, System) if there else None
+    known = discover.classes(SYSTEMS, System).values()
+    fitting = _closest([system for system in known if system.matches(config, names)])
+    if len(fitting) > 1:
+        both = " and ".join(map(_file, fitting))
+        raise ValueError(f"systems {both} both fit this config.json; choose with family=")
+    return fitting[0] if fitting else None
+
+
+def _closest(fitting: list[type[Any]]) -> list[type[Any]]:
+    """Those no other one derives from, as the one that does is the closer description."""
+    return [f for f in fitting if not any(f in other.__mro__[1:] for other in fitting)]
+
+
+def _file(kind: type[Any]) -> str:
+    """Name of the file a family or system is in."""
+    return kind.__module__.rpartition(".")[2]
 
 
 def _plain(name: Any) -> str:
@@ -93,39 +122,80 @@ def _nearest(config: dict[str, Any], names: set[str], known: Iterable[type[Famil
     return _file(max(known, key=likeness))
 
 
-def build(
-    folder: Path,
-    config: dict[str, Any],
-    stored: dict[str, Stored],
-    name: str | None,
-    overrides: dict[str, Any],
-) -> tuple[MultimodalDLM, dict[str, Place], Report]:
-    """The model of a published folder on the meta device, and where its tensors go."""
-    family = family_of(config, set(stored), name)
-    # A family that knows no mask id would refuse a config that names none.
-    given = {"mask_token_id": overrides["mask_id"]} if "mask_id" in overrides else {}
-    spec = override(family.read(config | given, set(stored)), overrides)
-    tokenizer = Tokenizer.from_folder(folder)
-    with torch.device("meta"):
-        model = MultimodalDLM(spec, tokenizer=tokenizer)
-    ours = {f"backbone.{name}": shape for name, shape in shapes(model.backbone).items()}
-    keys = {key if to is None else f"backbone.{key}": to for key, to in family.KEYS.items()}
-    places = expand(keys, ours, rows(spec.transformer))
-    unused = {}
-    if spec.transformer.tied and isinstance(head := family.KEYS.get("out.weight"), str):
-        unused[head] = "the head is tied to the embedding, which wins"
-    prefix = prefix_of(stored, str(family.KEYS["embed.weight"]))
-    return model, *resolve(stored, places, keys, prefix, unused)
-
-
-def rows(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    """Lengths of stacked parts that are not equal."""
-    q, kv = config.heads * config.head_width, config.keys_heads * config.head_width
-    return {"attn.qkv.": (q, kv, kv)}
-
-
 def kept(family: str) -> tuple[str, ...]:
     """Ends of backbone names that stay float32; none for a family of no file."""
     if family not in discover.names(FAMILIES, Family):
         return ()
     return discover.find(FAMILIES, family, Family).FLOAT32
+
+
+def read(
+    folder: Path, config: dict[str, Any], name: str | None, overrides: dict[str, Any]
+) -> Contents:
+    """What a published folder holds.
+
+    Args:
+        folder: the checkpoint.
+        config: its config.json.
+        name: family or system asked for; None to find it. A family reads the language model alone.
+        overrides: values that replace those of the spec, see `mmdlm.loading.overrides`.
+
+    Raises:
+        FileNotFoundError: there are no weights.
+        ValueError: no family or system fits, or the checkpoint is not as it was published.
+    """
+    # A family that knows no mask id would refuse a config that names none.
+    given = {"mask_token_id": overrides["mask_id"]} if "mask_id" in overrides else {}
+    system = system_of(config, set(), name) if not _has_weights(folder) else None
+    stored = {} if system is not None and system.WEIGHTS else index(folder)
+    system = system or system_of(config, set(stored), name)
+    if system is None:
+        return _read_family(folder, config, given, stored, name, overrides)
+    stored |= _beside(folder, system, stored)
+    files = {f: read_json(folder / f) for f in system.FILES if (folder / f).is_file()}
+    blueprint = system.read(config | files | given, set(stored))
+    spec = override(blueprint.spec, overrides)
+    blueprint = dataclasses.replace(blueprint, spec=spec, system=_file(system))
+    tables = system.keys(blueprint)
+    return Contents(blueprint, Tokenizer.from_folder(folder), stored, tables)
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether there is a safetensors file or an index in the folder itself."""
+    return any(folder.glob("*.safetensors*"))
+
+
+def _read_family(
+    folder: Path,
+    config: dict[str, Any],
+    given: dict[str, Any],
+    stored: dict[str, Stored],
+    name: str | None,
+    overrides: dict[str, Any],
+) -> Contents:
+    """A text model: its family's spec in a blueprint without encoders."""
+    family = family_of(config, set(stored), name)
+    spec = override(family.read(config | given, set(stored)), overrides)
+    prefix = prefix_of(stored, str(family.KEYS["embed.weight"]))
+    tables: dict[str, Table] = {"backbone": (prefix, family.KEYS)}
+    return Contents(Blueprint(spec), Tokenizer.from_folder(folder), stored, tables, prefix)
+
+
+def _beside(folder: Path, system: type[System], stored: dict[str, Stored]) -> dict[str, Stored]:
+    """The tensors of `System.WEIGHTS`.
+
+    Raises:
+        ValueError: a tensor is in the folder itself as well.
+    """
+    more: dict[str, Stored] = {}
+    for beside in system.WEIGHTS:
+        path = folder / beside.path
+        if not (path.is_file() or _has_weights(path)):
+            continue
+        found = {beside.name(name): tensor for name, tensor in index(path).items()}
+        if twice := sorted(found.keys() & (stored.keys() | more.keys())):
+            raise ValueError(
+                f"{folder}: {preview(twice)} are in {beside.path} and elsewhere too; keep one"
+            )
+        more |= found
+    return more

@@ -1,8 +1,8 @@
 """Weights of 8 or 4 bits: less memory for the same model, at some loss of precision.
 
-The linear layers of the blocks are rounded; embedding, head and norms keep their type, as do
-activations. Without torch.compile the rounded weights are brought back to the activations' type
-in each forward, so this saves memory, not time.
+The linear layers of the blocks are quantized; embedding, head and norms keep their type, as do
+activations. Without torch.compile the quantized weights are converted back to the activations'
+type in each forward, so this saves memory, not time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ GROUP = 32  # weights that share a scale in int4; the smallest, hence most preci
 
 
 def check(kind: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises unless weights can be rounded in this way here; to be asked before they are read.
+    """Raises unless weights can be quantized in this way here; call it before they are read.
 
     Args:
         kind: "int8" or "int4".
@@ -34,7 +34,7 @@ def check(kind: str, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def quantize(module: nn.Module, kind: str) -> None:
-    """Rounds the linear layers inside a module, in place.
+    """Quantizes the linear layers inside a module, in place.
 
     Args:
         module: a block with its weights in place.
@@ -49,19 +49,19 @@ def quantize(module: nn.Module, kind: str) -> None:
     for name, layer in layers.items():
         if kind == "int4" and layer.in_features % GROUP:
             raise ValueError(
-                f"quantize='int4': {name} has {layer.in_features} inputs, no multiple of {GROUP}; "
-                "use int8"
+                f"quantize='int4': {name} has {layer.in_features} inputs, which is not a multiple "
+                f"of {GROUP}; use int8"
             )
         quantize_(layer, _config(kind, layer.weight.device, layer.weight.dtype))
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether any weight of a module is rounded."""
+    """Whether any weight of a module is quantized."""
     return any(type(weight) not in (nn.Parameter, torch.Tensor) for weight in module.parameters())
 
 
 def _config(kind: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """What torchao is asked for."""
+    """The torchao configuration of a kind."""
     try:
         from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
     except ImportError as error:

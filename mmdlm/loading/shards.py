@@ -50,15 +50,19 @@ class Stored:
     start: int = 0
 
 
-def survey(folder: Path) -> dict[str, Stored]:
+def index(folder: Path) -> dict[str, Stored]:
     """Every tensor of a folder's weights by name; only the headers are read.
+
+    Args:
+        folder: holds a single file, or shards with or without an index; or the path of one
+            safetensors file.
 
     Raises:
         FileNotFoundError: no weights, or a shard is missing.
-        ValueError: a file is truncated or no safetensors file, the index names tensors its shards
-            do not hold, or two shards hold the same tensor.
+        ValueError: a file is truncated or not a safetensors file, the index names tensors its
+            shards do not hold, or two shards hold the same tensor.
     """
-    files, listed = _files(folder)
+    files, listed = ([folder], {}) if folder.is_file() else _files(folder)
     stored: dict[str, Stored] = {}
     for file in files:
         held = _header(file)
@@ -72,8 +76,8 @@ def survey(folder: Path) -> dict[str, Stored]:
     absent = [n for n, file in listed.items() if n not in stored or stored[n].file.name != file]
     if absent:
         raise ValueError(
-            f"{folder}: the index names {some(absent)}, which {listed[absent[0]]} does not hold; "
-            "index and shards are of different checkpoints, download the folder again"
+            f"{folder}: the index names {preview(absent)}, which {listed[absent[0]]} does not "
+            "hold; index and shards are of different checkpoints, download the folder again"
         )
     return stored
 
@@ -99,18 +103,18 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
             ]
         elif len(names) > 1:
             raise ValueError(
-                f"{folder} holds {some(names)} and no index; expected {SINGLE}, or shards with "
+                f"{folder} holds {preview(names)} and no index; expected {SINGLE}, or shards with "
                 f"{INDEX}"
             )
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise FileNotFoundError(
-            f"{folder}: {len(missing)} of {len(names)} weight files are missing: {some(missing)}; "
-            "download them"
+            f"{folder}: {len(missing)} of {len(names)} weight files are missing: "
+            f"{preview(missing)}; download them"
         )
     if not names:
         pickled = [f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        hint = f" ({some(pickled)} are pickles, which are not read)" if pickled else ""
+        hint = f" ({preview(pickled)} are pickles, which are not read)" if pickled else ""
         raise FileNotFoundError(f"{folder} holds no *.safetensors{hint}; convert or download them")
     return [folder / name for name in names], listed
 
@@ -122,7 +126,7 @@ def _header(file: Path) -> dict[str, Stored]:
             pass
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{file}: {file.stat().st_size} bytes that are no complete safetensors file "
+            f"{file}: {file.stat().st_size} bytes that are not a valid safetensors file "
             f"({error}); download it again (a git-lfs pointer has about 130 bytes)"
         ) from error
     with file.open("rb") as f:
@@ -147,7 +151,7 @@ def copy(stored: Mapping[str, Stored], targets: Mapping[str, Tensor]) -> None:
             on the meta device are skipped.
 
     Raises:
-        ValueError: a file was changed meanwhile, or a type has no equal in torch.
+        ValueError: a file was changed meanwhile, or torch has no such type.
     """
     real = {name: target for name, target in targets.items() if not target.is_meta}
     pinned = any(target.is_cuda for target in real.values())
@@ -187,6 +191,7 @@ def write(
     sources: Mapping[str, Tensor],
     types: Mapping[str, torch.dtype],
     shard_bytes: float = 5e9,
+    single: str | None = None,
 ) -> None:
     """Writes tensors as one file, or as shards with an index.
 
@@ -195,7 +200,10 @@ def write(
         sources: tensors by name, which may share memory and lie on any device.
         types: type of each in the file.
         shard_bytes: most bytes per file.
+        single: name of the one file to write instead, which leaves other files alone.
     """
+    if single is not None:
+        shard_bytes = float("inf")
     shards: list[list[str]] = [[]]
     filled = total = 0
     for name, source in sources.items():
@@ -207,21 +215,22 @@ def write(
         filled, total = filled + size, total + size
     count = len(shards)
     numbered = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    files = [SINGLE] if count == 1 else numbered
+    files = [single or SINGLE] if count == 1 else numbered
     for file, names in zip(files, shards, strict=True):
         # Copies: parts of one fused tensor share memory, which the format refuses.
         data = {n: sources[n].to("cpu", types[n], copy=True).contiguous() for n in names}
         save_file(data, folder / f"{file}.tmp", metadata={"format": "pt"})
-    for old in [*folder.glob("model-*-of-*.safetensors"), folder / SINGLE, folder / INDEX]:
-        old.unlink(missing_ok=True)
+    old = [*folder.glob("model-*-of-*.safetensors"), folder / SINGLE, folder / INDEX]
+    for file in old if single is None else ():
+        file.unlink(missing_ok=True)
     for file in files:
         # save_file makes files that only their owner can read.
         (folder / f"{file}.tmp").chmod(0o644)
         os.replace(folder / f"{file}.tmp", folder / file)
     if count > 1:
         where = {n: file for file, names in zip(files, shards, strict=True) for n in names}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        write_json(folder / INDEX, index)
+        table = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        write_json(folder / INDEX, table)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -229,18 +238,20 @@ def read_json(file: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no JSON object.
+        ValueError: it is not a JSON object.
     """
     if not file.is_file():
         beside = sorted(f.name for f in file.parent.iterdir()) if file.parent.is_dir() else []
         raise FileNotFoundError(
-            f"{file.parent} holds no {file.name}, only {some(beside) or 'nothing'}; "
+            f"{file.parent} holds no {file.name}, only {preview(beside) or 'nothing'}; "
             "give the folder of a checkpoint"
         )
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON ({error}); download or export it again") from error
+        raise ValueError(
+            f"{file} is not valid JSON ({error}); download or export it again"
+        ) from error
     if not isinstance(value, dict):
         raise ValueError(f"{file} holds a {type(value).__name__}, expected an object")
     return value
@@ -251,7 +262,7 @@ def write_json(file: Path, value: dict[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def some(names: Iterable[str]) -> str:
+def preview(names: Iterable[str]) -> str:
     """The first few of many names."""
     names = list(names)
     more = f", ... {len(names) - 5} more" if len(names) > 5 else ""

@@ -56,6 +56,6 @@ def _download(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise FileNotFoundError(
-            f"{source!r} is no folder here, and the hub did not give it: {error}. Bundled models: "
-            f"{', '.join(bundled()) or 'none'}"
+            f"{source!r} is not a folder here, and the hub did not give it: {error}. Bundled "
+            f"models: {', '.join(bundled()) or 'none'}"
         ) from error

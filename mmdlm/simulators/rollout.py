@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 import mmdlm
-from mmdlm.preset import recipe
+from mmdlm.recipe import recipe
 from mmdlm.simulators import video as films
 from mmdlm.simulators.simulator import Simulator, open_simulator
 from mmdlm.tasks.act import Policy, load_policy

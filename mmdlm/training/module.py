@@ -19,10 +19,10 @@ from encoders.encoder import Encoder
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
 from mmdlm.data.collate import Collated, rows
+from mmdlm.loading.ckpt import ENTRY, entry
 from mmdlm.model import MultimodalDLM
 from mmdlm.objectives.objective import Batch, Losses, Objective
 from mmdlm.text import Tokenizer
-from mmdlm.training.export import ENTRY, blueprint
 
 
 class Module(lightning.LightningModule):
@@ -155,7 +155,7 @@ class Module(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what `mmdlm export` needs to build the model without this module's arguments."""
-        checkpoint[ENTRY] = blueprint(self.model)
+        checkpoint[ENTRY] = entry(self.model)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with warm-up, a plateau and a cosine fall at the end."""

@@ -16,7 +16,7 @@ from mmdlm import discover
 from mmdlm.checkpoint import load, save_published
 from mmdlm.layout import from_tokens
 from mmdlm.loading.published import family_of
-from mmdlm.loading.shards import INDEX, SINGLE, survey
+from mmdlm.loading.shards import INDEX, SINGLE, index
 from mmdlm.model import MultimodalDLM
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
@@ -366,7 +366,7 @@ def test_every_family_is_recognised_by_itself_only(golden: Path) -> None:
     for name, case in CASES.items():
         folder = golden / "backbones" / case.folder
         config = json.loads((folder / "config.json").read_text()) | dict(case.config)
-        names = set(survey(folder))
+        names = set(index(folder))
         fitting = {
             f.__module__.rpartition(".")[2] for f in known.values() if f.matches(config, names)
         }
@@ -386,13 +386,13 @@ def test_every_family_is_recognised_by_itself_only(golden: Path) -> None:
 def test_unknown_checkpoint_is_told_the_nearest_family(
     golden: Path, folder: str, architecture: str, model_type: str, nearest: str
 ) -> None:
-    names = set(survey(golden / "backbones" / folder))
+    names = set(index(golden / "backbones" / folder))
     config = {"architectures": [architecture], "model_type": model_type}
     with pytest.raises(ValueError, match=f"no family fits .*Nearest is '{nearest}'"):
         family_of(config, names, None)
 
 
 def test_checkpoint_without_a_config_that_says_anything_is_refused(golden: Path) -> None:
-    names = set(survey(golden / "backbones" / "dream"))
+    names = set(index(golden / "backbones" / "dream"))
     with pytest.raises(ValueError, match="no family fits architectures None, model_type None"):
         family_of({}, names, None)

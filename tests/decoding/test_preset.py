@@ -62,7 +62,7 @@ def test_unknown_names_are_refused_with_those_known(name: str) -> None:
     ["os.system", "mmdlm.model.MultimodalDLM", "mmdlm.decoding.commits.threshold.Treshol", "x"],
 )
 def test_only_strategies_of_ours_are_built(path: str) -> None:
-    with pytest.raises(ValueError, match="names no strategy of mmdlm.decoding") as error:
+    with pytest.raises(ValueError, match="(is outside|name a class of) mmdlm.decoding") as error:
         preset.strategies([{"class_path": path}])
     if "Treshold" in path:
         assert "did you mean mmdlm.decoding.commits.threshold.Threshold" in str(error.value)

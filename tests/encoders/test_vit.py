@@ -34,7 +34,8 @@ def remap(state: dict[str, torch.Tensor], target: dict[str, torch.Tensor], prefi
         block = parts[2] if parts[1] == "blocks" else ""
         if block:
             parts[2] = "{i}"
-        sources = ViT.KEYS[".".join(parts)]
+        ours = ".".join(parts)
+        sources = ViT.KEYS[f"{ours}[0]" if ours == "vit.pos_embed" else ours]
         sources = (sources,) if isinstance(sources, str) else sources
         found = [state[prefix + source.replace("{i}", block)] for source in sources]
         out[name] = torch.cat(found).reshape(value.shape)

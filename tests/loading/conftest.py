@@ -19,13 +19,13 @@ from adapters.robot import Robot
 from encoders.state import StateEncoder
 from encoders.vit import ViT
 from encoders.whisper import WhisperEncoder
-from mmdlm import preset
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
 from mmdlm.decoding.commits.threshold import Threshold
 from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.loading.shards import INDEX, SINGLE
 from mmdlm.model import MultimodalDLM
+from mmdlm.recipe import recipe
 from mmdlm.text import Tokenizer
 
 STATISTICS = {"q01": [-1.0, 0.0], "q99": [1.0, 2.0], "min": [-2.0, -1.0], "max": [2.0, 3.0]}
@@ -124,7 +124,7 @@ def multimodal() -> Callable[[], MultimodalDLM]:
             "caption": {
                 "prompt": "a b",
                 "length": 8,
-                "strategies": [preset.recipe(Blocks(4)), preset.recipe(Threshold(0.75))],
+                "strategies": [recipe(Blocks(4)), recipe(Threshold(0.75))],
             },
             "act": {"execute": 4},
         }

@@ -23,7 +23,7 @@ def test_truncated_shard_is_named(keep: int, published: Callable[..., Path]) -> 
     folder = published()
     file = folder / "model-00003-of-00003.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"model-00003.*no complete safetensors.*download"):
+    with pytest.raises(ValueError, match=r"model-00003.*not a valid safetensors.*download"):
         load(folder)
 
 
@@ -102,14 +102,14 @@ def test_config_with_fewer_layers_is_noticed(
         load(folder)
 
 
-def test_quantised_tensors_are_refused(
+def test_quantized_tensors_are_refused(
     published: Callable[..., Path], rewrite: Callable[..., Path], configure: Callable[..., Path]
 ) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     folder = rewrite(published("dream"), lambda w: w | {name: w[name].char()})
-    with pytest.raises(ValueError, match=r"up_proj.weight is I8 \(quantised"):
+    with pytest.raises(ValueError, match=r"up_proj.weight is I8 \(quantized"):
         load(folder)
-    with pytest.raises(ValueError, match="quantised checkpoints are not read"):
+    with pytest.raises(ValueError, match="quantized checkpoints are not read"):
         load(configure(folder, quantization_config={"bits": 4}))
 
 
@@ -123,7 +123,7 @@ def test_pickles_are_not_read(golden: Path, tmp_path: Path) -> None:
 def test_config_that_is_missing_or_broken_is_named(published: Callable[..., Path]) -> None:
     folder = published()
     (folder / "config.json").write_text('{"d_model": ')
-    with pytest.raises(ValueError, match="config.json is no JSON"):
+    with pytest.raises(ValueError, match="config.json is not valid JSON"):
         load(folder)
     (folder / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="holds a list, expected an object"):

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmdlm.loading.keymap import expand, prefix_of, resolve
+from mmdlm.backbones.config import TransformerConfig
+from mmdlm.loading.keymap import dropped, expand, locate, prefix_of, resolve
 from mmdlm.loading.shards import Stored
 
 
@@ -47,15 +48,71 @@ def test_table_without_a_name_for_ours_is_refused() -> None:
 def test_known_tensors_of_other_parts_are_dropped_with_the_reason() -> None:
     stored = {n: Stored(Path("f"), (2,), "F32") for n in ("a", "tower.0.w", "m.tower.1.w")}
     places = expand({"ours": "a"}, {"ours": (2,)})
-    _, report = resolve(stored, places, {"ours": "a", "tower.*": None}, "m.")
+    known = dropped({"backbone": ("m.", {"ours": "a", "tower.*": None}), "x": ("", {"t*": None})})
+    assert known == ["m.tower.*", "t*"]
+    report = resolve(stored, places, known)
     assert report.ignored == dict.fromkeys(
-        ("m.tower.1.w", "tower.0.w"), "known, and no part of this model"
+        ("m.tower.1.w", "tower.0.w"), "known, and not part of this model"
     )
+    assert report.held == {name: stored[name] for name in report.ignored}
+    with pytest.raises(ValueError, match="1 tensors are unexpected"):
+        resolve(stored, places, ["m.tower.*"])
     with pytest.raises(ValueError, match="2 tensors are unexpected"):
-        resolve(stored, places, {"ours": "a"}, "m.")
+        resolve(stored, places)
 
 
 def test_prefix_ends_at_a_dot() -> None:
     assert prefix_of(["model.embed", "x"], "model.embed") == ""
     assert prefix_of(["llm.model.embed"], "model.embed") == "llm."
     assert prefix_of(["supermodel.embed"], "model.embed") == ""
+
+
+def test_entries_of_a_tensor_may_have_published_names_of_their_own() -> None:
+    places = expand(
+        {"positions[0]": "table", "queries[1]": "b", "queries[0]": "a"},
+        {
+            "positions": (1, 7, 3),
+            "queries": (2, 5),
+        },
+    )
+    assert {name: (p.ours, p.index, p.shape) for name, p in places.items()} == {
+        "table": ("positions", (0,), (7, 3)),
+        "a": ("queries", (0,), (5,)),
+        "b": ("queries", (1,), (5,)),
+    }
+    with pytest.raises(ValueError, match=r"positions is \[2, 7, 3\], but .* fills \[0\]"):
+        expand({"positions[0]": "table"}, {"positions": (2, 7, 3)})
+
+
+def test_two_numbers_of_a_name_are_kept_apart() -> None:
+    places = expand(
+        {"r.{i}.f.{i}": "m.{i}.ffn.{i}", "b.{i}": "b.{i}.copy.{i}"},
+        {
+            "r.3.f.1": (2,),
+            "b.4": (1,),
+        },
+    )
+    assert list(places) == ["m.3.ffn.1", "b.4.copy.4"]
+
+
+def test_parts_have_prefixes_and_tables_of_their_own() -> None:
+    config = TransformerConfig(width=4, layers=1, heads=2, inner=4, kv_heads=1)
+    ours = {"backbone.attn.qkv.weight": (8, 4), "encoders.image.w": (3,), "adapters.image.w": (5,)}
+    tables = {
+        "backbone": ("llm.", {"attn.qkv.weight": ("q", "k", "v")}),
+        "encoders.image": ("tower.", {"w": "weight"}),
+        "adapters.image": ("", {"w": "weight"}),
+    }
+    places = locate(ours, tables, config)
+    assert {name: (p.ours, p.shape) for name, p in places.items()} == {
+        "llm.q": ("backbone.attn.qkv.weight", (4, 4)),
+        "llm.k": ("backbone.attn.qkv.weight", (2, 4)),
+        "llm.v": ("backbone.attn.qkv.weight", (2, 4)),
+        "tower.weight": ("encoders.image.w", (3,)),
+        "weight": ("adapters.image.w", (5,)),
+    }
+    with pytest.raises(ValueError, match="no table of published names for adapters.image.w"):
+        locate(ours, {name: t for name, t in tables.items() if name != "adapters.image"}, config)
+    same = tables | {"adapters.image": ("tower.", {"w": "weight"})}
+    with pytest.raises(ValueError, match="tower.weight is published for encoders.image.w and"):
+        locate(ours, same, config)

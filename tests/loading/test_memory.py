@@ -109,7 +109,7 @@ def test_loading_needs_little_more_than_the_model(
         f"{seconds:.1f} s, {stored / seconds / 1e9:.2f} GB/s"
     )
     if quantize:
-        # One byte per weight of the blocks, and one block in full while it is rounded.
+        # One byte per weight of the blocks, and one block in full while it is quantized.
         assert peak < 0.8 * size
     else:
         assert peak < 1.2 * (shard + size)

@@ -128,10 +128,13 @@ def test_own_recipes_never_download(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "mmdlm-9"}, "format 'mmdlm-9', expected 'mmdlm-1'"),
+        ({"format": "mmdlm-9"}, "format is 'mmdlm-9', expected 'mmdlm-2'"),
         ({"encoders": ...}, r"lacks \['encoders'\]"),
         ({"spec": {"family": "llada"}}, "TransformerConfig has unknown"),
-        ({"encoders": {"image": {"class_path": "os.system"}}}, "outside encoders and adapters"),
+        (
+            {"encoders": {"image": {"class_path": "os.system"}}},
+            "outside encoders and adapters; a checkpoint may",
+        ),
         ({"encoders": {}}, "every encoder needs an adapter"),
         ({"encoders": {}, "adapters": {}}, "tensors are unexpected"),
     ],

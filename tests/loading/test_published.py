@@ -49,7 +49,8 @@ def test_config_that_fits_two_families_asks(golden: Path, monkeypatch: pytest.Mo
 
     from mmdlm.backbones.llada import LLaDA
 
-    monkeypatch.setattr(discover, "classes", lambda *a: {"A": LLaDA, "B": Other})
+    families = {"A": LLaDA, "B": Other}
+    monkeypatch.setattr(discover, "classes", lambda p, b: families if b is Family else {})
     with pytest.raises(ValueError, match="LLaDA and Other both fit"):
         load(golden / "backbones" / "llada")
 

@@ -17,6 +17,7 @@ from mmdlm.decoding.caches.dual_cache import DualCache
 from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.layout import from_tokens
+from mmdlm.loading import weights
 from mmdlm.loading.quantize import is_quantized
 
 KINDS = ("int8", "int4")
@@ -45,25 +46,25 @@ def linears(model: nn.Module) -> list[nn.Linear]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
-def test_rounded_model_agrees_with_the_full_one(llada: Path, kind: str, dtype: str) -> None:
+def test_quantized_model_agrees_with_the_full_one(llada: Path, kind: str, dtype: str) -> None:
     ids = load_file(llada / "golden.safetensors")["input_ids"]
-    full, rounded = load(llada, dtype=dtype), load(llada, dtype=dtype, quantize=kind)
-    first, second = full.logits(ids), rounded.logits(ids)
+    full, quantized = load(llada, dtype=dtype), load(llada, dtype=dtype, quantize=kind)
+    first, second = full.logits(ids), quantized.logits(ids)
     agreement = (first.argmax(-1) == second.argmax(-1)).float().mean()
     assert agreement >= AGREEMENT[kind]
     assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rounded_layers_are_smaller_and_the_rest_is_untouched(llada: Path, kind: str) -> None:
-    full, rounded = load(llada, dtype="bfloat16"), load(llada, dtype="bfloat16", quantize=kind)
+def test_quantized_layers_are_smaller_and_the_rest_is_untouched(llada: Path, kind: str) -> None:
+    full, quantized = load(llada, dtype="bfloat16"), load(llada, dtype="bfloat16", quantize=kind)
     before = sum(held(layer.weight) for layer in linears(full))
-    after = sum(held(layer.weight) for layer in linears(rounded))
+    after = sum(held(layer.weight) for layer in linears(quantized))
     # Scales and zero points weigh much in rows of 64.
     assert after < {"int8": 0.6, "int4": 0.4}[kind] * before
-    assert is_quantized(rounded)
+    assert is_quantized(quantized)
     assert not is_quantized(full)
-    first, second = full.state_dict(), rounded.state_dict()
+    first, second = full.state_dict(), quantized.state_dict()
     assert first.keys() == second.keys()
     layers = tuple(f".{part}.weight" for part in ("qkv", "o", "gate_up", "down"))
     for name in first:
@@ -73,7 +74,7 @@ def test_rounded_layers_are_smaller_and_the_rest_is_untouched(llada: Path, kind:
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
-def test_reading_a_few_rows_of_a_rounded_model_equals_reading_all(llada: Path, kind: str) -> None:
+def test_reading_a_few_rows_of_a_quantized_model_equals_reading_all(llada: Path, kind: str) -> None:
     model = load(llada, quantize=kind)
     tokens = torch.arange(20).view(2, 10)
     sequence = from_tokens(tokens, None, "full", None)
@@ -85,7 +86,7 @@ def test_reading_a_few_rows_of_a_rounded_model_equals_reading_all(llada: Path, k
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rounded_model_decodes(llada: Path, kind: str) -> None:
+def test_quantized_model_decodes(llada: Path, kind: str) -> None:
     model = load(llada, dtype="bfloat16", quantize=kind)
     prompt = torch.arange(8).view(2, 4)
     tokens = mmdlm.decode(model, prompt, 8, (Blocks(4), TopK(2), DualCache())).tokens
@@ -97,7 +98,7 @@ def test_full_weights_are_there_for_one_block_at_a_time(
     llada: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full: list[int] = []
-    real, built = checkpoint.quantize_block, []
+    real, built = weights.quantize_block, []
 
     def watch(block: nn.Module, kind: str) -> None:
         layers = [layer.weight for layer in linears(built[0])]
@@ -105,19 +106,19 @@ def test_full_weights_are_there_for_one_block_at_a_time(
         full.append(len(real_ones))
         real(block, kind)
 
-    fill = checkpoint._fill
-    monkeypatch.setattr(checkpoint, "quantize_block", watch)
+    fill = checkpoint.fill
+    monkeypatch.setattr(weights, "quantize_block", watch)
     monkeypatch.setattr(
-        checkpoint, "_fill", lambda model, *args: (built.append(model), fill(model, *args))
+        checkpoint, "fill", lambda model, *args: (built.append(model), fill(model, *args))
     )
     load(llada, quantize="int8")
     assert full == [4] * len(built[0].backbone.blocks)
 
 
-def test_rounded_model_is_not_saved(llada: Path, tmp_path: Path) -> None:
+def test_quantized_model_is_not_saved(llada: Path, tmp_path: Path) -> None:
     model = load(llada, quantize="int8")
     for write in (save, save_published):
-        with pytest.raises(ValueError, match="rounded weights are not saved; load .* without"):
+        with pytest.raises(ValueError, match="quantized weights cannot be saved; load .* without"):
             write(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -126,10 +127,10 @@ def test_rounded_model_is_not_saved(llada: Path, tmp_path: Path) -> None:
     ("family", "options", "message"),
     [
         ("llada", {"quantize": "int2"}, "quantize='int2', expected 'int8' or 'int4'"),
-        ("llada2_moe", {"quantize": "int8"}, "the experts of llada2_moe, nearly all"),
+        ("llada2_moe", {"quantize": "int8"}, "nearly all weights of llada2_moe are experts"),
     ],
 )
-def test_rounding_that_cannot_be_done_is_refused(
+def test_quantizing_that_cannot_be_done_is_refused(
     golden: Path, llada: Path, family: str, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -140,7 +141,9 @@ def test_rows_that_are_no_whole_groups_are_refused(
     tmp_path: Path, llada: Path, multimodal: Callable[[], Any]
 ) -> None:
     save(multimodal(), tmp_path)
-    with pytest.raises(ValueError, match=r"qkv has 16 inputs, no multiple of 32; use int8"):
+    with pytest.raises(
+        ValueError, match=r"qkv has 16 inputs, which is not a multiple of 32; use int8"
+    ):
         load(tmp_path, quantize="int4")
     assert is_quantized(load(tmp_path, quantize="int8").backbone)
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmdlm.loading import shards
-from mmdlm.loading.shards import INDEX, SINGLE, copy, survey, write
+from mmdlm.loading.shards import INDEX, SINGLE, copy, index, write
 
 MIXED = {
     "half": torch.randn(3, 5).half(),
@@ -27,8 +27,8 @@ def types(tensors: dict[str, Tensor]) -> dict[str, torch.dtype]:
     return {name: tensor.dtype for name, tensor in tensors.items()}
 
 
-def test_survey_reads_headers(golden: Path) -> None:
-    stored = survey(golden / "backbones" / "llada")
+def test_index_reads_headers(golden: Path) -> None:
+    stored = index(golden / "backbones" / "llada")
     assert stored["model.transformer.wte.weight"].shape == (160, 64)
     assert stored["model.transformer.wte.weight"].dtype == "F32"
     assert len({s.file for s in stored.values()}) == 3
@@ -39,7 +39,7 @@ def test_tensors_of_every_type_come_back_as_they_were(tmp_path: Path, shard_byte
     write(tmp_path, MIXED, types(MIXED), shard_bytes)
     assert (tmp_path / INDEX).exists() == (shard_bytes == 64)
     targets = {name: torch.empty_like(tensor) for name, tensor in MIXED.items()}
-    copy(survey(tmp_path), targets)
+    copy(index(tmp_path), targets)
     for name, tensor in MIXED.items():
         assert torch.equal(targets[name], tensor), name
 
@@ -52,7 +52,7 @@ def test_tensors_are_cast_chunk_by_chunk(
     save_file(MIXED, tmp_path / SINGLE)
     wanted = {name: torch.float64 for name in MIXED} | {"half": torch.bfloat16}
     targets = {n: torch.empty(t.shape, dtype=wanted[n]) for n, t in MIXED.items()}
-    copy(survey(tmp_path), targets)
+    copy(index(tmp_path), targets)
     for name, tensor in MIXED.items():
         assert torch.equal(targets[name], tensor.to(wanted[name])), name
 
@@ -60,20 +60,20 @@ def test_tensors_are_cast_chunk_by_chunk(
 def test_rows_of_a_larger_tensor_are_filled_alone(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2, 3), "b": torch.full((1, 3), 2.0)}, tmp_path / SINGLE)
     fused = torch.zeros(4, 3)
-    copy(survey(tmp_path), {"a": fused[:2], "b": fused[3:]})
+    copy(index(tmp_path), {"a": fused[:2], "b": fused[3:]})
     assert fused[:, 0].tolist() == [1, 1, 0, 2]
 
 
 def test_targets_without_memory_are_skipped(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / SINGLE)
     target = torch.zeros(2)
-    copy(survey(tmp_path), {"a": torch.empty(2, device="meta"), "b": target})
+    copy(index(tmp_path), {"a": torch.empty(2, device="meta"), "b": target})
     assert target.tolist() == [1, 1]
 
 
 def test_file_that_shrinks_while_it_is_read_is_noticed(tmp_path: Path) -> None:
     save_file({"a": torch.ones(100)}, tmp_path / SINGLE)
-    stored = survey(tmp_path)
+    stored = index(tmp_path)
     (tmp_path / SINGLE).write_bytes((tmp_path / SINGLE).read_bytes()[:-4])
     with pytest.raises(ValueError, match=r"model\.safetensors ends early"):
         copy(stored, {"a": torch.empty(100)})
@@ -82,7 +82,7 @@ def test_file_that_shrinks_while_it_is_read_is_noticed(tmp_path: Path) -> None:
 def test_type_that_torch_and_we_do_not_share_is_named(tmp_path: Path) -> None:
     save_file({"a": torch.ones(4).to(torch.float8_e4m3fn)}, tmp_path / SINGLE)
     with pytest.raises(ValueError, match="a is F8_E4M3, expected"):
-        copy(survey(tmp_path), {"a": torch.empty(4)})
+        copy(index(tmp_path), {"a": torch.empty(4)})
 
 
 def test_index_lists_every_tensor_and_the_size(tmp_path: Path) -> None:

@@ -63,5 +63,5 @@ def test_hub_that_cannot_be_reached_is_explained(monkeypatch: pytest.MonkeyPatch
         raise ConnectionError("no route")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    with pytest.raises(FileNotFoundError, match="'nobody/nothing' is no folder.*no route"):
+    with pytest.raises(FileNotFoundError, match="'nobody/nothing' is not a folder.*no route"):
         load("nobody/nothing")

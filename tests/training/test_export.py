@@ -17,11 +17,12 @@ from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
 from mmdlm.checkpoint import save, save_published
 from mmdlm.data.scenes import CAPTION_LENGTH, CAPTION_PROMPT, Scenes
+from mmdlm.export import export
+from mmdlm.loading import ckpt
 from mmdlm.loading.shards import INDEX, SINGLE
 from mmdlm.model import MultimodalDLM
 from mmdlm.text import Tokenizer
 from mmdlm.training.cli import run
-from mmdlm.training.export import blueprint, build, export
 from mmdlm.training.module import Module
 
 STEPS = [{"class_path": "mmdlm.decoding.commits.top_k.TopK", "init_args": {"steps": 4}}]
@@ -143,9 +144,9 @@ def write(path, kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("text", "no checkpoint of mmdlm fit, or it was cut short"),
-        ("empty", "no checkpoint of mmdlm fit, or it was cut short"),
-        ("cut", "no checkpoint of mmdlm fit, or it was cut short"),
+        ("text", "not a checkpoint of mmdlm fit, or it was cut short"),
+        ("empty", "not a checkpoint of mmdlm fit, or it was cut short"),
+        ("cut", "not a checkpoint of mmdlm fit, or it was cut short"),
         ("tensor", "holds no 'mmdlm' entry"),
         ("foreign", "holds no 'mmdlm' entry"),
         ("code", "more than tensors and plain types, which is not read"),
@@ -171,7 +172,9 @@ def test_files_that_are_not_there_are_named(tmp_path):
 
 def test_decoding_that_would_not_load_is_refused(decoding, tmp_path):
     decoding.write_text("caption: {prompts: describe the picture}")
-    with pytest.raises(ValueError, match=r"task 'caption' has \['prompts'\]; expected"):
+    with pytest.raises(
+        ValueError, match=r"decoding.yaml: task 'caption' has \['prompts'\]; expected"
+    ):
         export(tmp_path / "absent.ckpt", tmp_path / "out", decoding=decoding)
 
 
@@ -179,12 +182,32 @@ def test_blueprint_is_plain_and_downloads_nothing():
     config = TransformerConfig(vocab=9, width=16, layers=1, heads=2, inner=16)
     spec = Spec("mmdlm", config, mask_id=2, eos_id=1, pad_id=0)
     model = MultimodalDLM(spec, {"image": ViT.tiny()}, {"image": MLP(32, 16)})
-    plan = json.loads(json.dumps(blueprint(model)))
+    plan = json.loads(json.dumps(ckpt.entry(model)))
     # As if this tower had come with published weights.
-    plan["encoders"]["image"]["init_args"] |= {"name": "vit_tiny_patch16_224", "pretrained": True}
-    again = build(plan)
+    parts = plan["blueprint"]["encoders"]
+    parts["image"]["init_args"] |= {"name": "vit_tiny_patch16_224", "pretrained": True}
+    again = ckpt.from_entry(plan, "x.ckpt")
     assert again.encoders["image"].arguments["pretrained"] is False
     assert again.spec == model.spec
+
+
+def test_checkpoints_of_the_first_edition_are_exported(trained, tmp_path):
+    model, checkpoint = trained
+    model.preset = PRESET
+    saved = torch.load(checkpoint, weights_only=True)
+    plan = saved["mmdlm"].pop("blueprint")
+    parts = {name: plan[name] for name in ("spec", "encoders", "adapters")}
+    saved["mmdlm"] |= {**parts, "robot": None, "preset": PRESET}
+    torch.save(saved, tmp_path / "first.ckpt")
+    again = export(tmp_path / "first.ckpt", tmp_path / "out")
+    assert again.preset == PRESET
+    tokens = torch.tensor([[3, 4, 5, 2, 2]])
+    with torch.no_grad():
+        assert torch.equal(again.logits(tokens), model.logits(tokens))
+    del saved["mmdlm"]["robot"]
+    torch.save(saved, tmp_path / "less.ckpt")
+    with pytest.raises(ValueError, match=r"'mmdlm' entry lacks \['robot'\]"):
+        export(tmp_path / "less.ckpt", tmp_path / "more")
 
 
 # From folder to folder
@@ -272,7 +295,9 @@ def test_card_that_is_given_comes_before_the_source_folders(tmp_path):
 
 def test_model_of_no_family_takes_the_layout_it_is_told(tmp_path):
     save(text_model(template="llada"), tmp_path / "own")
-    with pytest.raises(ValueError, match=r"no published family \('mmdlm'\); give family=, one of"):
+    with pytest.raises(
+        ValueError, match=r"not of a published family \('mmdlm'\); give family=, one of"
+    ):
         export(tmp_path / "own", tmp_path / "out", layout="published")
     export(tmp_path / "own", tmp_path / "out", layout="published", family="llada")
     again = mmdlm.load(tmp_path / "out", device="cpu")
@@ -290,7 +315,7 @@ def test_what_the_published_layout_cannot_hold_is_named(trained, decoding, tmp_p
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="llada holds text models only, this one has encoders"):
         export(checkpoint, out, layout="published", family="llada")
-    with pytest.raises(ValueError, match="published layout has no decoding.yaml"):
+    with pytest.raises(ValueError, match="published layout has no decoding.yaml and no README"):
         export(checkpoint, out, layout="published", decoding=decoding)
     with pytest.raises(ValueError, match="family='llada' has no effect"):
         export(checkpoint, out, family="llada")

@@ -1,0 +1,129 @@
+"""Our own layout of a checkpoint folder.
+
+config.json         format, and the blueprint without the two files below
+model.safetensors   every weight, under backbone., encoders. and adapters.
+tokenizer.json      when the model has a tokenizer
+statistics.json     codecs of other outputs than text: action ids and normalisation of a robot
+decoding.yaml       prompts, lengths and strategies by task, when it has some
+README.md           what it was trained on, and its scores
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmdlm.blueprint import FORMAT, Blueprint, check_tasks
+from mmdlm.loading.contents import Contents
+from mmdlm.loading.overrides import override
+from mmdlm.loading.shards import index, read_json, write_json
+from mmdlm.text import BESIDE, CHAT, Tokenizer
+
+CONFIG, STATISTICS, DECODING, CARD = (
+    "config.json",
+    "statistics.json",
+    "decoding.yaml",
+    "README.md",
+)
+# The first edition's config.json had these entries, and statistics.json was the robot itself.
+FIRST, FIRST_FIELDS = "mmdlm-1", ("spec", "encoders", "adapters")
+# Files a tokenizer is read from, see `mmdlm.text`.
+TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", *BESIDE, CHAT)
+
+
+def read(
+    folder: Path, config: Mapping[str, Any], family: str | None, overrides: Mapping[str, Any]
+) -> Contents:
+    """What a folder in our layout holds.
+
+    Args:
+        folder: the checkpoint.
+        config: its config.json.
+        family: must be None: our layout needs no hint.
+        overrides: values that replace those of the spec, see `mmdlm.loading.overrides`.
+
+    Raises:
+        FileNotFoundError: there are no weights.
+        ValueError: a file is damaged or of another edition, or `family` is given.
+    """
+    if family is not None:
+        raise ValueError(
+            f"family={family!r} has no effect on {folder}, which is in our own layout; leave it out"
+        )
+    blueprint = read_blueprint(folder, config)
+    blueprint = replace(blueprint, spec=override(blueprint.spec, dict(overrides)))
+    return Contents(blueprint, Tokenizer.from_folder(folder), index(folder))
+
+
+def read_blueprint(folder: Path, config: Mapping[str, Any]) -> Blueprint:
+    """The blueprint in config.json, statistics.json and decoding.yaml.
+
+    Raises:
+        ValueError: an entry is unknown, missing or wrong, or a file is damaged.
+    """
+    config = dict(config)
+    file = folder / STATISTICS
+    outputs = read_json(file) if file.exists() else {}
+    if config["format"] == FIRST:
+        config = first_edition(config)
+        outputs = {"actions": outputs} if outputs else {}
+    tasks = read_tasks(folder / DECODING) if (folder / DECODING).exists() else {}
+    return Blueprint.from_dict({**config, "outputs": outputs, "tasks": tasks}, folder / CONFIG)
+
+
+def first_edition(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of the first edition in today's terms."""
+    return {**config, "format": FORMAT, "template": {}, "system": None}
+
+
+def read_tasks(file: Path) -> dict[str, dict[str, Any]]:
+    """The entries of a decoding.yaml by task, in plain types.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not valid YAML, or an entry is wrong, see `mmdlm.blueprint.check_tasks`.
+    """
+    try:
+        tasks = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not valid YAML ({error}); correct it") from error
+    if not isinstance(tasks, dict):
+        raise ValueError(f"{file}: expected an entry per task, found {type(tasks).__name__}")
+    try:
+        check_tasks(tasks)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return tasks
+
+
+def write(folder: Path, blueprint: Blueprint, tokenizer: Tokenizer | None) -> None:
+    """Writes all files but weights and card; those of an earlier model are removed.
+
+    Args:
+        folder: existing folder.
+        blueprint: what `read_blueprint` gives back.
+        tokenizer: None when the model has none.
+    """
+    plain = blueprint.to_dict()
+    outputs, tasks = plain.pop("outputs"), plain.pop("tasks")
+    write_json(folder / CONFIG, plain)
+    for name in (STATISTICS, DECODING):
+        (folder / name).unlink(missing_ok=True)
+    if outputs:
+        write_json(folder / STATISTICS, outputs)
+    if tasks:
+        text = yaml.safe_dump(tasks, sort_keys=False)
+        (folder / DECODING).write_text(text, encoding="utf-8")
+    write_tokenizer(folder, tokenizer)
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer | None) -> None:
+    """Writes a tokenizer in place of any other that is in the folder."""
+    for name in TOKENIZER:
+        (folder / name).unlink(missing_ok=True)
+    if tokenizer is not None:
+        tokenizer.save(folder)

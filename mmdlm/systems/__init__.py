@@ -1,0 +1,1 @@
+"""One published multimodal system per file: its parts, settings and names."""
