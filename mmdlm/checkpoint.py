@@ -7,6 +7,7 @@ the model is built without memory and filled tensor by tensor.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from mmdlm.backbones.linear import pack as pack_weights
 from mmdlm.blueprint import build, describe
 from mmdlm.decoding import preset
 from mmdlm.loading import own, publish, published
+from mmdlm.loading.contents import Contents
 from mmdlm.loading.keymap import tensors
 from mmdlm.loading.overrides import check as check_overrides
+from mmdlm.loading.overrides import override
 from mmdlm.loading.placement import Device, devices, weight_type
 from mmdlm.loading.shards import read_json, write
 from mmdlm.loading.source import find
@@ -73,14 +76,17 @@ def load(
         TypeError: there is no such override.
         ImportError: `quantize` needs torchao.
     """
-    check_overrides(overrides, ("device", "dtype", "family", "quantize", "pack", "compile"))
+    if overrides:
+        check_overrides(overrides, ("device", "dtype", "family", "quantize", "pack", "compile"))
     over = devices(device)
     folder = find(source)
-    config = read_json(folder / "config.json")
-    layout = own if "format" in config else published
-    contents = layout.read(folder, config, family, overrides)
-    preset.check(contents.blueprint.tasks, folder)
-    model = build(contents.blueprint, contents.tokenizer)
+    contents = _read(folder, family, overrides.get("mask_id"))
+    blueprint = contents.blueprint
+    if overrides:
+        blueprint = replace(blueprint, spec=override(blueprint.spec, overrides))
+    if blueprint.tasks:
+        preset.check(blueprint.tasks, folder)
+    model = build(blueprint, contents.tokenizer)
     _check_tokenizer(model, folder)
     places, report = contents.resolve(model)
     kept = published.kept(model.spec.family)
@@ -92,6 +98,14 @@ def load(
     if compile:
         model.compile()
     return model.eval()
+
+
+def _read(folder: Path, family: str | None, mask_id: int | None) -> Contents:
+    """What a folder holds, in whichever layout it is."""
+    config = read_json(folder / "config.json")
+    if "format" in config:
+        return own.read(folder, config, family)
+    return published.read(folder, config, family, mask_id)
 
 
 def _check_tokenizer(model: MultimodalDLM, folder: Path) -> None:

@@ -36,6 +36,10 @@ ARCHITECTURES = {
 class A2D(Family):
     """A diffusion model in its ancestor's layout; with a `block_size`, block-causal (BD3LM)."""
 
+    TYPES: ClassVar[tuple[str, ...]] = (
+        *(name.lower() for name in ARCHITECTURES.values()),
+        *(f"a2d-{kind}" for kind in IDS),
+    )
     KEYS: ClassVar[Keys] = LLAMA_KEYS
     ON_REQUEST: ClassVar[tuple[str, ...]] = tuple(IDS)
 

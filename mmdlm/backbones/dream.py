@@ -24,6 +24,7 @@ LATER = QWEN3 | {"head_dim": None, "block_size": 32}
 class Dream(Family):
     """The Qwen layouts: biases on queries, keys and values at first, later norms instead."""
 
+    TYPES: ClassVar[tuple[str, ...]] = ("dreammodel", "dreamforcausallm", "dream")
     KEYS: ClassVar[Keys] = LLAMA_KEYS
 
     @classmethod

@@ -97,11 +97,14 @@ class Family:
     Attributes:
         KEYS: our names to the published ones.
         FLOAT32: ends of our names that stay float32 whatever the model's type (router biases).
+        TYPES: lower-case architectures and model types by which config.json names the family.
+            Where config.json has one that some family lists, only such families are tried.
         ON_REQUEST: model types that other systems use as well; read only with `family=`.
     """
 
     KEYS: ClassVar[Keys] = {}
     FLOAT32: ClassVar[tuple[str, ...]] = ()
+    TYPES: ClassVar[tuple[str, ...]] = ()
     ON_REQUEST: ClassVar[tuple[str, ...]] = ()
 
     @classmethod

@@ -19,6 +19,7 @@ IDS = Ids(mask=151665, eos=151645, pad=151645)
 class FastDLLMv2(Family):
     """Qwen2's keys; `bd_size` is the block it was trained with."""
 
+    TYPES: ClassVar[tuple[str, ...]] = ("fast_dllm_qwenforcausallm", "fast_dllm_qwen")
     KEYS: ClassVar[Keys] = LLAMA_KEYS
 
     @classmethod

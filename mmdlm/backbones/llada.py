@@ -71,6 +71,7 @@ END_OF_TEXT, END_OF_TURN = 126081, 126348
 class LLaDA(Family):
     """The original layout, `model.transformer.blocks`."""
 
+    TYPES: ClassVar[tuple[str, ...]] = ("lladamodellm", "llada")
     KEYS: ClassVar[Keys] = {
         "embed.weight": "model.transformer.wte.weight",
         "norm.weight": "model.transformer.ln_f.weight",

@@ -51,6 +51,7 @@ IDS = Ids(mask=156895, eos=156892, pad=156892)
 class LLaDA2MoE(Family):
     """Bailing-MoE's layout: fused queries, keys and values, a shared expert, dense layers first."""
 
+    TYPES: ClassVar[tuple[str, ...]] = ("llada2moemodellm", "llada2_moe", "llada21_moe")
     KEYS: ClassVar[Keys] = {
         **LLAMA_KEYS,
         **EXPERT_KEYS,

@@ -53,6 +53,7 @@ EXPERT_KEYS: Keys = {
 class LLaDAMoE(Family):
     """OLMoE's layout; on the hub its model type is that of dense LLaDA."""
 
+    TYPES: ClassVar[tuple[str, ...]] = ("lladamoemodellm", "lladamoe", "llada_moe", "llada")
     KEYS: ClassVar[Keys] = {
         **LLAMA_KEYS,
         **EXPERT_KEYS,

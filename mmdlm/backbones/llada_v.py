@@ -23,6 +23,9 @@ class LLaDAV(Family):
     Unlike LLaDA's own code, this one rotates in the type of the activations.
     """
 
+    TYPES: ClassVar[tuple[str, ...]] = (
+        *("lladamodellm", "llada", "llavalladamodellm", "llava_llada"),
+    )
     KEYS: ClassVar[Keys] = {
         **LLAMA_KEYS,
         "model.vision_tower.*": None,

@@ -10,7 +10,7 @@ Source: Gen-Verse/MMaDA: models/modeling_mmada.py, models/modeling_llada.py, con
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from mmdlm.backbones.family import Spec, architecture, special
 from mmdlm.backbones.llada import END_OF_TEXT, LLaDA
@@ -28,6 +28,8 @@ VOCABULARY = {
 
 class MMaDA(LLaDA):
     """LLaDA's keys and switches; its template puts one newline behind a header instead of two."""
+
+    TYPES: ClassVar[tuple[str, ...]] = ("mmadamodellm", "mmada")
 
     @classmethod
     def matches(cls, config: dict[str, Any], names: set[str]) -> bool:

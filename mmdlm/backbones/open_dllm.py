@@ -19,6 +19,7 @@ IDS = Ids(mask=151665, eos=151643, pad=151643, stops=(151645,))
 class OpenDLLM(Family):
     """Qwen2's keys and config.json, word for word, so it must be asked for by name."""
 
+    TYPES: ClassVar[tuple[str, ...]] = ("qwen2", "qwen2forcausallm")
     KEYS: ClassVar[Keys] = LLAMA_KEYS
     ON_REQUEST: ClassVar[tuple[str, ...]] = ("qwen2",)
 

@@ -20,6 +20,7 @@ IDS = Ids(mask=151669, eos=151643, pad=151643, stops=(151645,))
 class SDAR(Family):
     """Qwen3's keys; the released block size is 4, which some config.json leave out."""
 
+    TYPES: ClassVar[tuple[str, ...]] = ("sdarforcausallm", "sdar")
     KEYS: ClassVar[Keys] = LLAMA_KEYS
 
     @classmethod

@@ -11,7 +11,6 @@ README.md           what it was trained on, and its scores
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import yaml
 
 from mmdlm.blueprint import FORMAT, Blueprint, check_tasks
 from mmdlm.loading.contents import Contents
-from mmdlm.loading.overrides import override
 from mmdlm.loading.shards import index, read_json, write_json
 from mmdlm.text import BESIDE, CHAT, Tokenizer
 
@@ -35,16 +33,13 @@ FIRST, FIRST_FIELDS = "mmdlm-1", ("spec", "encoders", "adapters")
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", *BESIDE, CHAT)
 
 
-def read(
-    folder: Path, config: Mapping[str, Any], family: str | None, overrides: Mapping[str, Any]
-) -> Contents:
+def read(folder: Path, config: Mapping[str, Any], family: str | None) -> Contents:
     """What a folder in our layout holds.
 
     Args:
         folder: the checkpoint.
         config: its config.json.
         family: must be None: our layout needs no hint.
-        overrides: values that replace those of the spec, see `mmdlm.loading.overrides`.
 
     Raises:
         FileNotFoundError: there are no weights.
@@ -54,9 +49,7 @@ def read(
         raise ValueError(
             f"family={family!r} has no effect on {folder}, which is in our own layout; leave it out"
         )
-    blueprint = read_blueprint(folder, config)
-    blueprint = replace(blueprint, spec=override(blueprint.spec, dict(overrides)))
-    return Contents(blueprint, Tokenizer.from_folder(folder), index(folder))
+    return Contents(read_blueprint(folder, config), Tokenizer.from_folder(folder), index(folder))
 
 
 def read_blueprint(folder: Path, config: Mapping[str, Any]) -> Blueprint:

@@ -6,9 +6,9 @@ of `mmdlm.backbones`, and becomes a blueprint without encoders.
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from mmdlm.backbones.family import Family
 from mmdlm.blueprint import Blueprint
 from mmdlm.loading.contents import Contents
 from mmdlm.loading.keymap import Table, prefix_of
-from mmdlm.loading.overrides import override
 from mmdlm.loading.shards import Stored, index, preview, read_json
 from mmdlm.systems.system import System
 from mmdlm.text import Tokenizer
@@ -37,12 +36,10 @@ def family_of(config: dict[str, Any], names: set[str], name: str | None) -> type
     Raises:
         ValueError: no family fits, or more than one.
     """
-    if config.get("quantization_config"):
-        raise ValueError("quantized checkpoints are not read; use the bfloat16 one")
     if name is not None:
         return discover.find(FAMILIES, name, Family)
     known = discover.classes(FAMILIES, Family)
-    fitting = _closest([family for family in known.values() if family.matches(config, names)])
+    fitting = _fitting(known, config, names)
     if len(fitting) == 1:
         return fitting[0]
     supported = ", ".join(discover.names(FAMILIES, Family))
@@ -82,16 +79,26 @@ def system_of(config: dict[str, Any], names: set[str], name: str | None) -> type
     if name is not None:
         there = name in discover.names(SYSTEMS, System)
         return discover.find(SYSTEMS, name, System) if there else None
-    known = discover.classes(SYSTEMS, System).values()
-    fitting = _closest([system for system in known if system.matches(config, names)])
+    fitting = _fitting(discover.classes(SYSTEMS, System), config, names)
     if len(fitting) > 1:
         both = " and ".join(map(_file, fitting))
         raise ValueError(f"systems {both} both fit this config.json; choose with family=")
     return fitting[0] if fitting else None
 
 
-def _closest(fitting: list[type[Any]]) -> list[type[Any]]:
-    """Those no other one derives from, as the one that does is the closer description."""
+def _fitting(
+    known: Mapping[str, type[Any]], config: dict[str, Any], names: set[str]
+) -> list[type[Any]]:
+    """Families or systems that match a checkpoint.
+
+    Where config.json has one of the `TYPES` of some, only those are tried, and those without any.
+    Of two of which one derives from the other, the derived one is the closer description.
+    """
+    named = [*(config.get("architectures") or ()), config.get("model_type")]
+    called = {str(name).lower() for name in named}
+    found = any(called & set(kind.TYPES) for kind in known.values())
+    tried = [k for k in known.values() if not (found and k.TYPES) or called & set(k.TYPES)]
+    fitting = [kind for kind in tried if kind.matches(config, names)]
     return [f for f in fitting if not any(f in other.__mro__[1:] for other in fitting)]
 
 
@@ -130,7 +137,7 @@ def kept(family: str) -> tuple[str, ...]:
 
 
 def read(
-    folder: Path, config: dict[str, Any], name: str | None, overrides: dict[str, Any]
+    folder: Path, config: dict[str, Any], name: str | None, mask_id: int | None = None
 ) -> Contents:
     """What a published folder holds.
 
@@ -138,24 +145,24 @@ def read(
         folder: the checkpoint.
         config: its config.json.
         name: family or system asked for; None to find it. A family reads the language model alone.
-        overrides: values that replace those of the spec, see `mmdlm.loading.overrides`.
+        mask_id: id of the mask token where the config names none.
 
     Raises:
         FileNotFoundError: there are no weights.
         ValueError: no family or system fits, or the checkpoint is not as it was published.
     """
-    # A family that knows no mask id would refuse a config that names none.
-    given = {"mask_token_id": overrides["mask_id"]} if "mask_id" in overrides else {}
+    if config.get("quantization_config"):
+        raise ValueError("quantized checkpoints are not read; use the bfloat16 one")
+    if mask_id is not None:
+        config = config | {"mask_token_id": mask_id}
     system = system_of(config, set(), name) if not _has_weights(folder) else None
     stored = {} if system is not None and system.WEIGHTS else index(folder)
     system = system or system_of(config, set(stored), name)
     if system is None:
-        return _read_family(folder, config, given, stored, name, overrides)
+        return _read_family(folder, config, stored, name)
     stored |= _beside(folder, system, stored)
     files = {f: read_json(folder / f) for f in system.FILES if (folder / f).is_file()}
-    blueprint = system.read(config | files | given, set(stored))
-    spec = override(blueprint.spec, overrides)
-    blueprint = dataclasses.replace(blueprint, spec=spec, system=_file(system))
+    blueprint = replace(system.read(config | files, set(stored)), system=_file(system))
     tables = system.keys(blueprint)
     return Contents(blueprint, Tokenizer.from_folder(folder), stored, tables)
 
@@ -166,19 +173,14 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _read_family(
-    folder: Path,
-    config: dict[str, Any],
-    given: dict[str, Any],
-    stored: dict[str, Stored],
-    name: str | None,
-    overrides: dict[str, Any],
+    folder: Path, config: dict[str, Any], stored: dict[str, Stored], name: str | None
 ) -> Contents:
     """A text model: its family's spec in a blueprint without encoders."""
     family = family_of(config, set(stored), name)
-    spec = override(family.read(config | given, set(stored)), overrides)
+    blueprint = Blueprint(family.read(config, set(stored)))
     prefix = prefix_of(stored, str(family.KEYS["embed.weight"]))
     tables: dict[str, Table] = {"backbone": (prefix, family.KEYS)}
-    return Contents(Blueprint(spec), Tokenizer.from_folder(folder), stored, tables, prefix)
+    return Contents(blueprint, Tokenizer.from_folder(folder), stored, tables, prefix)
 
 
 def _beside(folder: Path, system: type[System], stored: dict[str, Stored]) -> dict[str, Stored]:

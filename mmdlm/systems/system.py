@@ -52,6 +52,8 @@ class System:
     smallest one:
 
         class LaViDa(System):
+            TYPES = ("llava_llada",)
+
             @classmethod
             def matches(cls, config, names):
                 return config.get("model_type") == "llava_llada"
@@ -78,6 +80,8 @@ class System:
                 return LLaDA.write(model.spec) | {"model_type": "llava_llada", ...}
 
     Attributes:
+        TYPES: lower-case architectures and model types by which config.json names the system, see
+            `Family.TYPES`.
         FILES: JSON files beside config.json (or in sub-folders) that `read` needs, where they are
             there. `read` finds the contents in `config[file]`; what `write` returns under such a
             key becomes that file.
@@ -85,6 +89,7 @@ class System:
             may be published in one file as well; written where they belong.
     """
 
+    TYPES: ClassVar[tuple[str, ...]] = ()
     FILES: ClassVar[tuple[str, ...]] = ()
     WEIGHTS: ClassVar[tuple[Beside, ...]] = ()
 

@@ -373,6 +373,18 @@ def test_every_family_is_recognised_by_itself_only(golden: Path) -> None:
         assert fitting == (set() if case.override else {case.family}), name
 
 
+def test_every_family_lists_the_names_it_is_published_under(golden: Path) -> None:
+    known = {
+        f.__module__.rpartition(".")[2]: f for f in discover.classes("mmdlm.backbones").values()
+    }
+    for case in CASES.values():
+        file = golden / "backbones" / case.folder / "config.json"
+        config = json.loads(file.read_text()) | dict(case.config)
+        called = [*(config.get("architectures") or ()), config.get("model_type")]
+        listed = {str(name).lower() for name in called} & set(known[case.family].TYPES)
+        assert listed or case.override or not any(called), case
+
+
 @pytest.mark.parametrize(
     ("folder", "architecture", "model_type", "nearest"),
     [
