@@ -40,7 +40,7 @@ LEVELS = (
 )
 RANK = {unit: rank for rank, units in enumerate(LEVELS) for unit in units}
 # What adapters may import of encoders: contracts, never an encoder.
-CONTRACTS = {"features", "arguments"}
+CONTRACTS = {"features", "arguments", "checks"}
 # What a distribution is called in Python where that is not its own name.
 IMPORT_NAMES = {
     "pillow": "PIL",

@@ -1,0 +1,232 @@
+"""Range checks declared in the annotations of a dataclass.
+
+    @dataclass(frozen=True)
+    class TopK(Checked):
+        steps: PositiveInt | None = None
+        order: Literal["first", "best"] = "best"
+
+    TopK(steps=0)  # ValueError: TopK.steps is 0, expected at least 1
+
+Rules that concern several fields go into `__post_init__`, after `super().__post_init__()`.
+"""
+
+from __future__ import annotations
+
+import functools
+import numbers
+import operator
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+
+@dataclass(frozen=True, repr=False)
+class Constraint:
+    """A comparison with a fixed bound, which NaN never satisfies.
+
+    Attributes:
+        WORDS: the comparison, as errors and `--help` print it.
+        COMPARE: called with the value and the bound.
+    """
+
+    bound: float
+    WORDS: ClassVar[str]
+    COMPARE: ClassVar[Callable[[Any, float], bool]]
+
+    def __call__(self, value: Any) -> bool:
+        """Whether the value satisfies the constraint."""
+        return type(self).COMPARE(value, self.bound)
+
+    def __repr__(self) -> str:
+        """The constraint in words."""
+        return f"{self.WORDS} {self.bound}"
+
+
+class AtLeast(Constraint):
+    """The value is `bound` or more."""
+
+    WORDS, COMPARE = "at least", operator.ge
+
+
+class AtMost(Constraint):
+    """The value is `bound` or less."""
+
+    WORDS, COMPARE = "at most", operator.le
+
+
+class Above(Constraint):
+    """The value is greater than `bound`."""
+
+    WORDS, COMPARE = "above", operator.gt
+
+
+class Below(Constraint):
+    """The value is less than `bound`; `Below(math.inf)` means finite."""
+
+    WORDS, COMPARE = "below", operator.lt
+
+
+class LengthAtLeast(Constraint):
+    """A string or a tuple has `bound` elements or more."""
+
+    WORDS = "a length of at least"
+
+    def __call__(self, value: Any) -> bool:
+        """Whether the value has enough elements."""
+        return len(value) >= self.bound
+
+
+PositiveInt = Annotated[int, AtLeast(1)]
+NonNegativeInt = Annotated[int, AtLeast(0)]
+PositiveFloat = Annotated[float, Above(0)]
+NonNegativeFloat = Annotated[float, AtLeast(0)]
+# A probability or a share.
+UnitFloat = Annotated[float, AtLeast(0), AtMost(1)]
+# A threshold that probabilities are compared with; above 1 no probability reaches it.
+Cutoff = Annotated[float, AtLeast(0), "a probability"]
+
+KINDS = {
+    bool: ("a bool", bool),
+    int: ("an integer", numbers.Integral),
+    float: ("a number", numbers.Real),
+    str: ("a string", str),
+}
+
+
+class Match(NamedTuple):
+    """Result of comparing a value with an annotation.
+
+    Args:
+        value: the value; a list became a tuple where the annotation is a tuple.
+        expected: what the annotation expects, in words; empty if the value satisfies it.
+        error: what to raise if it does not.
+    """
+
+    value: Any
+    expected: str = ""
+    error: type[Exception] = ValueError
+
+
+class Checked:
+    """Mixin for dataclasses, frozen or not, whose annotations are checked on construction."""
+
+    def __post_init__(self) -> None:
+        """Checks every field with `check`."""
+        check(self)
+
+
+def check(instance: Any) -> None:
+    """Compares each field of a dataclass instance with its annotation.
+
+    Checked are bool, int, float and str, `Literal`, `Annotated` with the constraints of this
+    module, unions of these (also with None) and tuples of these. Other annotations accept any
+    value. A list is replaced by a tuple where the annotation is a tuple, since YAML has only
+    lists. A string in `Annotated` names the quantity in the error ("a probability").
+
+    Args:
+        instance: the dataclass instance; replaced lists are written to it even if it is frozen.
+    Raises:
+        ValueError: a value violates a constraint or is not one of the literals.
+        TypeError: a value has another type, or an annotation cannot be evaluated at run time.
+    """
+    cls = type(instance)
+    for name, hint in _annotations(cls).items():
+        value = getattr(instance, name)
+        match = _match(hint, value)
+        if match.expected:
+            raise match.error(f"{cls.__name__}.{name} is {value!r}, expected {match.expected}")
+        if match.value is not value:
+            object.__setattr__(instance, name, match.value)
+
+
+@functools.cache
+def _annotations(cls: type) -> dict[str, Any]:
+    """Evaluated annotation of each field that the constructor takes."""
+    try:
+        hints = get_type_hints(cls, include_extras=True)
+    except NameError as error:
+        raise TypeError(
+            f"annotations of {cls.__qualname__} cannot be evaluated: {error}; import the name "
+            "outside of TYPE_CHECKING"
+        ) from error
+    return {field.name: hints[field.name] for field in fields(cls) if field.init}
+
+
+def _match(hint: Any, value: Any) -> Match:
+    """Compares a value with an evaluated annotation."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return _match_union(get_args(hint), value)
+    if origin is Annotated:
+        return _match_constraints(hint.__origin__, hint.__metadata__, value)
+    if origin is Literal:
+        known = get_args(hint)
+        words = " or ".join(map(repr, known)) if len(known) < 3 else f"one of {_listed(known)}"
+        return Match(value) if value in known else Match(value, words)
+    if origin is tuple:
+        return _match_tuple(get_args(hint), value)
+    if hint in KINDS:
+        words, kind = KINDS[hint]
+        fits = isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
+        return Match(value) if fits else Match(value, words, TypeError)
+    return Match(value)
+
+
+def _match_union(options: tuple[Any, ...], value: Any) -> Match:
+    """Succeeds if one option does; otherwise reports what all of them expect."""
+    if value is None and types.NoneType in options:
+        return Match(value)
+    misses = []
+    for option in options:
+        if option is not types.NoneType:
+            match = _match(option, value)
+            if not match.expected:
+                return match
+            misses.append(match)
+    error = TypeError if all(miss.error is TypeError for miss in misses) else ValueError
+    return Match(value, " or ".join(miss.expected for miss in misses), error)
+
+
+def _match_constraints(base: Any, metadata: tuple[Any, ...], value: Any) -> Match:
+    """Compares with the type first, then with every constraint."""
+    constraints = [item for item in metadata if isinstance(item, Constraint)]
+    quantity = [item for item in metadata if isinstance(item, str)]
+    match = _match(base, value)
+    words = " and ".join(map(repr, constraints))
+    if match.expected:
+        return match._replace(expected=", ".join([*(quantity or [match.expected]), words]))
+    if all(constraint(match.value) for constraint in constraints):
+        return match
+    return Match(value, ", ".join([*quantity, words]))
+
+
+def _match_tuple(hints: tuple[Any, ...], value: Any) -> Match:
+    """Compares each element; a fixed number of elements where there is no ellipsis."""
+    if not isinstance(value, list | tuple):
+        return Match(value, "a list", TypeError)
+    is_open = hints[-1:] == (...,)
+    each = hints[:1] * len(value) if is_open else hints
+    if len(each) != len(value):
+        return Match(value, f"{len(each)} values")
+    matches = [_match(hint, element) for hint, element in zip(each, value, strict=True)]
+    misses = [match for match in matches if match.expected]
+    if misses:
+        return Match(value, f"a list, each {misses[0].expected}", misses[0].error)
+    result = tuple(match.value for match in matches)
+    return Match(value if isinstance(value, tuple) and result == value else result)
+
+
+def _listed(known: tuple[Any, ...]) -> str:
+    """The literals, separated by commas."""
+    return ", ".join(map(repr, known))
