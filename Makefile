@@ -91,7 +91,7 @@ test-gpu: setup ## Tests that need a CUDA device
 	@$(PYTEST) -q -m gpu
 
 bench: setup ## Measure decoding speed on this machine
-	@$(VENV)/bin/mmdlm bench
+	@$(PY) -m tests.speed decode
 
 clean: ## Remove .venv, caches and what the demo wrote
 	@rm -rf .venv .venv-newest build dist demo_out .pytest_cache .ruff_cache .hypothesis

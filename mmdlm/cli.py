@@ -67,22 +67,11 @@ COMMANDS = {
     "test": Command(TRAINING, "Lightning's test loop", TRAIN),
     "predict": Command(TRAINING, "Lightning's predict loop", TRAIN),
     "bench": Command("mmdlm.benchmarks.scores:bench", "quality and speed", TRAIN, ("what",)),
-    "bench decode": Command(
-        "mmdlm.benchmarks.bench:decode", "our decode against the published samplers' way", TRAIN
-    ),
-    "bench action": Command("mmdlm.benchmarks.bench:action", "latency of action chunks", TRAIN),
-    "bench encode": Command("mmdlm.benchmarks.bench:encode", "time of encoders", TRAIN),
-    "bench roofline": Command(
-        "mmdlm.benchmarks.bench:roofline", "least time possible, and how near we are", TRAIN
-    ),
     "bench presets": Command(
         "mmdlm.benchmarks.tradeoff:bench_presets",
         "accuracy against forwards of every decoding preset",
         TRAIN,
         ("presets",),
-    ),
-    "bench compare": Command(
-        "mmdlm.benchmarks.bench:compare", "two files of timings", TRAIN, ("first", "second")
     ),
     "export": Command(
         "export:export",

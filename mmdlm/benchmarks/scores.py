@@ -125,7 +125,7 @@ def bench(
     out: Path | None = None,
     device: str = "cpu",
 ) -> int:
-    """Measures a model and prints a table; with decode, action, ... the speed of decoding alone.
+    """Measure the quality and the speed of a model and print a table.
 
     mmdlm bench captions --model tiny --decoding preset,plain
     mmdlm bench all --model tiny --twin my-twin --out scores.jsonl
@@ -137,16 +137,9 @@ def bench(
     the race against an autoregressive twin, for all of these. all: everything this model and
     installation can do.
 
-    Speed without a checkpoint, on the sizes of published models with drawn weights, has commands of
-    its own, each with its --help:
-
-    mmdlm bench decode    our decode against the published samplers' way, tokens checked
-    mmdlm bench action    the same for chunks of robot actions, with latencies
-    mmdlm bench encode    encoders
-    mmdlm bench roofline  the least time possible here, and the share of it that is reached
-    mmdlm bench compare   two files of such timings, before and after a change
-
-    And mmdlm bench presets compares the decoding presets: accuracy against forwards.
+    mmdlm bench presets compares the decoding presets: accuracy against forwards. The speed of
+    decoding on sizes of published models, without a checkpoint, is measured in a clone of the
+    repository: python -m tests.speed --help.
 
     Args:
         what: what to measure.

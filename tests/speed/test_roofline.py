@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from mmdlm.backbones.moe import MoEConfig
-from mmdlm.benchmarks import roofline
-from mmdlm.benchmarks.roofline import H200, Cost, Rates, floor, forward, forwards
-from mmdlm.benchmarks.shapes import DREAM_7B, LLADA_8B, SHAPES, Shape, synthetic
+from tests.speed import roofline
+from tests.speed.roofline import H200, Cost, Rates, floor, forward, forwards
+from tests.speed.shapes import DREAM_7B, LLADA_8B, SHAPES, Shape, synthetic
 
 CANVAS, BLOCK = 64, 32
 # Prompt; full pass, full pass with all rows through the head, prefix step, dual step and prefill

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from mmdlm.benchmarks.decode_speed import Record, ratios, spread
+from tests.speed.decode_speed import Record, ratios, spread
 
 WHAT = ("shape", "mode", "system")
 
@@ -21,7 +21,7 @@ def read(path: Path) -> list[Record]:
         ValueError: a line is no record, or none counts.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; make one with mmdlm bench decode --json")
+        raise FileNotFoundError(f"{path}: no such file; make one with decode --json")
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -29,7 +29,7 @@ def read(path: Path) -> list[Record]:
             counts = not record["warmup"] and record["seconds"] and all(record[k] for k in WHAT)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path}, line {number}: no record of mmdlm bench decode, action or encode: {error}"
+                f"{path}, line {number}: not a record of python -m tests.speed: {error}"
             ) from error
         records += [record] if counts else []
     if not records:

@@ -1,15 +1,18 @@
 """The speed commands, with workers in this process to be quick."""
 
 import json
+import re
+import shlex
 from functools import partial
+from pathlib import Path
 
 import pytest
 
-from mmdlm.benchmarks import decode_speed, encode_speed, floors, roofline, systems
-from mmdlm.benchmarks.shapes import SHAPES, Shape
-from mmdlm.benchmarks.systems import Answer, runner
-from mmdlm.benchmarks.worker import Desk
-from mmdlm.cli import main
+from tests.speed import decode_speed, encode_speed, floors, roofline, shapes, systems
+from tests.speed.__main__ import main, parser
+from tests.speed.shapes import SHAPES, Shape
+from tests.speed.systems import Answer, runner
+from tests.speed.worker import Desk
 
 TINY = SHAPES["tiny"]
 
@@ -36,13 +39,11 @@ def inline(monkeypatch):
 def test_action_tells_latencies(inline, monkeypatch, tmp_path, capsys):
     small = Shape("act8-1", TINY.transformer, (8,), 8, 8, 1, limited=True)
     monkeypatch.setitem(SHAPES, "act8-1", small)
-    monkeypatch.setattr("mmdlm.benchmarks.shapes.ACTIONS", {"act8-1": small})
     out = tmp_path / "a.jsonl"
-    assert main(["bench", "action", "--shape", "act8", "--mode", "none", "--json", str(out)]) == 0
+    assert main(["decode", "--shape", "act8", "--mode", "none", "--json", str(out)]) == 0
     said = capsys.readouterr().out
     assert "p95 ms" in said
     last = json.loads(out.read_text().splitlines()[-1])
-    assert last["kind"] == "action"
     assert last["gate"] is True
     assert last["actions_per_s"] == pytest.approx(8 * last["queries_per_s"])
     assert last["actions_per_s"] == pytest.approx(8 / last["seconds"])
@@ -53,19 +54,19 @@ def test_roofline_tells_floor_and_share(inline, monkeypatch, tmp_path, capsys):
     quick = partial(roofline.rates, seconds=0.1)
     monkeypatch.setattr(roofline, "rates", quick)
     args = ["--shape", "tiny", "--mode", "dual", "--rounds", "1", "--json", str(out)]
-    assert main(["bench", "roofline", *args]) == 0
+    assert main(["roofline", *args]) == 0
     last = json.loads(out.read_text().splitlines()[-1])
     assert 0 < last["reached"] < 1.5
     assert last["floor_ms"] == pytest.approx(1e3 * last["reached"] * last["seconds"])
     assert last["copy"] > 1e8
     assert "GFLOP/s" in capsys.readouterr().out
-    assert main(["bench", "roofline", "--shape", "llada8b-499", "--rates", "h200"]) == 0
+    assert main(["roofline", "--shape", "llada8b-499", "--rates", "h200"]) == 0
     assert "163." in capsys.readouterr().out
 
 
 def test_encode_counts_tokens(inline, tmp_path, capsys):
     out = tmp_path / "e.jsonl"
-    assert main(["bench", "encode", "--shape", "vit-64x1", "--json", str(out)]) == 0
+    assert main(["encode", "--shape", "vit-64x1", "--json", str(out)]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["warmup"] for row in rows] == [True, False, False, False]
     assert {row["new_tokens"] for row in rows} == {64}
@@ -78,26 +79,34 @@ def test_a_speed_with_other_tokens_or_more_forwards_does_not_count(inline, monke
         return run if system == "plain" else lambda: Answer([[7] * 32], 8)
 
     monkeypatch.setattr(systems, "runner", wrong)
-    assert main(["bench", "decode", "--shape", "tiny", "--mode", "none", "--rounds", "1"]) == 1
+    assert main(["decode", "--shape", "tiny", "--mode", "none", "--rounds", "1"]) == 1
     said = capsys.readouterr().out
     assert "gate:" in said
     assert "do not count" in said
 
 
-def test_help_names_the_speed_commands(capsys):
+def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit):
-        main(["bench", "--help"])
-    said = capsys.readouterr().out
-    for name in ("decode", "action", "encode", "roofline", "compare"):
-        assert f"mmdlm bench {name} " in said
-    assert "--twin" in said  # the scores are still there
+        main(["--help"])
+    printed = capsys.readouterr().out
+    for name in ("decode", "encode", "roofline", "compare"):
+        assert f"    {name} " in printed
+
+
+def test_commands_of_the_readme_are_valid():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"python -m tests\.speed (\w+ [^`#\n]+)", readme)
+    assert len(commands) >= 3
+    for command in commands:
+        given = parser().parse_args(shlex.split(command))
+        assert shapes.find(given.shape)
+        assert systems.check_modes(given.mode)
 
 
 @pytest.mark.parametrize(
     ("args", "told"),
     [
         (["decode", "--shape", "tinny"], "did you mean tiny? known: tiny, cap256, cap768"),
-        (["action", "--shape", "cap256"], "no shape 'cap256'"),
         (["encode", "--shape", "whisper"], "known: vit-64x1, siglip-384x5, whisper-s-30s"),
         (["decode", "--mode", "triple"], "no mode 'triple'; known: none, prefix, dual, prefix-lm"),
         (["decode", "--rounds", "0"], "rounds is 0, expected at least 1"),
@@ -106,5 +115,5 @@ def test_help_names_the_speed_commands(capsys):
     ],
 )
 def test_wrong_options_are_told_at_once(args, told, capsys):
-    assert main(["bench", *args]) == 2
+    assert main(args) == 2
     assert told in capsys.readouterr().err

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from mmdlm.backbones.config import TransformerConfig
-from mmdlm.benchmarks.shapes import ACTION_IDS, Shape
+from tests.speed.shapes import ACTION_IDS, Shape
 
 
 @dataclass(frozen=True)

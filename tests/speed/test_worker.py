@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from mmdlm.benchmarks.worker import Worker, measured
+from tests.speed.worker import Worker, measured
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

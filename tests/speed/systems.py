@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from mmdlm.benchmarks import plain
-from mmdlm.benchmarks.shapes import Shape, padded, prompts
 from mmdlm.decoding.caches.dual_cache import DualCache
 from mmdlm.decoding.caches.prefix_cache import PrefixCache
 from mmdlm.decoding.caches.prefix_lm import PrefixLM
@@ -19,6 +17,8 @@ from mmdlm.decoding.decode import decode
 from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.model import MultimodalDLM
+from tests.speed import plain
+from tests.speed.shapes import Shape, padded, prompts
 
 OURS, PLAIN = "mmdlm", "plain"
 APPROXIMATE = {"prompt-once": "prefix"}

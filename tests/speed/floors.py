@@ -9,11 +9,11 @@ from statistics import median
 import torch
 from rich.table import Table
 
-from mmdlm.benchmarks.decode_speed import Record, Setting, race, timed
-from mmdlm.benchmarks.roofline import H200, Rates, floor
-from mmdlm.benchmarks.shapes import Shape
-from mmdlm.benchmarks.systems import OURS
-from mmdlm.benchmarks.worker import Worker
+from tests.speed.decode_speed import Record, Setting, race, timed
+from tests.speed.roofline import H200, Rates, floor
+from tests.speed.shapes import Shape
+from tests.speed.systems import OURS
+from tests.speed.worker import Worker
 
 
 def known(shapes: Items[Shape], modes: Items[str]) -> Table:

@@ -5,21 +5,21 @@ from contextlib import redirect_stdout
 
 import pytest
 
-from mmdlm.benchmarks import decode_speed
-from mmdlm.benchmarks.decode_speed import Setting, race, ratios, spread, timed
-from mmdlm.benchmarks.shapes import SHAPES, Shape, synthetic
-from mmdlm.benchmarks.systems import Answer, agreement, passes, runner, strategies
-from mmdlm.cli import main
+from tests.speed import decode_speed
+from tests.speed.__main__ import main
+from tests.speed.decode_speed import Setting, race, ratios, spread, timed
+from tests.speed.shapes import SHAPES, Shape, synthetic
+from tests.speed.systems import Answer, agreement, passes, runner, strategies
 
 TINY = SHAPES["tiny"]
 
 
 @pytest.fixture(scope="module")
 def raced(tmp_path_factory):
-    """`mmdlm bench decode --shape tiny` with all modes: its file, status and what it printed."""
+    """`decode --shape tiny` with all modes: its file, status and what it printed."""
     out = tmp_path_factory.mktemp("speed") / "new" / "a.jsonl"
     modes = "none,prefix,dual,prefix-lm,prompt-once"
-    args = ["bench", "decode", "--shape", "tiny", "--mode", modes, "--rounds", "2"]
+    args = ["decode", "--shape", "tiny", "--mode", modes, "--rounds", "2"]
     with redirect_stdout(io.StringIO()) as said:
         status = main([*args, "--json", str(out)])
     return out, status, said.getvalue()
@@ -87,7 +87,7 @@ def test_compare_pairs_shape_mode_and_round(records, tmp_path, capsys):
     a, b = (
         decode_speed.write(tmp_path / name, rows) for name, rows in (("a", records), ("b", half))
     )
-    assert main(["bench", "compare", str(a), str(b)]) == 0
+    assert main(["compare", str(a), str(b)]) == 0
     said = capsys.readouterr().out
     assert "2.00x" in said
     assert "1.00x" in said
@@ -99,7 +99,7 @@ def test_compare_of_two_systems_in_files_of_their_own(records, tmp_path, capsys)
     for system in ("plain", "mmdlm"):
         mine = [r for r in records if r["system"] == system]
         files.append(str(decode_speed.write(tmp_path / system, mine)))
-    assert main(["bench", "compare", *files]) == 0
+    assert main(["compare", *files]) == 0
     assert "plain > mmdlm" in capsys.readouterr().out
 
 
@@ -107,15 +107,15 @@ def test_compare_refuses_what_does_not_fit(records, tmp_path, capsys):
     a = decode_speed.write(tmp_path / "a", records)
     other = [r | {"shape": "else"} for r in records]
     b = decode_speed.write(tmp_path / "b", other)
-    assert main(["bench", "compare", str(a), str(b)]) == 2
+    assert main(["compare", str(a), str(b)]) == 2
     assert "share no shape, mode and system" in capsys.readouterr().err
     (tmp_path / "c").write_text("{}\n")
-    assert main(["bench", "compare", str(a), str(tmp_path / "c")]) == 2
-    assert "c, line 1: no record" in capsys.readouterr().err
+    assert main(["compare", str(a), str(tmp_path / "c")]) == 2
+    assert "c, line 1: not a record" in capsys.readouterr().err
     warm = decode_speed.write(tmp_path / "d", [r for r in records if r["warmup"]])
-    assert main(["bench", "compare", str(warm), str(a)]) == 2
+    assert main(["compare", str(warm), str(a)]) == 2
     assert "warm-ups do not count" in capsys.readouterr().err
-    assert main(["bench", "compare", str(a), "nowhere.jsonl"]) == 2
+    assert main(["compare", str(a), "nowhere.jsonl"]) == 2
     assert "nowhere.jsonl: no such file" in capsys.readouterr().err
 
 

@@ -10,11 +10,11 @@ from statistics import median
 from rich.table import Table
 
 import mmdlm
-from mmdlm.benchmarks.decode_speed import Record, Setting
-from mmdlm.benchmarks.encoder_shapes import ENCODERS, EncoderShape
 from mmdlm.benchmarks.report import machine
-from mmdlm.benchmarks.systems import OURS
-from mmdlm.benchmarks.worker import Worker
+from tests.speed.decode_speed import Record, Setting
+from tests.speed.encoder_shapes import ENCODERS, EncoderShape
+from tests.speed.systems import OURS
+from tests.speed.worker import Worker
 
 
 def time_encoders(

@@ -1,4 +1,4 @@
-"""A process that runs one system and stays alive: `python -m mmdlm.benchmarks.worker`.
+"""A process that runs one system and stays alive: `python -m tests.speed.worker`.
 
 It reads one JSON request per line from its input and answers each with one line. Systems measured
 in processes of their own share neither an allocator nor its warm memory.
@@ -40,7 +40,7 @@ class Worker:
         count = {key: str(threads) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         self.errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "mmdlm.benchmarks.worker"],
+            [sys.executable, "-m", "tests.speed.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -173,8 +173,8 @@ class Desk:
         compiled: bool = False,
     ) -> dict[str, Any]:
         """One timed decode."""
-        from mmdlm.benchmarks.shapes import find, synthetic
-        from mmdlm.benchmarks.systems import OURS, runner
+        from tests.speed.shapes import find, synthetic
+        from tests.speed.systems import OURS, runner
 
         what = find([shape])[0]
         key = (what.transformer, seed, device, dtype, compiled)
@@ -194,7 +194,7 @@ class Desk:
 
     def encode(self, shape: str, device: str, dtype: str, seed: int) -> dict[str, Any]:
         """One timed pass of an encoder."""
-        from mmdlm.benchmarks.encoder_shapes import ENCODERS
+        from tests.speed.encoder_shapes import ENCODERS
 
         key, begin = (shape, seed, device, dtype), time.perf_counter()
         if self.kept[0] != key:
@@ -206,7 +206,7 @@ class Desk:
 
     def rates(self, device: str, dtype: str) -> dict[str, Any]:
         """What the device can do."""
-        from mmdlm.benchmarks.roofline import rates
+        from tests.speed.roofline import rates
 
         return vars(rates(device, getattr(torch, dtype)))
 

@@ -5,8 +5,6 @@ import torch
 
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.moe import MoEConfig
-from mmdlm.benchmarks.plain import MODES, Plain, Schedule
-from mmdlm.benchmarks.shapes import synthetic
 from mmdlm.decoding.caches.dual_cache import DualCache
 from mmdlm.decoding.caches.prefix_cache import PrefixCache
 from mmdlm.decoding.caches.prefix_lm import PrefixLM
@@ -14,6 +12,8 @@ from mmdlm.decoding.commits.threshold import Threshold
 from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.decode import decode
 from mmdlm.decoding.plans.blocks import Blocks
+from tests.speed.plain import MODES, Plain, Schedule
+from tests.speed.shapes import synthetic
 
 OURS = {"none": [], "prefix": [PrefixCache()], "dual": [DualCache()], "prefix-lm": [PrefixLM()]}
 CONFIGS = {

@@ -17,8 +17,8 @@ from torch import Tensor
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
 from mmdlm.backbones.linear import pack
-from mmdlm.benchmarks.plain import Schedule
 from mmdlm.model import MultimodalDLM
+from tests.speed.plain import Schedule
 
 ACTION_IDS = 256
 CHUNK = 8
@@ -124,31 +124,26 @@ def _actions() -> Items[Shape]:
     return shapes
 
 
-DECODES = {shape.name: shape for shape in _decodes()}
-ACTIONS = {shape.name: shape for shape in _actions()}
-SHAPES = DECODES | ACTIONS
+SHAPES = {shape.name: shape for shape in (*_decodes(), *_actions())}
 
 
-def find(names: Items[str], known: dict[str, Shape] | None = None) -> list[Shape]:
-    """Shapes by name; a name with variants, such as act178, stands for all of them.
+def find(names: Items[str]) -> list[Shape]:
+    """Shapes by name; a name with variants, such as act178, selects all of them.
 
-    Args:
-        names: as typed.
-        known: what to choose from; None for all.
     Raises:
         ValueError: there is no such shape.
     """
-    known = SHAPES if known is None else known
     found: dict[str, Shape] = {}
     for name in names:
-        variants = [n for n in known if n == name] or [n for n in known if n.startswith(f"{name}-")]
+        variants = [n for n in SHAPES if n.startswith(f"{name}-")]
+        variants = [name] if name in SHAPES else variants
         if not variants:
-            near = difflib.get_close_matches(name, known, 2, 0.6)
+            near = difflib.get_close_matches(name, SHAPES, 2, 0.6)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise ValueError(f"there is no shape {name!r}; {hint}known: {', '.join(known)}")
-        found |= {variant: known[variant] for variant in variants}
+            raise ValueError(f"there is no shape {name!r}; {hint}known: {', '.join(SHAPES)}")
+        found |= {variant: SHAPES[variant] for variant in variants}
     if not found:
-        raise ValueError(f"no shape is named; known: {', '.join(known)}")
+        raise ValueError(f"no shape is named; known: {', '.join(SHAPES)}")
     return list(found.values())
 
 

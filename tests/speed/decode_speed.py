@@ -15,10 +15,10 @@ from rich.table import Table
 
 import mmdlm
 from mmdlm.benchmarks.report import machine
-from mmdlm.benchmarks.shapes import CHUNK, Shape
-from mmdlm.benchmarks.systems import APPROXIMATE, MODES, OURS, PLAIN, Answer, agreement, passes
-from mmdlm.benchmarks.worker import Worker
 from mmdlm.loading.placement import devices
+from tests.speed.shapes import CHUNK, Shape
+from tests.speed.systems import APPROXIMATE, MODES, OURS, PLAIN, Answer, agreement, passes
+from tests.speed.worker import Worker
 
 Record = dict[str, Any]
 SYSTEMS = (PLAIN, OURS)

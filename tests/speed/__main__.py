@@ -1,0 +1,183 @@
+"""Command line of the speed laboratory: `python -m tests.speed COMMAND`, at the repository root."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence as Items
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mmdlm.benchmarks.report import machine, terminal
+from tests.speed import compare, decode_speed, encode_speed, encoder_shapes, floors, shapes, systems
+from tests.speed.decode_speed import Record, Setting
+
+DECODE = """Time our decode against the published samplers' way, with equal weights and prompts.
+
+  python -m tests.speed decode --shape tiny                    half a minute, to try it
+  python -m tests.speed decode --shape cap256,cap256v126 --mode none,dual,prefix-lm
+
+Each runs in a separate process, in alternating rounds, with weights drawn from a seed and no
+checkpoint. "CPU time 2.00x, 1.90-2.10": in the median round the plain sampler took twice the
+processor time, 1.9 to 2.1 times over all rounds. On a shared machine, trust CPU time. A speed
+counts only if the tokens are equal and the forwards not more. Otherwise the last column reads
+"gate: false" and the exit status is 1.
+
+Modes: none recomputes everything in every step; prefix and dual are Fast-dLLM's caches; prefix-lm
+has a prompt that does not attend to the answer; prompt-once is prefix without recomputing the
+prompt, so the share of equal tokens is reported instead of the gate.
+
+Shapes: tiny, cap256 (a caption, small image), cap768 (one full image), cap256v126 (LLaDA's
+vocabulary), thr256 (threshold), bat4 and bat4r (four rows; the plain sampler decodes them one by
+one). Chunks of 8 robot actions, 56 tokens, with the latency of a query: act178 (two images of 64
+tokens and 50 of text) and act562 (256 tokens per image); -1 and -4 are denoising steps, and with
+-ids256 the head scores the 256 action ids only. A name without its end means all its variants.
+For GPUs: llada8b-499, -793, -3709 and -3709-keep25, dream7b-178 and -562, also with -b8 or -b16."""
+ENCODE = """Time encoders of published sizes with random weights.
+
+  python -m tests.speed encode --shape siglip-384x5,whisper-s-30s --threads 8
+
+Shapes: vit-64x1 (the default ViT), siglip-384x5 (five views; a minute per round on one core),
+whisper-s-30s. Preprocessing of the raw image or clip is not counted."""
+ROOFLINE = """Print the least time a decode can take here, and the share of it that ours reaches.
+
+  python -m tests.speed roofline --shape cap256,act178-4 --mode none,dual
+  python -m tests.speed roofline --shape llada8b-793 --rates h200    floors only; nothing is run
+
+The floor is the longer of arithmetic and memory traffic, summed over the forwards, at the copy
+bandwidth and matrix rate measured here first (two seconds)."""
+COMPARE = """Compare two files of records, paired by shape, mode and round.
+
+  python -m tests.speed compare before.jsonl after.jsonl
+
+Above 1x, the second one is faster or uses less memory."""
+
+
+def main(argv: Items[str] | None = None) -> int:
+    """Runs a command; 0: done, 1: some speeds do not count, 2: wrong arguments, told on stderr."""
+    given = parser().parse_args(argv)
+    try:
+        return given.run(given)
+    except (ValueError, OSError) as error:
+        print(f"tests.speed: error: {error}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    timing = argparse.ArgumentParser(add_help=False)
+    add = timing.add_argument
+    add("--device", default="cpu", help="cpu, cuda or auto")
+    add("--dtype", default="auto", help="float32, bfloat16 or float16; auto: by the device")
+    add("--threads", type=int, default=1, help="of torch; more than one on an idle machine only")
+    add("--rounds", type=int, help="timed rounds (default: 3 on a CPU, 10 on a GPU)")
+    add("--warmup", type=int, help="untimed rounds before (default: 1 on a CPU, 3 on a GPU)")
+    add("--seed", type=int, default=0, help="of the drawn weights and prompts")
+    add("--compile", action="store_true", help="compile our model, as one would on a GPU")
+    add("--json", type=Path, help="file for one JSON line per run; it is overwritten")
+    top = argparse.ArgumentParser(prog="python -m tests.speed", description=__doc__)
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, about: str, **more: Any) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=about.partition("\n")[0],
+            description=about,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **more,
+        )
+        added.set_defaults(run=run)
+        return added
+
+    modes = {"type": _listed, "default": ["none", "prefix", "dual", "prefix-lm"]}
+    cap256 = {"type": _listed, "default": ["cap256"], "help": "names, separated by commas"}
+    one = command("decode", decode, DECODE, parents=[timing])
+    one.add_argument("--shape", **cap256)
+    one.add_argument("--mode", **modes, help="what is recomputed, separated by commas")
+    one = command("encode", encode, ENCODE, parents=[timing])
+    one.add_argument("--shape", **cap256 | {"default": ["whisper-s-30s"]})
+    one = command("roofline", roofline, ROOFLINE, parents=[timing])
+    one.add_argument("--shape", **cap256)
+    one.add_argument("--mode", **modes, help="see decode --help")
+    one.add_argument("--rates", choices=("measured", "h200"), default="measured")
+    one = command("compare", compare_files, COMPARE)
+    one.add_argument("first", type=Path)
+    one.add_argument("second", type=Path)
+    return top
+
+
+def decode(given: argparse.Namespace) -> int:
+    """See `DECODE`."""
+    chosen, modes = shapes.find(given.shape), systems.check_modes(given.mode)
+    records = decode_speed.race(chosen, modes, _setting(given), on_record=_progress)
+    tables = [decode_speed.table(records)]
+    queries = [record for record in records if "queries_per_s" in record]
+    return _finish(given, records, *tables, *([decode_speed.latencies(queries)] if queries else []))
+
+
+def encode(given: argparse.Namespace) -> int:
+    """See `ENCODE`."""
+    chosen = encoder_shapes.find(given.shape)
+    records = encode_speed.time_encoders(chosen, _setting(given), _progress)
+    return _finish(given, records, encode_speed.table(records))
+
+
+def roofline(given: argparse.Namespace) -> int:
+    """See `ROOFLINE`."""
+    chosen, modes = shapes.find(given.shape), systems.check_modes(given.mode)
+    if given.rates == "h200":
+        terminal().print(floors.known(chosen, modes))
+        return 0
+    records, table = floors.measured(chosen, modes, _setting(given), _progress)
+    return _finish(given, records, table)
+
+
+def compare_files(given: argparse.Namespace) -> int:
+    """See `COMPARE`."""
+    terminal().print(compare.table(compare.read(given.first), compare.read(given.second)))
+    return 0
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
+
+
+def _setting(given: argparse.Namespace) -> Setting:
+    names = ("device", "dtype", "threads", "rounds", "warmup", "seed", "compile")
+    return Setting(**{name: getattr(given, name) for name in names})
+
+
+def _finish(given: argparse.Namespace, records: list[Record], *tables: Table) -> int:
+    """Prints tables and the machine, writes the records, returns the exit status."""
+    console, about = terminal(), machine()
+    for table in tables:
+        console.print(table)
+    is_gpu = _setting(given).device.startswith("cuda")
+    versions = about["versions"]
+    console.print(
+        f"{about['date']}  {about['gpu'] if is_gpu else about['cpu']}, {given.threads} threads, "
+        f"torch {versions['torch']}, mmdlm {versions['mmdlm']}",
+        style="dim",
+    )
+    if given.json is not None:
+        console.print(f"written to {decode_speed.write(given.json, records)}", markup=False)
+    failed = [r for r in records if r.get("gate") is False and not r["warmup"]]
+    if failed:
+        console.print("gate: false: tokens or forwards differ, so these speeds do not count")
+    return int(bool(failed))
+
+
+def _progress(record: Record) -> None:
+    """Reports a finished run on stderr if that is a terminal."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        when = "warm-up" if record["warmup"] else f"round {record['round'] + 1}"
+        names = f"{record['shape']} {record['mode']} {record['system']}"
+        console.print(f"{names}, {when}: {record['seconds']:.2f} s", style="dim")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
