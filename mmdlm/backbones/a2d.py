@@ -1,6 +1,6 @@
-"""Tiny-A2D: Qwen2.5, Qwen3 and Llama checkpoints trained on as diffusion models.
+"""Tiny-A2D: Qwen2.5, Qwen3 and Llama checkpoints fine-tuned to diffusion models.
 
-Keys and config of the autoregressive model, no causal mask, position i scores token i.
+Keys and config of the autoregressive base model, no causal mask, position i scores token i.
 
 Source: ZHZisZZ/dllm: dllm/pipelines/a2d (models, convert.py), dllm/utils/models.py (mask token).
 """
@@ -13,7 +13,7 @@ from mmdlm.backbones.family import Family, Keys, Spec, architecture
 from mmdlm.backbones.llama_config import LLAMA, QWEN2, QWEN3, Ids, read_config, write_config
 from mmdlm.backbones.llama_keys import LLAMA_KEYS
 
-# What each tokenizer has; the mask token is added to it and gets the first free id.
+# Ids of the base tokenizers; the mask token is added and gets the first free id.
 QWEN = {"eos": 151645, "pad": 151643, "stops": (151643,)}
 IDS = {
     "qwen2": Ids(mask=151665, **QWEN),
@@ -34,7 +34,7 @@ ARCHITECTURES = {
 
 
 class A2D(Family):
-    """A diffusion model in its ancestor's layout; with a `block_size`, block-causal (BD3LM)."""
+    """A diffusion model in the layout of its base model; block-causal with `block_size` (BD3LM)."""
 
     TYPES: ClassVar[tuple[str, ...]] = (
         *(name.lower() for name in ARCHITECTURES.values()),
@@ -45,18 +45,18 @@ class A2D(Family):
 
     @classmethod
     def matches(cls, config: dict[str, Any], names: set[str]) -> bool:
-        """Whether it says so; its ancestors' own checkpoints do not."""
+        """Whether `architectures` or `model_type` names A2D, not the base model."""
         typed = config.get("model_type")
         return architecture(config) in ARCHITECTURES.values() or typed in [f"a2d-{k}" for k in IDS]
 
     @classmethod
     def read(cls, config: dict[str, Any], names: set[str]) -> Spec:
-        """The spec; absent keys mean what the ancestor's class makes of them.
+        """The spec; absent keys have the defaults of the base model's class.
 
         Raises:
-            ValueError: the ancestor is none of the three.
+            ValueError: the base model is none of the three.
         """
-        kind = _ancestor(config)
+        kind = _base_model(config)
         block_size = config.get("block_size")
         return read_config(
             cls,
@@ -87,12 +87,12 @@ class A2D(Family):
 
 
 def _qwen2(spec: Spec) -> bool:
-    """Whether the biases are Qwen2's; Llama's come with one on the output."""
+    """Whether the biases are those of Qwen2; Llama also has one on the output projection."""
     return spec.transformer.qkv_bias and not spec.transformer.o_bias
 
 
-def _ancestor(config: dict[str, Any]) -> str:
-    """The kind of model a checkpoint was, "qwen2", "qwen3" or "llama"."""
+def _base_model(config: dict[str, Any]) -> str:
+    """Base model of a checkpoint: "qwen2", "qwen3" or "llama"."""
     typed = str(config.get("model_type")).removeprefix("a2d-")
     if typed in IDS:
         return typed

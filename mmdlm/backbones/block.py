@@ -1,7 +1,7 @@
-"""One pre-norm block: RMSNorm, grouped-query attention with rotary positions, SwiGLU or experts.
+"""Pre-norm block: RMSNorm, grouped-query attention with rotary positions, SwiGLU or experts.
 
-What a block does before and after its attention are functions of their own, which may be compiled
-(`Parts`); between them stand the cache and the attention, which come in many kinds.
+The computations before and after the attention are separate functions that can be compiled
+(`Parts`). The cache and the attention itself run between them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mmdlm.backbones.rotary import rotate
 
 
 class RMSNorm(nn.Module):
-    """x / root mean square, in float32, cast back, then times the weight."""
+    """x / root mean square, computed in float32 and cast back, times the weight."""
 
     def __init__(self, width: int, eps: float, bias: bool = False) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """[... width], same type as the input."""
+        """[... width] -> [... width], same dtype."""
         h = x.float()
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
         h = h.to(x.dtype) * self.weight.to(x.dtype)
@@ -44,16 +44,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: int) -> 
         q: [B H R hd].
         k: [B KV M hd].
         v: [B KV M hd].
-        mask: bool [B 1 R M], True = attend, or floating, added to the scores; None for all.
+        mask: bool [B 1 R M], True = attend, or floating, added to the scores; None: attend to all.
         group: H / KV.
     """
     half = q.dtype == torch.bfloat16 and q.device.type == "cpu"
     if group > 1 and mask is not None and q.device.type == "cuda":
-        # The kernels that take a mask there want a key head for every query head.
+        # CUDA kernels with a mask need one key head per query head.
         k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
     if not (half and q.requires_grad):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=group > 1)
-    # The fused CPU kernel's bfloat16 backward takes three times as long as these three lines.
+    # The bfloat16 backward of the fused CPU kernel is three times slower than this.
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
@@ -65,7 +65,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: int) -> 
 
 
 class Attention(nn.Module):
-    """The weights of grouped-query attention; one projection gives queries, keys and values."""
+    """Weights of grouped-query attention; queries, keys and values come from one projection."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -87,9 +87,9 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(k_width, config.eps, config.norm_bias)
 
     def project(self, x: Tensor, read: Rows | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of the read rows, keys and values of all: [B H R hd], [B KV M hd] twice."""
+        """Queries [B H R hd] of the read rows; keys and values [B KV M hd] of all rows."""
         weight, bias = self.qkv.weight, self.qkv.bias
-        if read is None or type(weight) is not nn.Parameter:  # rounded weights cannot be cut
+        if read is None or type(weight) is not nn.Parameter:  # quantized weights cannot be sliced
             q, k, v = self.qkv(x).split([self.q_size, self.kv_size, self.kv_size], -1)
             q = take(q, read)
         else:
@@ -97,7 +97,7 @@ class Attention(nn.Module):
             k, v = linear(x, weight, bias, slice(self.q_size, len(weight))).chunk(2, -1)
         if self.q_norm is not None and not self.per_head:
             q, k = self.q_norm(q), self.k_norm(k)
-        # Not einops, which would take longer over it than a GPU over its kernel.
+        # Not einops: its overhead per call is longer than a GPU kernel.
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
         if self.q_norm is not None and self.per_head:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -111,17 +111,17 @@ Angles = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Parts(NamedTuple):
-    """What a block does before and after its attention, as they are or compiled.
+    """The computations before and after the attention, eager or compiled.
 
-    Functions of the block rather than its methods: one compiled function serves all blocks, and a
-    copied block is not tied to the weights of the first.
+    Functions that take the block, not methods: one compiled function serves all blocks, and a
+    copied block is not bound to the weights of the original.
     """
 
-    ask: Callable[[Block, Tensor, Angles, Rows | None], tuple[Tensor, Tensor, Tensor]]
-    answer: Callable[[Block, Tensor, Tensor], Tensor]
+    qkv: Callable[[Block, Tensor, Angles, Rows | None], tuple[Tensor, Tensor, Tensor]]
+    post_attention: Callable[[Block, Tensor, Tensor], Tensor]
 
 
-def ask(
+def qkv(
     block: Block, x: Tensor, rotary: Angles, read: Rows | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated queries [B H R hd] of the read rows, keys and values [B KV M hd] of all M in x."""
@@ -131,17 +131,17 @@ def ask(
     return rotate(q, *queries, float32), rotate(k, *keys, float32), v
 
 
-def answer(block: Block, x: Tensor, y: Tensor) -> Tensor:
-    """[B R D] of the states [B R D] and what they attended to, [B R H*hd]."""
+def post_attention(block: Block, x: Tensor, y: Tensor) -> Tensor:
+    """Output projection, residual and feed-forward: [B R D] of x [B R D] and y [B R H*hd]."""
     x = x + block.attn.o(y)
     feed_forward = block.mlp if block.moe is None else block.moe
     return x + feed_forward(block.mlp_norm(x))
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, or experts, with residuals."""
+    """Pre-norm attention and MLP or experts, with residuals."""
 
-    parts = Parts(ask, answer)
+    parts = Parts(qkv, post_attention)
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
@@ -160,11 +160,11 @@ class Block(nn.Module):
         cache: tuple[KV, int, Rows] | None,
         read: Rows | None,
     ) -> Tensor:
-        """[B R D]: all rows go in as keys, only the read ones come out."""
-        q, k, v = self.parts.ask(self, x, rotary, read)
+        """[B R D] of the read rows; all rows of x serve as keys and values."""
+        q, k, v = self.parts.qkv(self, x, rotary, read)
         if cache is not None:
             kv, layer, rows = cache
             k, v = kv.write(layer, k, v, rows)
             kv.watch(layer, q, rows)
         y = attend(q, k, v, mask, self.attn.heads // self.attn.kv_heads)
-        return self.parts.answer(self, take(x, read), y.transpose(1, 2).flatten(2))
+        return self.parts.post_attention(self, take(x, read), y.transpose(1, 2).flatten(2))

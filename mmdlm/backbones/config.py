@@ -1,49 +1,50 @@
-"""What families differ by: sizes and switches of the one transformer."""
+"""Sizes and switches of the transformer, by which the families differ."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from encoders.checks import Checked, NonNegativeInt, PositiveInt
 from mmdlm.backbones.moe import MoEConfig
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(Checked):
     """Sizes and switches of a backbone.
 
     Args:
         width: D.
         layers: number of blocks.
         heads: query heads.
-        kv_heads: key/value heads; `heads` must be a multiple of it. None: as many as heads.
+        kv_heads: key/value heads; `heads` must be a multiple of it. None: equal to heads.
         head_dim: width of one head. None: width / heads.
         inner: width inside the MLP.
-        vocab: rows V of the embedding and of the head; 0 only until a tokenizer is known.
+        vocab: V, rows of the embedding and of the head; 0 until a tokenizer is known.
         eps: added to the mean square in RMSNorm.
         theta: rotary base.
-        theta_scale: factor on the base for contexts beyond the trained ones (LongLLaDA, NTK).
+        theta_scale: factor on the base for longer contexts than trained (LongLLaDA, NTK).
         rotary: fraction of each head that is rotated.
-        rotary_float32: rotate in float32 (LLaDA) instead of in the activations' type (Qwen-like).
+        rotary_float32: rotate in float32 (LLaDA) instead of in the activations' dtype (Qwen).
         qkv_bias: biases on queries, keys and values.
         o_bias: a bias on the attention's output.
-        bias: biases on every other linear layer, head included.
+        bias: biases on all linear layers, including the head.
         norm_bias: biases on the norms.
-        qk_norm: no norm of queries and keys, one per head, or one over all heads together.
-        clip: bound on the size of queries, keys and values, before they are rotated; None for none.
+        qk_norm: norm of queries and keys: none, per head, or over all heads together.
+        clip: bound on the absolute values of queries, keys and values before the rotation.
         tied: the head is the embedding.
         embed_scale: factor on the embeddings.
         logit_scale: factor on the logits.
-        moe: experts instead of the MLP; None for a dense model.
+        moe: mixture of experts instead of the MLP; None for a dense model.
     """
 
-    width: int
-    layers: int
-    heads: int
-    inner: int
-    vocab: int = 0
-    kv_heads: int | None = None
-    head_dim: int | None = None
+    width: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    inner: NonNegativeInt
+    vocab: NonNegativeInt = 0
+    kv_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
     eps: float = 1e-6
     theta: float = 10_000.0
     theta_scale: float = 1.0
@@ -61,23 +62,24 @@ class TransformerConfig:
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.heads % self.keys_heads:
             raise ValueError(f"{self.heads} query heads cannot share {self.keys_heads} key heads")
         if self.head_dim is None and self.width % self.heads:
-            raise ValueError(f"width {self.width} is no multiple of {self.heads} heads")
-        if self.inner < 1 and not all(map(self.is_sparse, range(self.layers))):
-            raise ValueError(f"inner is {self.inner}, expected the width inside the MLP")
+            raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
+        if not self.inner and not all(map(self.is_sparse, range(self.layers))):
+            raise ValueError("TransformerConfig.inner is 0, expected at least 1 for an MLP layer")
 
     @property
     def keys_heads(self) -> int:
-        """Key/value heads in use."""
+        """Number of key/value heads."""
         return self.kv_heads or self.heads
 
     @property
     def head_width(self) -> int:
-        """Width of one head in use."""
+        """Width of one head."""
         return self.head_dim or self.width // self.heads
 
     def is_sparse(self, layer: int) -> bool:
-        """Whether a layer has experts."""
+        """Whether a layer is a mixture of experts."""
         return self.moe is not None and layer not in self.moe.dense

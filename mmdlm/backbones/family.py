@@ -1,4 +1,4 @@
-"""What a family of checkpoints says about itself: sizes, key table, special ids, conventions."""
+"""Base class of the checkpoint families: sizes, key table, special ids, conventions."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any, ClassVar
 from mmdlm.backbones.config import TransformerConfig
 
 Keys = dict[str, str | tuple[str, ...] | None]
-"""Our tensor name to the published one, `{i}` for the layer. A tuple is stacked along the first
-axis (fused projections). `{e}` in published names only is an expert: our tensor has one more axis
-in front, [experts ...], and each entry is filled as above. `name[0]` is the first entry of our
-tensor, such as a position table [1 N E] that is published as [N E]; entries together must fill it.
-Published names that are known and have no counterpart stand as keys with the value None and may
-hold `*`: `{"model.vision_tower.*": None}`. One table names every tensor the family ever has; the
-spec decides which of them a model has."""
+"""Maps our tensor names to published ones; `{i}` is the layer. A tuple is concatenated along the
+first axis (fused projections). `{e}`, in published names only, is the expert: our tensor has an
+additional first axis [experts ...]. `name[0]` is the first entry of our tensor, such as a position
+table [1 N E] that is published as [N E]; the entries together must fill it. Published names to
+ignore map to None and may contain `*`: `{"model.vision_tower.*": None}`. A table lists every tensor
+that any model of the family has; the spec determines which of them a model needs."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +25,14 @@ class Spec:
         family: name of the family file.
         transformer: sizes and switches.
         mask_id: id of the mask token.
-        eos_id: id that ends an answer; later positions hold it too.
-        pad_id: id that stands in padding.
+        eos_id: id that ends an answer; it also fills the positions after it.
+        pad_id: id of padding.
         stop_ids: further ids that end an answer.
-        shift: the network's row i scores token i + 1; undone before anything leaves the model.
+        shift: position i of the network scores token i + 1; the model realigns all its outputs.
         attention: "full", "prefix", "cascade" or "block_causal", see `mmdlm.layout`.
-        block_size: tokens per block where blocks matter.
-        template: chat template, "plain" for none.
-        context: most tokens of prompt and answer together the weights were trained for, None for
-            no limit.
+        block_size: tokens per block of block-wise attention; None otherwise.
+        template: chat template; "plain" for none.
+        context: maximum number of tokens of prompt and answer together; None for no limit.
     """
 
     family: str
@@ -61,27 +59,30 @@ class Spec:
 
     @property
     def reach(self) -> int | None:
-        """The context, stretched by `theta_scale`; None for no limit.
+        """Context length extended by `theta_scale`; None for no limit.
 
-        s times as many tokens need the rotary base at s ** (d / (d - 2)) times its value, for a
-        rotary width of d (NTK-aware scaling, arXiv 2309.00071, section 3.1).
+        A context s times as long needs a rotary base s ** (d / (d - 2)) times as large, for a
+        rotary width d (NTK-aware scaling, arXiv 2309.00071, section 3.1).
         """
         if self.context is None:
             return None
         return int(self.context * self.transformer.theta_scale**self._power)
 
     def fits(self, tokens: int) -> None:
-        """Raises unless so many tokens, prompt and answer together, are within reach.
+        """Checks that `tokens` of prompt and answer together are within `reach`.
 
-        Reach is what the theory allows; LongLLaDA (OpenMOSS/LongLLaDA) needed larger scales.
+        `reach` is the theoretical limit; LongLLaDA (OpenMOSS/LongLLaDA) needed larger scales.
+
+        Raises:
+            ValueError: there are more tokens; the error names a `theta_scale` that is sufficient.
         """
         reach = self.reach
         if reach is not None and tokens > reach:
             scale = math.ceil(100 * (tokens / self.context) ** (1 / self._power)) / 100
             raise ValueError(
                 f"{tokens} tokens of prompt and answer, but this model's context is {reach}; "
-                "shorten the prompt or the answer's length, or stretch it: load(..., theta_scale="
-                f"{scale} or more) scales the rotary base (NTK); LLaDA took 4 for twice its "
+                "shorten the prompt or the answer, or extend the context: load(..., theta_scale="
+                f"{scale} or more) scales the rotary base (NTK); LLaDA needed 4 for twice its "
                 "context and 14 for four times"
             )
 
@@ -92,14 +93,14 @@ class Spec:
 
 
 class Family:
-    """One published layout. Subclasses are the family files of this folder.
+    """One published checkpoint layout; each file of this folder defines a subclass.
 
     Attributes:
-        KEYS: our names to the published ones.
-        FLOAT32: ends of our names that stay float32 whatever the model's type (router biases).
+        KEYS: our tensor names to the published ones.
+        FLOAT32: suffixes of our tensor names that stay float32 in every dtype (router biases).
         TYPES: lower-case architectures and model types by which config.json names the family.
             Where config.json has one that some family lists, only such families are tried.
-        ON_REQUEST: model types that other systems use as well; read only with `family=`.
+        ON_REQUEST: model types shared with other systems; read only with `family=`.
     """
 
     KEYS: ClassVar[Keys] = {}
@@ -109,7 +110,7 @@ class Family:
 
     @classmethod
     def matches(cls, config: dict[str, Any], names: set[str]) -> bool:
-        """Whether a checkpoint with this config.json and these tensor names is of the family."""
+        """Whether a checkpoint with this config.json and these tensor names is of this family."""
         raise TypeError(f"{cls.__name__} does not define matches(config, names)")
 
     @classmethod
@@ -117,16 +118,16 @@ class Family:
         """The spec of a checkpoint.
 
         Raises:
-            ValueError: the config asks for something this family never published.
+            ValueError: the config has a setting that no published checkpoint uses.
         """
         raise TypeError(f"{cls.__name__} does not define read(config, names)")
 
     @classmethod
     def write(cls, spec: Spec) -> dict[str, Any]:
-        """The published config.json of a spec; `read` takes it back.
+        """The published config.json of a spec; the inverse of `read`.
 
         Raises:
-            ValueError: the published config has no way to say what the spec asks for.
+            ValueError: the published config.json cannot express the spec.
         """
         raise ValueError(
             f"{cls.__name__} checkpoints are read only; save in our own layout (checkpoint.save)"
@@ -134,22 +135,22 @@ class Family:
 
 
 def architecture(config: dict[str, Any]) -> str:
-    """First entry of "architectures", "" when config.json names none."""
+    """First entry of "architectures" in config.json, or ""."""
     return (config.get("architectures") or [""])[0]
 
 
 def end_ids(value: int | list[int]) -> tuple[int, tuple[int, ...]]:
-    """The end id, and further ids that end an answer, of an `eos_token_id`."""
+    """Splits an `eos_token_id` into the end id and further stop ids."""
     first, *rest = value if isinstance(value, list) else [value]
     return first, tuple(rest)
 
 
 def special(config: dict[str, Any], key: str, published: int, vocab: int) -> Any:
-    """The id config.json gives, else the published one, or the last row where that is too high.
+    """The id in config.json, else the published one, else the last id of a smaller vocabulary.
 
     Args:
         config: config.json.
-        key: such as "mask_token_id"; null counts as absent.
+        key: for example "mask_token_id"; null counts as absent.
         published: id in the published tokenizer.
         vocab: rows of the embedding.
     """
@@ -159,10 +160,10 @@ def special(config: dict[str, Any], key: str, published: int, vocab: int) -> Any
 
 
 def rotary_base(config: dict[str, Any], default: float) -> float:
-    """The rotary base; transformers 5 re-saves it as `rope_parameters["rope_theta"]`.
+    """The rotary base; transformers 5 saves it as `rope_parameters["rope_theta"]`.
 
     Raises:
-        ValueError: the config asks for rotary scaling, which no family here was published with.
+        ValueError: the config uses rotary scaling, which is not supported.
     """
     inside = config.get("rope_parameters") or {}
     scaling = config.get("rope_scaling") or {}
@@ -179,12 +180,12 @@ def rotary_base(config: dict[str, Any], default: float) -> float:
 
 
 def require(family: str, config: dict[str, Any], expected: dict[str, tuple[Any, ...]]) -> None:
-    """Raises unless each key, absent or not, has one of the values a family was published with.
+    """Checks that each key has one of the values that published checkpoints use.
 
     Args:
-        family: name for the message.
+        family: name for the error.
         config: config.json with the defaults of absent keys filled in.
-        expected: key to the values that are supported.
+        expected: supported values of each key.
 
     Raises:
         ValueError: a key has another value.
@@ -199,18 +200,18 @@ def require(family: str, config: dict[str, Any], expected: dict[str, tuple[Any, 
 
 
 def expressible(family: str, switches: dict[str, tuple[Any, Any]]) -> None:
-    """Raises unless each switch has the value its family's config.json takes for granted.
+    """Checks that each setting has the value that the family's config.json implies.
 
     Args:
-        family: name for the message.
-        switches: name to (value of the spec, value the published config implies).
+        family: name for the error.
+        switches: name to (value of the spec, value implied by the published config.json).
 
     Raises:
-        ValueError: a switch differs.
+        ValueError: a setting differs.
     """
     wrong = {name: has for name, (has, implied) in switches.items() if has != implied}
     if wrong:
         raise ValueError(
-            f"the published {family} config cannot say {wrong}; save in our own layout instead "
+            f"the published {family} config.json cannot express {wrong}; save in our own layout "
             "(checkpoint.save)"
         )

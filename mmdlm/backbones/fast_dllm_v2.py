@@ -1,4 +1,4 @@
-"""Fast-dLLM v2 (1.5B, 7B): Qwen2.5 with block-causal attention, logits one ahead.
+"""Fast-dLLM v2 (1.5B, 7B): Qwen2.5 with block-causal attention and shifted logits.
 
 Source: Efficient-Large-Model on the hub: configuration.py, modeling.py (also NVlabs/Fast-dLLM: v2).
 """
@@ -17,20 +17,20 @@ IDS = Ids(mask=151665, eos=151645, pad=151645)
 
 
 class FastDLLMv2(Family):
-    """Qwen2's keys; `bd_size` is the block it was trained with."""
+    """Qwen2's keys; `bd_size` is the block size of training."""
 
     TYPES: ClassVar[tuple[str, ...]] = ("fast_dllm_qwenforcausallm", "fast_dllm_qwen")
     KEYS: ClassVar[Keys] = LLAMA_KEYS
 
     @classmethod
     def matches(cls, config: dict[str, Any], names: set[str]) -> bool:
-        """Whether it is Fast-dLLM v2; the first version has no weights of its own."""
+        """Whether it is Fast-dLLM v2; version 1 has no separate weights."""
         named = architecture(config) or config.get("model_type")
         return named in ("Fast_dLLM_QwenForCausalLM", "Fast_dLLM_Qwen")
 
     @classmethod
     def read(cls, config: dict[str, Any], names: set[str]) -> Spec:
-        """The spec; absent keys mean what configuration.py makes of them."""
+        """The spec; absent keys have the defaults of configuration.py."""
         return read_config(
             cls,
             config,

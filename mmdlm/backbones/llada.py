@@ -21,7 +21,7 @@ from mmdlm.backbones.family import (
     rotary_base,
 )
 
-# What configuration_llada.py assumes of absent keys: an older architecture, not LLaDA-8B.
+# Defaults of absent keys in configuration_llada.py: an older architecture, not LLaDA-8B.
 DEFAULTS: dict[str, Any] = {
     "activation_type": "swiglu",
     "alibi": False,
@@ -64,7 +64,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "block_group_size": (1,),
     "layer_norm_with_affine": (True,),
 }
-# <|endoftext|> and <|eot_id|> of the published tokenizer; Instruct closes a turn with the latter.
+# <|endoftext|> and <|eot_id|> of the published tokenizer; Instruct ends a turn with the latter.
 END_OF_TEXT, END_OF_TURN = 126081, 126348
 
 
@@ -91,7 +91,7 @@ class LLaDA(Family):
                 "blocks.{i}.attn.k_norm": f"model.transformer.blocks.{{i}}.k_norm.{part}",
                 "blocks.{i}.attn.o": f"model.transformer.blocks.{{i}}.attn_out.{part}",
                 "blocks.{i}.mlp_norm": f"model.transformer.blocks.{{i}}.ff_norm.{part}",
-                # ff_proj is the half that goes through SiLU.
+                # ff_proj is the gate.
                 "blocks.{i}.mlp.gate_up": (
                     f"model.transformer.blocks.{{i}}.ff_proj.{part}",
                     f"model.transformer.blocks.{{i}}.up_proj.{part}",
@@ -103,7 +103,7 @@ class LLaDA(Family):
 
     @classmethod
     def matches(cls, config: dict[str, Any], names: set[str]) -> bool:
-        """Whether it is LLaDA in its own layout; LLaDA-V re-uses the architecture's name."""
+        """Whether it is LLaDA in the original layout; LLaDA-V uses the same architecture name."""
         named = architecture(config) or {"llada": "LLaDAModelLM"}.get(config.get("model_type", ""))
         layout = any(name.endswith("transformer.wte.weight") for name in names)
         if not named:
@@ -112,7 +112,7 @@ class LLaDA(Family):
 
     @classmethod
     def read(cls, config: dict[str, Any], names: set[str]) -> Spec:
-        """The spec; absent keys mean what configuration_llada.py makes of them."""
+        """The spec; absent keys have the defaults of configuration_llada.py."""
         c = DEFAULTS | config
         require("LLaDA", c, SUPPORTED)
         if c["attention_layer_norm"]:

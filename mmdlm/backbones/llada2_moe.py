@@ -1,4 +1,4 @@
-"""LLaDA2.0, 2.1 and their CAP variants: experts chosen in groups, block-causal attention.
+"""LLaDA2.0, 2.1 and their CAP variants: group-limited experts, block-causal attention.
 
 Source: inclusionAI on the hub: configuration_llada2_moe.py, modeling_llada2_moe.py (also
 ZHZisZZ/dllm: dllm/pipelines/llada2/models, dllm/pipelines/llada21/models).
@@ -14,7 +14,7 @@ from mmdlm.backbones.llama_config import Ids, read_config, write_config
 from mmdlm.backbones.llama_keys import LAYER, LLAMA_KEYS
 from mmdlm.backbones.moe import MoEConfig
 
-# What configuration_llada2_moe.py assumes of absent keys; not the published values.
+# Defaults of absent keys in configuration_llada2_moe.py; not the published values.
 DEFAULTS: dict[str, Any] = {
     "first_k_dense_replace": 0,
     "head_dim": None,
@@ -41,15 +41,15 @@ DEFAULTS: dict[str, Any] = {
     "vocab_size": 30592,
 }
 ROTARY = 0.5
-# The router of the published code is a sigmoid whatever config.json says.
+# The published router is a sigmoid regardless of config.json.
 SUPPORTED: dict[str, tuple[Any, ...]] = {"score_function": ("sigmoid", None)}
 BLOCK_SIZE = 32
-# <|mask|> and <|endoftext|>, defaults of the published `generate`; no config.json has the former.
+# <|mask|> and <|endoftext|>, defaults of the published `generate`; config.json lacks the former.
 IDS = Ids(mask=156895, eos=156892, pad=156892)
 
 
 class LLaDA2MoE(Family):
-    """Bailing-MoE's layout: fused queries, keys and values, a shared expert, dense layers first."""
+    """Bailing-MoE's layout: fused queries, keys and values, shared expert, first layers dense."""
 
     TYPES: ClassVar[tuple[str, ...]] = ("llada2moemodellm", "llada2_moe", "llada21_moe")
     KEYS: ClassVar[Keys] = {
@@ -78,7 +78,7 @@ class LLaDA2MoE(Family):
 
     @classmethod
     def matches(cls, config: dict[str, Any], names: set[str]) -> bool:
-        """Whether it says so; without names, whether it has Bailing-MoE's tensors."""
+        """Whether `architectures` or `model_type` names it or, without both, by its tensors."""
         named = architecture(config) or config.get("model_type")
         if named:
             return named in ("LLaDA2MoeModelLM", "llada2_moe", "llada21_moe")
@@ -87,11 +87,11 @@ class LLaDA2MoE(Family):
 
     @classmethod
     def read(cls, config: dict[str, Any], names: set[str]) -> Spec:
-        """The spec; absent keys mean what configuration_llada2_moe.py makes of them.
+        """The spec; absent keys have the defaults of configuration_llada2_moe.py.
 
-        Like the published code, it does not look at `norm_topk_prob`: weights are normalised where
-        a token asks more than one expert. A mask id that config.json lacks is the published one,
-        or the last row of a smaller embedding.
+        Like the published code, it ignores `norm_topk_prob`: weights are normalized if a token is
+        routed to more than one expert. Without a mask id in config.json it is the published one,
+        or the last id of a smaller vocabulary.
         """
         c = DEFAULTS | config
         require("LLaDA2MoE", c, SUPPORTED)
@@ -154,7 +154,7 @@ class LLaDA2MoE(Family):
 
 
 def _experts(config: dict[str, Any], names: set[str]) -> MoEConfig | None:
-    """The experts of a config with its defaults filled in; None where every layer is dense."""
+    """Experts of a config with its defaults filled in; None if every layer is dense."""
     dense = config["first_k_dense_replace"]
     if config["num_experts"] is None or dense >= config["num_hidden_layers"]:
         return None
@@ -162,10 +162,10 @@ def _experts(config: dict[str, Any], names: set[str]) -> MoEConfig | None:
     if inner is None:
         raise ValueError(
             "LLaDA2MoE: config.json lacks moe_intermediate_size, the width of an expert, which has "
-            "no default; take it from where the weights are"
+            "no default; take it from the source of the weights"
         )
-    # The published router has a bias always; a model without one must say so, and lack the tensor.
-    said = config.get("moe_router_enable_expert_bias") is not False
+    # The published router always has a bias; it is absent only if config and tensors agree.
+    is_enabled = config.get("moe_router_enable_expert_bias") is not False
     return MoEConfig(
         experts=config["num_experts"],
         top=top,
@@ -173,7 +173,7 @@ def _experts(config: dict[str, Any], names: set[str]) -> MoEConfig | None:
         dense=tuple(range(dense)),
         shared=inner * (config["num_shared_experts"] or 0),
         score="sigmoid",
-        bias=said or any(name.endswith("mlp.gate.expert_bias") for name in names),
+        bias=is_enabled or any(name.endswith("mlp.gate.expert_bias") for name in names),
         normalize=top > 1,
         scale=config["routed_scaling_factor"],
         groups=config["n_group"],

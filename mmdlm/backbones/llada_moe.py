@@ -1,4 +1,4 @@
-"""LLaDA-MoE-7B-A1B: LLaDA with experts, full attention, position i scores token i.
+"""LLaDA-MoE-7B-A1B: mixture of experts, full attention, position i scores token i.
 
 Source: inclusionAI on the hub: configuration_lladamoe.py, modeling_lladamoe.py (also ZHZisZZ/dllm:
 dllm/pipelines/llada/models).
@@ -13,7 +13,7 @@ from mmdlm.backbones.llama_config import Ids, read_config, write_config
 from mmdlm.backbones.llama_keys import LAYER, LLAMA_KEYS
 from mmdlm.backbones.moe import MoEConfig
 
-# What configuration_lladamoe.py assumes of absent keys; its sizes, -1, only mean "required".
+# Defaults of absent keys in configuration_lladamoe.py; its sizes of -1 mean "required".
 DEFAULTS: dict[str, Any] = {
     "attention_bias": False,
     "clip_qkv": None,
@@ -36,7 +36,7 @@ SIZES = (
     "vocab_size",
 )
 EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "expert_intermediate_size")
-# <|mask|> and <|endoftext|> of the published tokenizer; the config leaves the former out.
+# <|mask|> and <|endoftext|> of the published tokenizer; config.json lacks the former.
 IDS = Ids(mask=156895, eos=156892, pad=156892)
 
 EXPERT_KEYS: Keys = {
@@ -47,11 +47,11 @@ EXPERT_KEYS: Keys = {
     ),
     "blocks.{i}.moe.experts.down.weight": LAYER + "mlp.experts.{e}.down_proj.weight",
 }
-"""What LLaDA2 calls the same."""
+"""Names shared with LLaDA2."""
 
 
 class LLaDAMoE(Family):
-    """OLMoE's layout; on the hub its model type is that of dense LLaDA."""
+    """OLMoE's layout; on the hub its `model_type` is that of dense LLaDA."""
 
     TYPES: ClassVar[tuple[str, ...]] = ("lladamoemodellm", "lladamoe", "llada_moe", "llada")
     KEYS: ClassVar[Keys] = {
@@ -68,7 +68,7 @@ class LLaDAMoE(Family):
 
     @classmethod
     def matches(cls, config: dict[str, Any], names: set[str]) -> bool:
-        """Whether it says so, or without an architecture has the keys no other family has."""
+        """Whether `architectures` names it or, without it, its distinctive keys are present."""
         named = architecture(config)
         own = config.keys() & {"expert_intermediate_size", "moe_layer_freq"}
         typed = config.get("model_type") in (None, "llada", "lladamoe", "llada_moe")
@@ -76,11 +76,11 @@ class LLaDAMoE(Family):
 
     @classmethod
     def read(cls, config: dict[str, Any], names: set[str]) -> Spec:
-        """The spec; absent keys mean what configuration_lladamoe.py makes of them.
+        """The spec; absent keys have the defaults of configuration_lladamoe.py.
 
-        Like the published code, it does not look at `norm_topk_prob`, `routed_scaling_factor`,
-        `moe_router_score_function`, `router_num_group` and `router_topk_group`. A mask id that
-        config.json lacks is the published one, or the last row of a smaller embedding.
+        Like the published code, it ignores `norm_topk_prob`, `routed_scaling_factor`,
+        `moe_router_score_function`, `router_num_group` and `router_topk_group`. Without a mask id
+        in config.json it is the published one, or the last id of a smaller vocabulary.
         """
         c = DEFAULTS | config
         inside = config.get("rope_parameters") or {}
@@ -88,8 +88,8 @@ class LLaDAMoE(Family):
         layers, frequency = c["num_hidden_layers"], c["moe_layer_freq"]
         if not isinstance(frequency, list) or len(frequency) < layers:
             raise ValueError(
-                f"LLaDAMoE: config.json has moe_layer_freq {frequency}, expected a list with 1 per "
-                f"layer of experts and 0 per dense one, {layers} in all"
+                f"LLaDAMoE: moe_layer_freq in config.json is {frequency}, expected {layers} "
+                "values: 1 for experts, 0 for a dense layer"
             )
         dense = tuple(i for i, flag in enumerate(frequency[:layers]) if flag == 0)
         switches = {
@@ -131,12 +131,12 @@ class LLaDAMoE(Family):
 
 
 def _need(config: dict[str, Any], keys: tuple[str, ...]) -> None:
-    """Raises unless config.json has sizes that nothing can stand in for."""
+    """Checks that config.json has the sizes without a default."""
     missing = [key for key in keys if config.get(key) is None]
     if missing:
         raise ValueError(
             f"LLaDAMoE: config.json lacks {', '.join(missing)}, which have no default; take it "
-            "from where the weights are"
+            "from the source of the weights"
         )
 
 

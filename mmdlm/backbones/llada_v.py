@@ -1,4 +1,4 @@
-"""LLaDA-V's language model: LLaDA's function under LLaMA's names.
+"""LLaDA-V's language model: LLaDA's architecture under LLaMA's tensor names.
 
 Source: ML-GSAI/LLaDA-V: train/llada_v_prepare/files (configuration_llada.py, modeling_llada.py),
 train/llava/model/language_model/llava_llada.py.
@@ -13,14 +13,14 @@ from mmdlm.backbones.llada import END_OF_TEXT, END_OF_TURN
 from mmdlm.backbones.llama_config import LLAMA, Ids, read_config, write_config
 from mmdlm.backbones.llama_keys import LLAMA_KEYS
 
-# The class's own defaults (eos 2) are LLaMA's, as is the bos of the published config.json.
+# The defaults of the class (eos 2) and the bos of the published config.json are LLaMA's.
 IDS = Ids(mask=126336, eos=END_OF_TEXT, pad=END_OF_TEXT, stops=(END_OF_TURN,))
 
 
 class LLaDAV(Family):
-    """The text half of LLaDA-V; its image tower and projector are left aside.
+    """Language model of LLaDA-V; image tower and projector are ignored.
 
-    Unlike LLaDA's own code, this one rotates in the type of the activations.
+    Unlike in LLaDA, rotary positions are applied in the dtype of the activations.
     """
 
     TYPES: ClassVar[tuple[str, ...]] = (
@@ -45,7 +45,7 @@ class LLaDAV(Family):
 
     @classmethod
     def read(cls, config: dict[str, Any], names: set[str]) -> Spec:
-        """The spec; absent keys mean what configuration_llada.py of LLaDA-V makes of them."""
+        """The spec; absent keys have the defaults of LLaDA-V's configuration_llada.py."""
         return read_config(cls, config, LLAMA, IDS, template="llada")
 
     @classmethod

@@ -1,7 +1,7 @@
-"""The config.json of a LLaMA-like decoder, in transformers' words: to a spec and back.
+"""Conversion between config.json of a LLaMA-like decoder in transformers and `Spec`.
 
-Most families publish under these keys. They differ in what an absent key means, in their special
-ids and in a few conventions; their own files say which.
+Most families use these keys. They differ in the defaults of absent keys, the special ids and a few
+conventions, which the family files define.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mmdlm.backbones.family import (
     special,
 )
 
-# What an absent key means, by the configuration class of transformers a family derives from.
+# Defaults of absent keys, by the configuration class in transformers that a family derives from.
 QWEN2: dict[str, Any] = {
     "hidden_act": "silu",
     "hidden_size": 4096,
@@ -58,9 +58,9 @@ class Ids:
 
     Args:
         mask: the mask token.
-        eos: ends an answer.
-        pad: stands in padding.
-        stops: end an answer as well.
+        eos: end of an answer.
+        pad: padding.
+        stops: further ids that end an answer.
     """
 
     mask: int
@@ -69,7 +69,7 @@ class Ids:
     stops: tuple[int, ...] = ()
 
     def read(self, config: dict[str, Any], vocab: int) -> dict[str, Any]:
-        """The ids of a config.json by their names in `Spec`; these ones where it has none."""
+        """Special ids of a config.json as fields of `Spec`; absent ones are taken from here."""
         eos, others = end_ids(special(config, "eos_token_id", self.eos, vocab))
         stops = (*others, *self.implied(eos))
         pad = self.pad if self.pad < vocab else eos
@@ -81,7 +81,7 @@ class Ids:
         }
 
     def write(self, spec: Spec) -> dict[str, Any]:
-        """The ids of a spec by their names in config.json."""
+        """Special ids of a spec under their names in config.json."""
         implied = self.implied(spec.eos_id)
         stops = [i for i in spec.stop_ids if i not in implied]
         return {
@@ -91,7 +91,7 @@ class Ids:
         }
 
     def implied(self, eos: int) -> tuple[int, ...]:
-        """Stops a config.json need not name; another tokenizer's ids would be other words."""
+        """Stop ids a config.json need not list; only valid for the published tokenizer."""
         return self.stops if eos in (self.eos, *self.stops) else ()
 
 
@@ -103,21 +103,21 @@ def read_config(
     switches: dict[str, Any] | None = None,
     **conventions: Any,
 ) -> Spec:
-    """The spec of a config.json.
+    """Converts a config.json to a spec.
 
-    Where the class has an `attention_bias`, it stands for biases on queries, keys and values and
-    on the attention's output.
+    `attention_bias`, where the class has it, sets the biases of queries, keys, values and the
+    output projection.
 
     Args:
-        family: whose file this is.
+        family: the family that reads it.
         config: config.json.
-        defaults: what an absent key means, one of the tables above.
-        ids: the family's special ids.
-        switches: fields of TransformerConfig that no key of config.json decides.
+        defaults: values of absent keys, one of the tables above.
+        ids: special ids of the family.
+        switches: fields of TransformerConfig that no key of config.json determines.
         **conventions: further fields of Spec.
 
     Raises:
-        ValueError: the config asks for something no family here was published with.
+        ValueError: the config has a setting that no published checkpoint uses.
     """
     c = defaults | config
     require(family.__name__, c, SUPPORTED)
@@ -148,17 +148,17 @@ def read_config(
 def write_config(
     family: type[Family], spec: Spec, defaults: dict[str, Any], ids: Ids, **own: Any
 ) -> dict[str, Any]:
-    """The published config.json of a spec.
+    """Converts a spec to the published config.json.
 
     Args:
-        family: reads it back, which must give the same model.
+        family: the family; its `read` must give an equal spec.
         spec: the model.
-        defaults: what an absent key means.
-        ids: the family's special ids.
-        **own: keys of this family alone, and what differs from the usual.
+        defaults: values of absent keys.
+        ids: special ids of the family.
+        **own: keys that only this family has, and values that differ from the usual.
 
     Raises:
-        ValueError: the family's config.json has no way to say what the spec asks for.
+        ValueError: the published config.json cannot express the spec.
     """
     t = spec.transformer
     config = {
@@ -180,13 +180,13 @@ def write_config(
     if "head_dim" in defaults or t.head_dim is not None:
         config["head_dim"] = t.head_dim
     config |= own
-    wanted, said = _facts(spec), _facts(family.read(config, set()))
-    expressible(family.__name__, {name: (wanted[name], said[name]) for name in wanted})
+    wanted, written = _facts(spec), _facts(family.read(config, set()))
+    expressible(family.__name__, {name: (wanted[name], written[name]) for name in wanted})
     return config
 
 
 def _facts(spec: Spec) -> dict[str, Any]:
-    """What two specs of one model have in common, however they spell it."""
+    """Values by which two specs are compared, in one canonical form."""
     t = spec.transformer
     return {
         **dataclasses.asdict(t),

@@ -1,4 +1,4 @@
-"""The names transformers gives a LLaMA-like decoder; most families publish theirs under them."""
+"""Tensor names of a LLaMA-like decoder in transformers, which most families use."""
 
 from __future__ import annotations
 
@@ -28,4 +28,4 @@ LLAMA_KEYS: Keys = {
     ),
     "blocks.{i}.mlp.down.weight": LAYER + "mlp.down_proj.weight",
 }
-"""Every tensor such a checkpoint may have; the spec decides which one has."""
+"""Every tensor such a checkpoint may have; the spec determines which a model needs."""

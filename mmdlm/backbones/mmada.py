@@ -1,8 +1,8 @@
-"""MMaDA-8B-Base and MixCoT: LLaDA with rows for image codes behind its vocabulary.
+"""MMaDA-8B-Base and MixCoT: LLaDA with image codes after its vocabulary.
 
-An image code c of the MAGVIT-v2 codebook (8192 codes, 1024 per image) is the token 126349 + c: its
-offset is the length of the text tokenizer, not `llm_vocab_size` (126464), the rows LLaDA had.
-Text and image share one mask token.
+An image code c of the MAGVIT-v2 codebook (8192 codes, 1024 per image) is the token 126349 + c: the
+offset is the length of the text tokenizer, not `llm_vocab_size` (126464), the rows of LLaDA.
+Text and images share one mask token.
 
 Source: Gen-Verse/MMaDA: models/modeling_mmada.py, models/modeling_llada.py, configs/*.yaml.
 """
@@ -16,7 +16,7 @@ from mmdlm.backbones.family import Spec, architecture, special
 from mmdlm.backbones.llada import END_OF_TEXT, LLaDA
 
 MASK = 126336
-# What MMaDA-8B's config.json says of its vocabulary besides the number of rows.
+# Vocabulary keys in the config.json of MMaDA-8B besides the number of rows.
 VOCABULARY = {
     "codebook_size": 8192,
     "llm_vocab_size": 126464,
@@ -27,23 +27,23 @@ VOCABULARY = {
 
 
 class MMaDA(LLaDA):
-    """LLaDA's keys and switches; its template puts one newline behind a header instead of two."""
+    """LLaDA's keys and settings; the template has one newline after a header instead of two."""
 
     TYPES: ClassVar[tuple[str, ...]] = ("mmadamodellm", "mmada")
 
     @classmethod
     def matches(cls, config: dict[str, Any], names: set[str]) -> bool:
-        """Whether it is MMaDA; copies of its code spell the architecture in two ways."""
+        """Whether it is MMaDA; its architecture name occurs in two spellings."""
         named = architecture(config).lower()
         return named == "mmadamodellm" or config.get("model_type") == "mmada"
 
     @classmethod
     def read(cls, config: dict[str, Any], names: set[str]) -> Spec:
-        """The spec; the rows are `embedding_size`, in files without it `new_vocab_size`."""
+        """The spec; the vocabulary size is `embedding_size` or else `new_vocab_size`."""
         keys = ("embedding_size", "new_vocab_size", "vocab_size")
         rows = next((config[key] for key in keys if config.get(key)), None)
         if rows is None:
-            raise ValueError(f"MMaDA: config.json has none of {', '.join(keys)}; it must name one")
+            raise ValueError(f"MMaDA: config.json has none of {', '.join(keys)}; expected one")
         eos = special(config, "eos_token_id", END_OF_TEXT, rows)
         given = {
             "embedding_size": rows,

@@ -1,4 +1,4 @@
-"""The second half of a block: one MLP, or many experts of which each token asks a few.
+"""Feed-forward part of a block: an MLP, or a mixture of experts with top-k routing.
 
 Sources: ZHZisZZ/dllm: dllm/pipelines/llada/models/modeling_lladamoe.py (softmax router) and
 dllm/pipelines/llada2/models/modeling_llada2_moe.py (sigmoid router, groups, shared expert).
@@ -14,58 +14,63 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from encoders.checks import Checked, NonNegativeInt, PositiveInt
 from mmdlm.backbones.linear import Linear
 
 PIECE = 128
-"""Rows an MLP takes at a time on a CPU, where nothing is trained: what lies between its two
-products is several times as wide as a row, and stays in the cache of a core."""
+"""Rows per piece of an MLP at inference on a CPU, so that the hidden activations, several times as
+wide as a row, stay in the cache of a core."""
 
 
 @dataclass(frozen=True)
-class MoEConfig:
+class MoEConfig(Checked):
     """Sizes and routing of a mixture of experts.
 
     Args:
-        experts: E, experts of a layer.
-        top: K, experts asked by a token.
+        experts: E, experts per layer.
+        top: K, experts per token (top-k).
         inner: width inside one expert.
-        dense: layers that have a plain MLP instead.
-        shared: width inside the expert that all tokens ask; 0 for none.
-        score: what makes a score of a router logit: "softmax" over the experts, or "sigmoid".
-        bias: the router has a bias, which is added to the scores experts are chosen by.
-        bias_weighs: the bias also counts in the weights, not in the choice alone.
-        normalize: the K weights of a token are divided by their sum.
+        dense: indices of layers with a plain MLP instead.
+        shared: width inside the shared expert, which every token is routed to; 0 for none.
+        score: function from router logits to scores: softmax over the experts, or sigmoid.
+        bias: the router adds a bias to the scores that select the experts.
+        bias_weighs: the bias also enters the weights, not only the selection.
+        normalize: divide the K weights of a token by their sum.
         scale: factor on the weights.
-        groups: consecutive experts are grouped so; each group is judged by its two best scores.
-        top_groups: groups among whose experts a token chooses.
+        groups: number of groups of consecutive experts; the score of a group is the sum of its two
+            highest scores.
+        top_groups: groups per token; its experts are selected within them.
     """
 
-    experts: int
-    top: int
-    inner: int
-    dense: tuple[int, ...] = ()
-    shared: int = 0
+    experts: PositiveInt
+    top: PositiveInt
+    inner: PositiveInt
+    dense: tuple[NonNegativeInt, ...] = ()
+    shared: NonNegativeInt = 0
     score: Literal["softmax", "sigmoid"] = "softmax"
     bias: bool = False
     bias_weighs: bool = False
     normalize: bool = False
     scale: float = 1.0
-    groups: int = 1
-    top_groups: int = 1
+    groups: PositiveInt = 1
+    top_groups: PositiveInt = 1
 
     def __post_init__(self) -> None:
-        if self.score not in ("softmax", "sigmoid"):
-            raise ValueError(f"router score {self.score!r} is unknown; expected softmax or sigmoid")
-        if min(self.experts, self.inner, self.groups) < 1 or self.experts % self.groups:
+        super().__post_init__()
+        if self.experts % self.groups:
             raise ValueError(
-                f"{self.experts} experts of width {self.inner} cannot form {self.groups} groups"
+                f"MoEConfig.groups is {self.groups}, expected a divisor of experts ({self.experts})"
             )
-        if not 1 <= self.top_groups <= self.groups:
-            raise ValueError(f"a token cannot choose {self.top_groups} of {self.groups} groups")
-        reach = self.experts // self.groups * self.top_groups
-        if not 1 <= self.top <= reach:
+        if self.top_groups > self.groups:
             raise ValueError(
-                f"a token cannot ask {self.top} experts, {reach} of {self.experts} are in reach"
+                f"MoEConfig.top_groups is {self.top_groups}, expected at most groups "
+                f"({self.groups})"
+            )
+        reach = self.experts // self.groups * self.top_groups
+        if self.top > reach:
+            raise ValueError(
+                f"MoEConfig.top is {self.top}, expected at most the {reach} experts of "
+                f"{self.top_groups} groups"
             )
 
 
@@ -92,7 +97,7 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Which experts each token asks, and how much each of them weighs; always in float32."""
+    """Selects the experts of each token and their weights, in float32."""
 
     bias: Tensor | None
 
@@ -101,11 +106,11 @@ class Router(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.experts, width))
         nn.init.normal_(self.weight, std=0.02)
-        # Balanced by a rule of its own in training, never by a gradient: not a parameter.
+        # Not a parameter: training balances it by a separate rule, without a gradient.
         self.register_buffer("bias", torch.zeros(config.experts) if config.bias else None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights, float32 [N K], and indices of the experts, int64 [N K], of tokens [N D]."""
+        """Weights float32 [N K] and expert indices int64 [N K] of tokens [N D]."""
         c = self.config
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())  # [N E]
@@ -118,7 +123,7 @@ class Router(nn.Module):
         return weights * c.scale, chosen
 
     def _reachable(self, ranked: Tensor) -> Tensor:
-        """Scores [N E] with those outside of a token's best groups at minus infinity."""
+        """Scores [N E], set to minus infinity outside the best groups of each token."""
         c = self.config
         if c.top_groups == c.groups:
             return ranked
@@ -129,7 +134,7 @@ class Router(nn.Module):
         return grouped.masked_fill(~open_groups[..., None], -torch.inf).flatten(-2)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Moves with the model, but `model.bfloat16()` must not change which experts win."""
+        """Moves the bias but keeps it float32: a cast would change which experts are selected."""
         before = self.bias
         super()._apply(fn, recurse)
         if before is not None and self.bias.dtype != before.dtype:
@@ -146,11 +151,11 @@ class Stack(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        """Each row times the matrix of its expert.
+        """Multiplies each row with the matrix of its expert.
 
         Args:
             x: [P n_in], sorted by expert.
-            ends: [E] int32, the row after the last one of each expert.
+            ends: [E] int32, one past the last row of each expert.
         Returns:
             [P n_out].
         """
@@ -158,16 +163,16 @@ class Stack(nn.Module):
         if fits(x, weight):
             return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
         sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-        # `unbind` rather than `weight[e]`: its gradient is one stack, not E full-size additions.
+        # `unbind`, not `weight[e]`: its gradient is one stack instead of E full-size additions.
         parts = zip(x.split(sizes), weight.unbind(), strict=True)
         return torch.cat([F.linear(rows, matrix) for rows, matrix in parts if len(rows)])
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether `grouped_mm` of this torch takes these operands.
+    """Whether `torch.nn.functional.grouped_mm` supports these operands.
 
-    It wants rows and matrices to start at multiples of 16 bytes. On a GPU only bfloat16 has a
-    kernel of its own, from compute capability 8.0 on.
+    Rows and matrices must start at multiples of 16 bytes. On a GPU only bfloat16 has a kernel, from
+    compute capability 8.0 on.
 
     Args:
         x: [P n_in].
@@ -184,7 +189,7 @@ def fits(x: Tensor, weight: Tensor) -> bool:
 
 
 class Experts(nn.Module):
-    """E SwiGLUs side by side."""
+    """E SwiGLU MLPs."""
 
     def __init__(self, width: int, config: MoEConfig) -> None:
         super().__init__()
@@ -192,15 +197,15 @@ class Experts(nn.Module):
         self.down = Stack(config.experts, width, config.inner)
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        """[P D] -> [P D] for rows sorted by expert, see `Stack`."""
+        """[P D] -> [P D]; rows are sorted by expert, see `Stack`."""
         gate, up = self.gate_up(x, ends).chunk(2, -1)
         return self.down(F.silu(gate) * up, ends)
 
 
 class MoE(nn.Module):
-    """The weighted sum of the experts each token asks, plus the shared one.
+    """Weighted sum of the top-k experts of each token, plus the shared expert.
 
-    Tokens never compete for places in an expert, so no token depends on another.
+    Experts have no capacity limit, so the result of a token does not depend on other tokens.
 
     Args:
         width: D.
@@ -218,11 +223,11 @@ class MoE(nn.Module):
         tokens = x.flatten(0, -2)  # [N D]
         weights, chosen = self.router(tokens)
         n, k = chosen.shape
-        expert, order = chosen.flatten().sort(stable=True)  # the N K pairs by expert
+        expert, order = chosen.flatten().sort(stable=True)  # N K pairs sorted by expert
         index = torch.arange(len(self.router.weight), device=x.device)
         ends = torch.searchsorted(expert, index, right=True, out_int32=True)  # [E]
-        # Copied before they are permuted: the gradients of a token's K copies are then added in
-        # the same order every time, which a gather with repeated rows does not promise on a GPU.
+        # Copied before the permutation, so that the gradients of the K copies are added in a fixed
+        # order; the backward of a gather with repeated rows is not deterministic on a GPU.
         pairs = tokens.to(compute_dtype(x)).repeat_interleave(k, 0).index_select(0, order)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(n * k, device=x.device))
         y = self.experts(pairs, ends).index_select(0, back).unflatten(0, (n, k))  # [N K D]
@@ -231,6 +236,6 @@ class MoE(nn.Module):
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type a matrix product of x has; `grouped_mm` knows nothing of autocast."""
+    """Dtype of matrix products of x under autocast, which `grouped_mm` ignores."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

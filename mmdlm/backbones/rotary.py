@@ -1,4 +1,4 @@
-"""Rotary position embedding by halves."""
+"""Rotary position embedding (rotate-half form)."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from torch import Tensor, nn
 
 
 class Rotary(nn.Module):
-    """Cosines and sines of absolute positions for the rotated part of a head.
+    """Cosines and sines of absolute positions for the rotated channels of a head.
 
     Args:
         dim: channels of a head that are rotated.
-        base: what the slowest channel's period grows with.
+        base: theta; channel pair i rotates by position * base ** (-2 i / dim).
     """
 
     def __init__(self, dim: int, base: float) -> None:
         super().__init__()
         self.dim, self.base = dim, base
-        self.frequency: Tensor | None = None  # not a buffer, which would follow the weights' type
+        self.frequency: Tensor | None = None  # not a buffer: it would be cast with the weights
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Two float32 tensors [B 1 M dim] for positions [B M]: cosines, and sines for `rotate`.
 
-        The sines of the first half are negated: it takes away what the second half gives it.
+        The sines of the first half are negated, as in rotate-half.
         """
         if self.frequency is None or self.frequency.device != positions.device:
             with torch.inference_mode(False):
                 step = torch.arange(0, self.dim, 2, device=positions.device, dtype=torch.float32)
                 # In the published order of operations: base ** -x differs in the last bit, which
-                # thousands of positions make visible.
+                # shows after thousands of positions.
                 self.frequency = 1.0 / self.base ** (step / self.dim)
         angles = positions[:, None, :, None].float() * self.frequency  # [B 1 M dim/2]
         cos, sin = angles.cos(), angles.sin()
@@ -36,7 +36,7 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, float32: bool) -> Tensor:
-    """Rotated queries or keys [B H M hd]; channels beyond the rotary width pass through."""
+    """Rotated queries or keys [B H M hd]; channels beyond the rotary width are not rotated."""
     dim = cos.shape[-1]
     rest = None
     if dim < x.shape[-1]:
@@ -48,6 +48,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, float32: bool) -> Tensor:
         else:
             cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     low, high = head.chunk(2, -1)
-    # In place where it harms no gradient: of a long prompt every temporary counts.
+    # In place where autograd allows it, to keep peak memory low for long prompts.
     head = (head * cos).add_(torch.cat([high, low], -1).mul_(sin)).to(x.dtype)
     return head if rest is None else torch.cat([head, rest], -1)

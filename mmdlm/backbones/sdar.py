@@ -1,4 +1,4 @@
-"""SDAR and TraDo: Qwen3 whose tokens see their own block and the blocks before it.
+"""SDAR and TraDo: Qwen3 with block-causal attention.
 
 Source: JetAstra/SDAR: training/model/SDAR-8B-Chat (configuration_sdar.py, modeling_sdar.py,
 generation_config.json); Gen-Verse/dLLM-RL: models/sdar.
@@ -18,20 +18,20 @@ IDS = Ids(mask=151669, eos=151643, pad=151643, stops=(151645,))
 
 
 class SDAR(Family):
-    """Qwen3's keys; the released block size is 4, which some config.json leave out."""
+    """Qwen3's keys; the released block size is 4, which some config.json omit."""
 
     TYPES: ClassVar[tuple[str, ...]] = ("sdarforcausallm", "sdar")
     KEYS: ClassVar[Keys] = LLAMA_KEYS
 
     @classmethod
     def matches(cls, config: dict[str, Any], names: set[str]) -> bool:
-        """Whether it is dense SDAR; the mixture of experts has an architecture of its own."""
+        """Whether it is dense SDAR; the mixture of experts has a separate architecture."""
         named = architecture(config)
         return named == "SDARForCausalLM" or (not named and config.get("model_type") == "sdar")
 
     @classmethod
     def read(cls, config: dict[str, Any], names: set[str]) -> Spec:
-        """The spec; absent keys mean what configuration_sdar.py makes of them."""
+        """The spec; absent keys have the defaults of configuration_sdar.py."""
         return read_config(
             cls,
             config,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmdlm.backbones.block import Block, Parts, RMSNorm, answer, ask
+from mmdlm.backbones.block import Block, Parts, RMSNorm, post_attention, qkv
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.kv import KV, Pass, Rows, indices, take
 from mmdlm.backbones.linear import Linear, linear
@@ -53,7 +53,8 @@ class Transformer(nn.Module):
             backend: of `torch.compile`.
         """
         # Sizes are symbols from the start: rows, batch and what is read change within a decode.
-        compiled = Parts(*(torch.compile(p, dynamic=True, backend=backend) for p in (ask, answer)))
+        parts = (torch.compile(p, dynamic=True, backend=backend) for p in (qkv, post_attention))
+        compiled = Parts(*parts)
         for block in self.blocks:
             block.parts = compiled
         self.pool = Pool()

@@ -32,7 +32,7 @@ KINDS = {
         ("llama", False, "none", 128256, "plain"),
     ],
 )
-def test_a2d_is_its_ancestor_with_full_attention(
+def test_a2d_equals_its_base_model_with_full_attention(
     kind: str, bias: bool, norm: str, mask: int, template: str
 ) -> None:
     spec = A2D.read(SMALL | KINDS[kind] | {"vocab_size": 151936, "eos_token_id": None}, set())
@@ -73,7 +73,7 @@ def test_a2d_written_config_keeps_biases_apart() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a2d_is_told_from_its_ancestor(kind: str) -> None:
+def test_a2d_is_distinguished_from_its_base_model(kind: str) -> None:
     names = {"model.embed_tokens.weight"}
     assert A2D.matches(KINDS[kind], names)
     assert A2D.matches({"model_type": f"a2d-{kind}"}, names)
@@ -82,7 +82,7 @@ def test_a2d_is_told_from_its_ancestor(kind: str) -> None:
     assert not A2D.matches({"model_type": "a2d-qwen3_5"}, names)
 
 
-def test_a2d_of_another_ancestor_is_refused() -> None:
+def test_a2d_of_another_base_model_is_rejected() -> None:
     with pytest.raises(ValueError, match="model_type 'a2d-gpt2', expected one of a2d-qwen2"):
         A2D.read(SMALL | {"model_type": "a2d-gpt2"}, set())
 
@@ -91,7 +91,7 @@ def test_a2d_of_another_ancestor_is_refused() -> None:
     ("folder", "model_type", "families"),
     [("a2d_qwen2", "qwen2", "'a2d' or family='open_dllm'"), ("a2d_qwen3", "qwen3", "'a2d'")],
 )
-def test_plain_ancestor_is_refused_unless_a_family_is_named(
+def test_plain_base_model_is_rejected_unless_a_family_is_named(
     golden: Path, tmp_path: Path, folder: str, model_type: str, families: str
 ) -> None:
     there = Path(shutil.copytree(golden / "backbones" / folder, tmp_path / "it"))

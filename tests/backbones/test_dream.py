@@ -53,7 +53,7 @@ def test_dream_padding_equals_the_reference(
     assert logits.isfinite().all()
     source = mask[:, :-1]
     assert_close_to(logits[:, 1:][source], numbers["logits_masked"][:, :-1][source])
-    # The first real token has no row before it but padding; its own stands in, as at position 0.
+    # Only padding precedes the first token, so its own logits are used, as at position 0.
     assert_close_to(logits[0, 5], numbers["logits_masked"][0, 5])
     assert_close_to(model.logits(numbers["input_ids"])[:, 0], numbers["logits"][:, 0])
 
@@ -81,7 +81,7 @@ def test_dream_biases_do_not_depend_on_a_key() -> None:
 @pytest.mark.parametrize(
     ("key", "value"), [("hidden_act", "gelu"), ("use_mrope", True), ("use_sliding_window", True)]
 )
-def test_dream_refuses_what_was_never_published(key: str, value: Any) -> None:
+def test_dream_rejects_unpublished_settings(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"Dream.*{key}.*expected"):
         Dream.read(SMALL | {key: value}, set())
 
@@ -102,11 +102,11 @@ def test_dream_written_config_reads_back(variant: dict[str, Any]) -> None:
     assert Dream.read(json.loads(json.dumps(Dream.write(spec))), set()) == spec
 
 
-def test_dream_config_that_it_cannot_say_is_refused(golden: Path) -> None:
+def test_dream_spec_without_a_published_config_is_rejected(golden: Path) -> None:
     from mmdlm.backbones.llada import LLaDA
 
     spec = LLaDA.read(json.loads((golden / "backbones/llada/config.json").read_text()), set())
-    with pytest.raises(ValueError, match="published Dream config cannot say .*qkv_bias"):
+    with pytest.raises(ValueError, match="published Dream config.json cannot express .*qkv_bias"):
         Dream.write(spec)
 
 
@@ -127,7 +127,7 @@ LATER = SMALL | {"architectures": ["DreamForCausalLM"]}
         (LATER | {"block_size": 32}, set(), True),
     ],
 )
-def test_dream_tensors_and_blocks_tell_the_successor(
+def test_dream_successor_is_recognised_by_tensors_and_block_size(
     config: dict[str, Any], names: set[str], later: bool
 ) -> None:
     spec = Dream.read(config, names)
@@ -160,7 +160,7 @@ def test_dream_successor_written_config_reads_back(variant: dict[str, Any]) -> N
     assert Dream.read(config, set()) == spec
 
 
-def test_dream_is_told_from_other_families() -> None:
+def test_dream_is_distinguished_from_other_families() -> None:
     assert Dream.matches({"architectures": ["DreamModel"], "model_type": "Dream"}, QWEN2_NAMES)
     assert Dream.matches({"model_type": "Dream"}, QWEN2_NAMES)
     for names in (QWEN2_NAMES, QWEN3_NAMES):

@@ -1,4 +1,4 @@
-"""What holds for every family, on its tiny checkpoint with numbers from its reference code."""
+"""Tests of every family on a tiny checkpoint with outputs of its reference code."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
 
 @dataclass(frozen=True)
 class Case:
-    """A golden folder, as it is or told to be of a family that shares its function.
+    """A golden folder, read as its family or as another one that computes the same.
 
     Args:
         folder: name below tests/golden/backbones.
@@ -58,7 +58,7 @@ CASES = {
 
 
 class Checkpoint:
-    """One case: its folder, its model and its numbers."""
+    """One case: folder, model and recorded outputs."""
 
     def __init__(self, case: Case, golden: Path, folder: Path) -> None:
         self.folder = Path(shutil.copytree(golden / "backbones" / case.folder, folder))
@@ -104,7 +104,7 @@ def same(a: MultimodalDLM, b: MultimodalDLM) -> bool:
 
 
 def block_of(checkpoint: Checkpoint) -> int | None:
-    """Tokens per block of the numbers."""
+    """Block size of the recorded outputs."""
     given = [
         checkpoint.numbers[k] for k in ("block_size", "block_length") if k in checkpoint.numbers
     ]
@@ -112,7 +112,7 @@ def block_of(checkpoint: Checkpoint) -> int | None:
 
 
 def assert_equals_raw(model: MultimodalDLM, ours: Tensor, raw: Tensor, real: Tensor) -> None:
-    """Compares aligned logits with the network's own rows, which in some families are one ahead."""
+    """Compares aligned logits with the unaligned reference, shifted by one in some families."""
     assert ours.isfinite().all()
     if model.spec.shift:
         ours, raw, real = ours[:, 1:], raw[:, :-1], real[:, 1:] & real[:, :-1]
@@ -124,7 +124,7 @@ def scored(model: MultimodalDLM, start: int, stop: int) -> slice:
     return slice(start + model.spec.shift, stop + model.spec.shift)
 
 
-def test_family_is_recognised_and_read_in_full(checkpoint: Checkpoint) -> None:
+def test_family_is_recognised_and_every_tensor_read(checkpoint: Checkpoint) -> None:
     model = checkpoint.model
     assert model.spec.family == checkpoint.family
     assert set(model.report.loaded) == set(checkpoint.weights())
@@ -156,7 +156,7 @@ def test_family_hidden_states_equal_the_reference(checkpoint: Checkpoint) -> Non
     final = model.hidden(from_tokens(ids, None, "full", None))
     for hook in hooks:
         hook.remove()
-    # The last block's output is recorded behind the final norm only.
+    # The output of the last block is recorded only after the final norm.
     ours = [model.backbone.tokens(ids), *states[:-1], final]
     assert len(ours) == len(recorded)
     for i, state in enumerate(ours):
@@ -205,7 +205,7 @@ def test_family_prefix_cache_equals_the_reference(checkpoint: Checkpoint) -> Non
     old, new = (from_tokens(numbers[n], None, "full", None) for n in ("cache_ids", "cache_ids_new"))
     start, length = int(numbers["cache_split"]), old.tokens.shape[1]
     kv = model.backbone.cache(1, length)
-    # Recorded are the rows themselves, which in some families score one position further.
+    # The recorded rows are unaligned: in some families they score the next position.
     model.run(old, slice(0, length), scored(model, 0, length), kv)
     ours = model.run(new, slice(start, length), scored(model, start, length), kv)
     torch.testing.assert_close(ours, numbers["logits_prefix_cache"], **TOLERANCE)
@@ -284,7 +284,7 @@ def test_family_runs_in_half_precision(checkpoint: Checkpoint, dtype: str, least
 
 
 @pytest.mark.parametrize("shard_bytes", [5e9, 1e5])
-def test_family_published_again_is_the_same_checkpoint(
+def test_family_export_equals_the_published_checkpoint(
     checkpoint: Checkpoint, tmp_path: Path, shard_bytes: float
 ) -> None:
     save_published(checkpoint.model, tmp_path, shard_bytes=shard_bytes)
@@ -318,7 +318,7 @@ def test_family_inside_a_wrapper_is_found(
     assert same(again, checkpoint.model)
 
 
-def test_family_with_a_tensor_too_few_or_too_many_is_refused(
+def test_family_with_a_missing_or_extra_tensor_is_rejected(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     lost = sorted(name for name in checkpoint.weights() if "norm" in name)[0]
@@ -348,7 +348,7 @@ def test_family_saved_again_by_transformers_5_is_the_same(
     assert same(again, checkpoint.model)
 
 
-def test_family_with_scaled_rotary_positions_is_refused(
+def test_family_with_scaled_rotary_positions_is_rejected(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     scaling = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
@@ -395,7 +395,7 @@ def test_every_family_lists_the_names_it_is_published_under(golden: Path) -> Non
         ("a2d_qwen3", "A2DQwen3_5LMHeadModel", "a2d-qwen3_5", "a2d"),
     ],
 )
-def test_unknown_checkpoint_is_told_the_nearest_family(
+def test_error_for_an_unknown_checkpoint_names_the_nearest_family(
     golden: Path, folder: str, architecture: str, model_type: str, nearest: str
 ) -> None:
     names = set(index(golden / "backbones" / folder))
@@ -404,7 +404,7 @@ def test_unknown_checkpoint_is_told_the_nearest_family(
         family_of(config, names, None)
 
 
-def test_checkpoint_without_a_config_that_says_anything_is_refused(golden: Path) -> None:
+def test_checkpoint_with_an_empty_config_is_rejected(golden: Path) -> None:
     names = set(index(golden / "backbones" / "dream"))
     with pytest.raises(ValueError, match="no family fits architectures None, model_type None"):
         family_of({}, names, None)

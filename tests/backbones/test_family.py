@@ -18,7 +18,7 @@ def test_tokens_within_the_context_fit() -> None:
 
 
 @pytest.mark.parametrize("tokens", [4097, 8192, 100_000])
-def test_scale_that_the_error_names_is_enough(tokens: int) -> None:
+def test_scale_named_in_the_error_is_sufficient(tokens: int) -> None:
     with pytest.raises(ValueError, match=rf"{tokens} tokens .* context is 4096; .*NTK") as error:
         SPEC.fits(tokens)
     scale = float(str(error.value).partition("theta_scale=")[2].split()[0])

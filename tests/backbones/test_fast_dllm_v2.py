@@ -54,7 +54,7 @@ def test_fast_dllm_v2_written_config_reads_back(variant: dict[str, Any]) -> None
     assert FastDLLMv2.read(FastDLLMv2.write(spec), set()) == spec
 
 
-def test_fast_dllm_v2_is_told_from_its_namesakes() -> None:
+def test_fast_dllm_v2_is_distinguished_from_families_of_the_same_name() -> None:
     assert FastDLLMv2.matches(SMALL, set())
     assert FastDLLMv2.matches({"model_type": "Fast_dLLM_Qwen"}, set())
     assert not FastDLLMv2.matches({"architectures": ["Qwen2ForCausalLM"]}, set())

@@ -40,7 +40,7 @@ def test_kv_write_by_index_takes_other_rows_per_batch_row() -> None:
     assert kv.keys[0][:, 0, :, 0].tolist() == [[1, 0, 2, 0], [0, 4, 0, 3]]
 
 
-def test_kv_hands_out_rows_before_its_end_only() -> None:
+def test_kv_returns_only_rows_before_its_end() -> None:
     kv = KV(1, 1, 1, 6, 2)
     kv.end = 4
     keys, values = kv.write(0, torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), slice(2, 4))
@@ -58,7 +58,7 @@ def test_kv_shrinks_to_some_rows_of_the_batch() -> None:
     assert torch.equal(kv.values[1], -keys[[0, 2]])
 
 
-def test_kv_has_each_layer_where_it_is_told() -> None:
+def test_kv_places_each_layer_on_its_device() -> None:
     kv = KV(2, 1, 1, 4, 1, device=[torch.device("cpu"), torch.device("meta")])
     assert [k.device.type for k in kv.keys] == [v.device.type for v in kv.values] == ["cpu", "meta"]
 
@@ -113,7 +113,7 @@ def test_rows_outside_the_written_ones_stay_stale(backbone: Transformer) -> None
 
 
 @torch.inference_mode()
-def test_rows_behind_the_end_are_not_attended(backbone: Transformer) -> None:
+def test_rows_after_the_end_are_not_attended(backbone: Transformer) -> None:
     x, positions = canvas()
     kv = backbone.cache(2, 8)
     kv.end = 5
@@ -121,7 +121,7 @@ def test_rows_behind_the_end_are_not_attended(backbone: Transformer) -> None:
     torch.testing.assert_close(short, backbone(x[:, :5], positions[:, :5]))
 
 
-def test_take_of_no_choice_is_everything() -> None:
+def test_take_without_rows_returns_everything() -> None:
     x = torch.arange(12).view(2, 6)
     assert take(x, None) is x
     assert take(x, slice(1, 3)).tolist() == [[1, 2], [7, 8]]

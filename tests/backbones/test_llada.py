@@ -41,7 +41,7 @@ def assert_close_to(ours: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(ours, expected, **TOLERANCE)
 
 
-# A second implementation, from the description alone: loops, float64, published names.
+# Independent reference implementation: plain loops, float64, published names.
 
 
 def rms(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -238,18 +238,18 @@ def test_llada_absent_keys_have_the_defaults_of_the_class() -> None:
         ("layer_norm_with_affine", False),
     ],
 )
-def test_llada_refuses_what_was_never_published(key: str, value: Any) -> None:
+def test_llada_rejects_unpublished_settings(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"LLaDA.*{key}.*expected"):
         LLaDA.read(SMALL | {key: value}, set())
 
 
 @pytest.mark.parametrize("key", ["block_type", "layer_norm_type", "activation_type", "rope"])
-def test_llada_refuses_absent_keys_whose_default_was_never_published(key: str) -> None:
+def test_llada_rejects_absent_keys_with_an_unpublished_default(key: str) -> None:
     with pytest.raises(ValueError, match=f"LLaDA.*{key}"):
         LLaDA.read({k: v for k, v in SMALL.items() if k != key}, set())
 
 
-def test_llada_refuses_contradicting_key_heads() -> None:
+def test_llada_rejects_contradicting_key_heads() -> None:
     with pytest.raises(ValueError, match="multi_query_attention with n_kv_heads 2"):
         LLaDA.read(SMALL | {"multi_query_attention": True}, set())
 
@@ -283,7 +283,7 @@ def test_llada_written_config_reads_back(name: str) -> None:
     assert again == spec
 
 
-def test_llada_is_told_from_its_namesakes() -> None:
+def test_llada_is_distinguished_from_families_of_the_same_name() -> None:
     ours = {"model.transformer.wte.weight"}
     llama = {"model.embed_tokens.weight"}
     dense = {"architectures": ["LLaDAModelLM"], "model_type": "llada"}

@@ -65,7 +65,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "weights as they are": {"routed_scaling_factor": 1.0},
     "router without bias": {"moe_router_enable_expert_bias": False},
     "tied": {"tie_word_embeddings": True},
-    # The published code never looks at these.
+    # The published code ignores these.
     "ignored": {"norm_topk_prob": False, "norm_head": True, "score_function": "sigmoid"},
     "everything": {
         "use_qkv_bias": True,
@@ -144,14 +144,14 @@ def test_llada2_moe_cache_agrees_with_a_full_pass(
     ids, n = numbers["input_ids"], numbers["input_ids"].shape[1]
     canvas, full = from_tokens(ids, None, "block_causal", 8), model.logits(ids, block_size=8)
     kv = model.backbone.cache(2, n)
-    for start in range(0, n, 8):  # block by block, later ones not there yet
+    for start in range(0, n, 8):  # block by block; later blocks are not in the cache yet
         rows, kv.end = slice(start, start + 8), start + 8
         assert_close_to(model.run(canvas, rows, rows, kv), full[:, rows])
     inside = slice(10, 13)  # read fewer rows than are recomputed
     assert_close_to(model.run(canvas, slice(8, 16), inside, kv), full[:, inside])
 
 
-# A second implementation, from the description alone: loops, float64, published names.
+# Independent reference implementation: plain loops, float64, published names.
 
 
 def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -349,21 +349,21 @@ def test_llada2_moe_absent_keys_have_the_defaults_of_the_class() -> None:
     assert (spec.shift, spec.attention, spec.block_size) == (False, "block_causal", 32)
 
 
-def test_llada2_moe_block_size_of_the_config_counts() -> None:
+def test_llada2_moe_block_size_of_the_config_is_used() -> None:
     sizes = {k: v for k, v in SMALL.items() if k != "block_size"}
     assert LLaDA2MoE.read(sizes, set()).block_size == 32
     assert LLaDA2MoE.read(sizes | {"block_size": 16}, set()).block_size == 16
     assert LLaDA2MoE.read(sizes | {"block_length": 8}, set()).block_size == 8
 
 
-def test_llada2_moe_small_vocabulary_has_a_mask_id_of_its_own() -> None:
+def test_llada2_moe_small_vocabulary_uses_its_last_id_as_mask() -> None:
     assert LLaDA2MoE.read(SMALL, set()).mask_id == 31
     assert LLaDA2MoE.read(SMALL | {"mask_token_id": 7}, set()).mask_id == 7
     with pytest.raises(ValueError, match="mask_id is 156895, expected an id below the 32 rows"):
         LLaDA2MoE.read(SMALL | {"mask_token_id": 156895}, set())
 
 
-def test_llada2_moe_bias_that_is_there_is_used() -> None:
+def test_llada2_moe_router_bias_in_the_checkpoint_is_used() -> None:
     config = SMALL | {"moe_router_enable_expert_bias": False}
     names = {"model.layers.1.mlp.gate.expert_bias"}
     assert LLaDA2MoE.read(config, names).transformer.moe.bias
@@ -377,14 +377,14 @@ def test_llada2_moe_bias_that_is_there_is_used() -> None:
         ({"score_function": "softmax"}, "score_function.*softmax.*expected"),
         ({"use_sliding_window": True}, "use_sliding_window.*expected"),
         ({"rope_scaling": {"type": "yarn"}}, "rotary scaling 'yarn'"),
-        ({"n_group": 4}, "6 experts of width 10 cannot form 4 groups"),
-        ({"topk_group": 4}, "cannot choose 4 of 3 groups"),
-        ({"num_experts_per_tok": 5}, "cannot ask 5 experts, 4 of 6 are in reach"),
+        ({"n_group": 4}, "MoEConfig.groups is 4, expected a divisor"),
+        ({"topk_group": 4}, "MoEConfig.top_groups is 4, expected at most"),
+        ({"num_experts_per_tok": 5}, "MoEConfig.top is 5, expected at most the 4"),
         ({"moe_intermediate_size": None}, "lacks moe_intermediate_size, the width of an expert"),
-        ({"intermediate_size": None}, "inner is 0, expected the width inside the MLP"),
+        ({"intermediate_size": None}, "inner is 0, expected at least 1 for an MLP layer"),
     ],
 )
-def test_llada2_moe_refuses_what_was_never_published(changes: dict[str, Any], message: str) -> None:
+def test_llada2_moe_rejects_unpublished_settings(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LLaDA2MoE.read(SMALL | changes, set())
 
@@ -396,7 +396,7 @@ def test_llada2_moe_reads_the_rotary_keys_where_transformers_5_puts_them() -> No
     assert (t.theta, t.rotary) == (7e4, 0.25)
 
 
-def test_llada2_moe_is_told_from_others() -> None:
+def test_llada2_moe_is_distinguished_from_others() -> None:
     names = {"model.word_embeddings.weight", "model.layers.0.attention.query_key_value.weight"}
     sizes = {"hidden_size": 64, "moe_intermediate_size": 24, "num_experts": 8}
     ours = {"architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe"}
@@ -419,8 +419,8 @@ def test_llada2_moe_folder_is_recognised_by_its_tensors(absent: list[str], tmp_p
     assert load(write(tmp_path, config, random_weights(config))).spec.family == "llada2_moe"
 
 
-def test_llada2_moe_config_that_it_cannot_say_is_refused(golden: Path) -> None:
+def test_llada2_moe_spec_without_a_published_config_is_rejected(golden: Path) -> None:
     config = json.loads((golden / "backbones/llada_moe/config.json").read_text())
     spec = LLaDAMoE.read(config, set())
-    with pytest.raises(ValueError, match="published LLaDA2MoE config cannot say .*moe"):
+    with pytest.raises(ValueError, match="published LLaDA2MoE config.json cannot express .*moe"):
         LLaDA2MoE.write(spec)

@@ -52,7 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "half rotary": {"partial_rotary_factor": 0.67},
     "null kv heads": {"num_key_value_heads": None},
     "tied": {"tie_word_embeddings": True},
-    # The published code never looks at these.
+    # The published code ignores these.
     "ignored": {
         "norm_topk_prob": True,
         "routed_scaling_factor": 2.5,
@@ -96,7 +96,7 @@ def test_llada_moe_under_autocast_agrees_with_float32(
     assert (logits.argmax(-1) == numbers["logits"].argmax(-1)).float().mean() >= 0.9
 
 
-# A second implementation, from the description alone: loops, float64, published names.
+# Independent reference implementation: plain loops, float64, published names.
 
 
 def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -301,12 +301,12 @@ REQUIRED = ["hidden_size", "moe_layer_freq", "rope_theta", "vocab_size", "num_ex
 
 
 @pytest.mark.parametrize("key", REQUIRED)
-def test_llada_moe_refuses_absent_keys_without_a_default(key: str) -> None:
+def test_llada_moe_rejects_absent_keys_without_a_default(key: str) -> None:
     with pytest.raises(ValueError, match=f"LLaDAMoE: config.json lacks {key}, which"):
         LLaDAMoE.read({k: v for k, v in SMALL.items() if k != key}, set())
 
 
-def test_llada_moe_small_vocabulary_has_a_mask_id_of_its_own() -> None:
+def test_llada_moe_small_vocabulary_uses_its_last_id_as_mask() -> None:
     assert LLaDAMoE.read(SMALL, set()).mask_id == 31
     assert LLaDAMoE.read(SMALL | {"mask_token_id": 7}, set()).mask_id == 7
     with pytest.raises(ValueError, match="mask_id is 156895, expected an id below the 32 rows"):
@@ -318,13 +318,13 @@ def test_llada_moe_small_vocabulary_has_a_mask_id_of_its_own() -> None:
     [
         ({"hidden_act": "gelu"}, "hidden_act.*gelu.*expected"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rotary scaling 'yarn'"),
-        ({"moe_layer_freq": 1}, "moe_layer_freq 1, expected a list.* 3 in all"),
-        ({"moe_layer_freq": [1, 1]}, r"moe_layer_freq \[1, 1\], expected a list"),
-        ({"num_experts_per_tok": 7}, "cannot ask 7 experts"),
+        ({"moe_layer_freq": 1}, "moe_layer_freq in config.json is 1, expected 3"),
+        ({"moe_layer_freq": [1, 1]}, r"moe_layer_freq in config.json is \[1, 1\], expected 3"),
+        ({"num_experts_per_tok": 7}, "MoEConfig.top is 7, expected at most"),
         ({"moe_layer_freq": [0, 1, 1], "dense_intermediate_size": None}, "inner is 0"),
     ],
 )
-def test_llada_moe_refuses_what_was_never_published(changes: dict[str, Any], message: str) -> None:
+def test_llada_moe_rejects_unpublished_settings(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LLaDAMoE.read(SMALL | changes, set())
 
@@ -336,7 +336,7 @@ def test_llada_moe_reads_the_rotary_keys_where_transformers_5_puts_them() -> Non
     assert (t.theta, t.rotary) == (7e4, 0.5)
 
 
-def test_llada_moe_is_told_from_its_namesakes() -> None:
+def test_llada_moe_is_distinguished_from_families_of_the_same_name() -> None:
     llama, expert = "model.embed_tokens.weight", "model.layers.0.mlp.experts.0.gate_proj.weight"
     names = {llama, expert}
     ours = {"architectures": ["LLaDAMoEModelLM"], "model_type": "llada"}
@@ -359,10 +359,10 @@ def test_llada_moe_folder_is_recognised_by_its_keys(absent: list[str], tmp_path:
     assert load(write(tmp_path, config, random_weights(config))).spec.family == "llada_moe"
 
 
-def test_llada_moe_config_that_it_cannot_say_is_refused(golden: Path) -> None:
+def test_llada_moe_spec_without_a_published_config_is_rejected(golden: Path) -> None:
     config = json.loads((golden / "backbones/llada2_moe/config.json").read_text())
     from mmdlm.backbones.llada2_moe import LLaDA2MoE
 
     spec = LLaDA2MoE.read(config, set())
-    with pytest.raises(ValueError, match="published LLaDAMoE config cannot say .*moe"):
+    with pytest.raises(ValueError, match="published LLaDAMoE config.json cannot express .*moe"):
         LLaDAMoE.write(spec)

@@ -36,7 +36,7 @@ def test_llada_v_absent_keys_have_the_defaults_of_the_class() -> None:
     assert (spec.template, spec.context) == ("llada", 2048)
 
 
-def test_llada_v_ignores_the_leftover_start_id() -> None:
+def test_llada_v_ignores_the_bos_id() -> None:
     spec = LLaDAV.read(SMALL, set())
     assert (spec.mask_id, spec.eos_id, spec.pad_id) == (31, 30, 30)
     assert "bos_token_id" not in LLaDAV.write(spec)
@@ -85,13 +85,13 @@ def test_llada_v_written_config_reads_back(variant: dict[str, Any]) -> None:
         ({"architectures": ["LlamaForCausalLM"], "hidden_size": 16}, LLAMA_NAMES, None),
     ],
 )
-def test_llada_v_is_told_from_llada_and_its_mixture_of_experts(
+def test_llada_v_is_distinguished_from_llada_and_its_mixture_of_experts(
     config: dict[str, Any], names: set[str], family: type | None
 ) -> None:
     assert [f for f in (LLaDA, LLaDAV) if f.matches(config, names)] == ([family] if family else [])
 
 
-def test_llada_v_image_parts_are_left_aside(golden: Path, tmp_path: Path) -> None:
+def test_llada_v_image_tensors_are_ignored(golden: Path, tmp_path: Path) -> None:
     folder = golden / "backbones" / "llada_v"
     weights = {k: v for f in folder.glob("model*.safetensors") for k, v in load_file(f).items()}
     image = {

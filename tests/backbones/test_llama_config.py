@@ -97,7 +97,7 @@ def test_sdar_with_biases_equals_qwen3_under_a_block_causal_mask(tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", TABLES)
-def test_absent_keys_mean_what_transformers_makes_of_them(kind: str) -> None:
+def test_absent_keys_have_the_defaults_of_transformers(kind: str) -> None:
     import transformers
 
     name = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[kind]
@@ -114,7 +114,7 @@ def test_absent_keys_mean_what_transformers_makes_of_them(kind: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"), [("hidden_act", "gelu"), ("mlp_bias", True), ("use_sliding_window", True)]
 )
-def test_what_no_family_was_published_with_is_refused(key: str, value: Any) -> None:
+def test_unpublished_settings_are_rejected(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"SDAR: config.json .*{key}.*expected"):
         SDAR.read(SIZES | {key: value}, set())
 

@@ -59,7 +59,7 @@ def test_mmada_rows_include_the_image_codes(given: dict[str, Any], rows: int) ->
     assert MMaDA.read(SMALL | given, set()).transformer.vocab == rows
 
 
-def test_mmada_without_any_vocabulary_is_refused() -> None:
+def test_mmada_without_any_vocabulary_is_rejected() -> None:
     config = {k: v for k, v in SMALL.items() if k not in ("embedding_size", "vocab_size")}
     with pytest.raises(ValueError, match="MMaDA: config.json has none of embedding_size"):
         MMaDA.read(config, set())
@@ -81,7 +81,7 @@ def test_mmada_written_config_reads_back(variant: dict[str, Any]) -> None:
     assert {key: config[key] for key in published} == published
 
 
-def test_mmada_is_told_from_llada() -> None:
+def test_mmada_is_distinguished_from_llada() -> None:
     names = {"model.transformer.wte.weight"}
     assert MMaDA.matches(SMALL, names)
     assert MMaDA.matches({"architectures": ["MMaDAModelLM"]}, names)
@@ -89,7 +89,9 @@ def test_mmada_is_told_from_llada() -> None:
     assert not MMaDA.matches({"architectures": ["LLaDAModelLM"], "model_type": "llada"}, names)
 
 
-def test_mmada_type_wins_over_lladas_architecture(golden: Path, tmp_path: Path) -> None:
+def test_mmada_model_type_has_priority_over_lladas_architecture(
+    golden: Path, tmp_path: Path
+) -> None:
     folder = golden / "backbones" / "mmada"
     for file in folder.glob("model*"):
         (tmp_path / file.name).symlink_to(file.resolve())
@@ -100,7 +102,7 @@ def test_mmada_type_wins_over_lladas_architecture(golden: Path, tmp_path: Path) 
 
 
 @torch.inference_mode()
-def test_mmada_row_that_may_see_nothing_is_finite(golden: Path) -> None:
+def test_mmada_query_without_keys_is_finite(golden: Path) -> None:
     model = load(golden / "backbones" / "mmada")
     mask = torch.ones(1, 6, 6, dtype=torch.bool)
     mask[:, 2] = False

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 from dataclasses import replace
 
 import pytest
@@ -44,7 +45,7 @@ def tokens(n: int = 30, width: int = 16, seed: int = 1) -> Tensor:
     return torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
 
 
-# A second implementation, from the description alone: one token at a time, in float64.
+# Independent reference implementation: one token at a time, in float64.
 
 
 def mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ def test_experts_equal_one_token_at_a_time(name: str, size: str) -> None:
     layer = build(width, inner=inner, **ROUTINGS[name])
     x = tokens(width=width)
     torch.testing.assert_close(layer(x), slow(layer, doubled(layer), x.double()).float())
-    # It is the size alone that decides between the two ways to compute it.
+    # Only the size selects between the two implementations.
     assert fits(x, layer.experts.gate_up.weight) == (size == "aligned")
 
 
@@ -146,12 +147,12 @@ def test_tokens_do_not_depend_on_one_another(path: str) -> None:
     torch.testing.assert_close(layer(x[7:12]), whole[7:12])
     torch.testing.assert_close(layer(x.flip(0)).flip(0), whole)
     torch.testing.assert_close(layer(x.view(3, 4, 5, 16)).view(60, 16), whole)
-    crowd = torch.cat([x[:1].expand(500, -1), x])  # all of it asks the same experts
+    crowd = torch.cat([x[:1].expand(500, -1), x])  # all routed to the same experts
     torch.testing.assert_close(layer(crowd)[500:], whole)
 
 
 @torch.inference_mode()
-def test_experts_nobody_asks_do_not_matter(path: str) -> None:
+def test_experts_without_tokens_do_not_matter(path: str) -> None:
     layer, x = build(experts=64, top=2), tokens(1)
     asked = set(route(x[0].double(), doubled(layer), layer.router.config))
     for e in set(range(64)) - asked:
@@ -159,7 +160,7 @@ def test_experts_nobody_asks_do_not_matter(path: str) -> None:
     torch.testing.assert_close(layer(x), slow(layer, doubled(layer), x.double()).float())
 
 
-def test_gradient_of_an_expert_nobody_asks_is_zero(path: str) -> None:
+def test_gradient_of_an_expert_without_tokens_is_zero(path: str) -> None:
     layer, x = build(experts=64, top=2), tokens(1)
     layer(x).sum().backward()
     asked = set(route(x[0].double(), doubled(layer), layer.router.config))
@@ -201,7 +202,7 @@ def test_autocast_multiplies_in_bfloat16_and_routes_in_float32(size: str) -> Non
 @torch.inference_mode()
 def test_half_precision_experts_stay_near_float32(dtype: torch.dtype, path: str) -> None:
     layer = build(shared=8, **ROUTINGS["sigmoid"])
-    # Both from the same rounded numbers, so that no near-tie of the router falls the other way.
+    # Both from the same rounded numbers, so that the router breaks near-ties equally.
     x = tokens(200).to(dtype).float()
     for weight in layer.state_dict().values():
         weight.copy_(weight.to(dtype))
@@ -224,21 +225,21 @@ def test_router_of_a_half_precision_model_computes_in_float32(dtype: torch.dtype
 def test_weighted_sum_of_a_half_precision_model_is_in_float32() -> None:
     layer, x = build(experts=6, top=6, inner=16), tokens(200).bfloat16()
     for weight in layer.state_dict().values():
-        weight.copy_(weight[:1].clone())  # six times the same expert
-    layer.router.weight.zero_()  # and each weighs a sixth
+        weight.copy_(weight[:1].clone())  # six equal experts
+    layer.router.weight.zero_()  # with equal weights
     layer.bfloat16()
     every = layer.experts(x.repeat(6, 1), torch.arange(200, 1400, 200, dtype=torch.int32))
     assert torch.equal(layer(x), every[:200])
 
 
 @torch.inference_mode()
-def test_groups_out_of_reach_stay_so_under_a_negative_bias() -> None:
+def test_unselected_groups_stay_unselected_under_a_negative_bias() -> None:
     layer, x = build(**ROUTINGS["sigmoid with groups"]), tokens(100)
     layer.router.bias.sub_(5.0)  # every score is negative now
     torch.testing.assert_close(layer(x), slow(layer, doubled(layer), x.double()).float())
 
 
-def test_router_bias_is_a_float32_buffer_whatever_the_model_is() -> None:
+def test_router_bias_is_a_float32_buffer_in_every_dtype() -> None:
     layer = build(bias=True)
     before = layer.router.bias.clone()
     assert "router.bias" in layer.state_dict()
@@ -251,7 +252,7 @@ def test_router_bias_is_a_float32_buffer_whatever_the_model_is() -> None:
     assert build().router.bias is None
 
 
-def test_router_bias_chooses_without_weighing_or_does_both() -> None:
+def test_router_bias_enters_the_selection_and_optionally_the_weights() -> None:
     x = tokens(4)
     plain, choosing = build(top=1), build(top=1, bias=True)
     both = build(top=1, bias=True, bias_weighs=True)
@@ -268,18 +269,21 @@ def test_router_bias_chooses_without_weighing_or_does_both() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"score": "relu"}, "router score 'relu' is unknown; expected softmax or sigmoid"),
-        ({"groups": 3}, "8 experts of width 12 cannot form 3 groups"),
-        ({"experts": 0}, "0 experts of width 12"),
-        ({"inner": 0}, "8 experts of width 0"),
-        ({"groups": 4, "top_groups": 5}, "cannot choose 5 of 4 groups"),
-        ({"top": 9}, "cannot ask 9 experts, 8 of 8 are in reach"),
-        ({"top": 0}, "cannot ask 0 experts"),
-        ({"groups": 4, "top_groups": 1}, "cannot ask 3 experts, 2 of 8 are in reach"),
+        ({"score": "relu"}, "MoEConfig.score is 'relu', expected 'softmax' or 'sigmoid'"),
+        ({"groups": 3}, "MoEConfig.groups is 3, expected a divisor of experts (8)"),
+        ({"experts": 0}, "MoEConfig.experts is 0, expected at least 1"),
+        ({"inner": 0}, "MoEConfig.inner is 0, expected at least 1"),
+        ({"groups": 4, "top_groups": 5}, "MoEConfig.top_groups is 5, expected at most groups (4)"),
+        ({"top": 9}, "MoEConfig.top is 9, expected at most the 8 experts of 1 groups"),
+        ({"top": 0}, "MoEConfig.top is 0, expected at least 1"),
+        (
+            {"groups": 4, "top_groups": 1},
+            "MoEConfig.top is 3, expected at most the 2 experts of 1 groups",
+        ),
     ],
 )
-def test_impossible_experts_are_refused(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_invalid_routing_is_rejected(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
         replace(PLAIN, **changes)
 
 

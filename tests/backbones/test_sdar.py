@@ -40,7 +40,9 @@ def test_sdar_stop_ids_are_rows_of_the_embedding() -> None:
 @pytest.mark.parametrize(
     ("change", "width"), [({}, 128), ({"head_dim": None}, 4), ({"head_dim": 6}, 6)]
 )
-def test_sdar_head_is_128_wide_unless_config_says_so(change: dict[str, Any], width: int) -> None:
+def test_sdar_head_is_128_wide_unless_the_config_sets_it(
+    change: dict[str, Any], width: int
+) -> None:
     assert SDAR.read(SMALL | change, set()).transformer.head_width == width
 
 
@@ -50,7 +52,7 @@ def test_sdar_block_size_may_be_absent(given: dict[str, Any]) -> None:
     assert SDAR.read(SMALL | {"block_size": 16}, set()).block_size == 16
 
 
-def test_sdar_attention_bias_is_also_one_on_the_output() -> None:
+def test_sdar_attention_bias_includes_the_output_projection() -> None:
     t = SDAR.read(SMALL | {"attention_bias": True}, set()).transformer
     assert (t.qkv_bias, t.o_bias, t.bias) == (True, True, False)
 
@@ -74,16 +76,18 @@ def test_sdar_written_config_reads_back(variant: dict[str, Any]) -> None:
     ("change", "named"),
     [({"shift": True}, "shift"), ({"attention": "full"}, "attention"), ({"eos_id": 3}, None)],
 )
-def test_sdar_config_cannot_say_everything(change: dict[str, Any], named: str | None) -> None:
+def test_sdar_spec_without_a_published_config_is_rejected(
+    change: dict[str, Any], named: str | None
+) -> None:
     spec = Spec(**vars(SDAR.read(SMALL, set())) | change)
     if named is None:
         assert SDAR.read(SDAR.write(spec), set()) == spec
         return
-    with pytest.raises(ValueError, match=f"published SDAR config cannot say .*{named}"):
+    with pytest.raises(ValueError, match=f"published SDAR config.json cannot express .*{named}"):
         SDAR.write(spec)
 
 
-def test_sdar_is_told_from_its_namesakes() -> None:
+def test_sdar_is_distinguished_from_families_of_the_same_name() -> None:
     names = {"model.layers.0.self_attn.q_norm.weight"}
     assert SDAR.matches(SMALL, names)
     assert SDAR.matches({"model_type": "sdar"}, names)

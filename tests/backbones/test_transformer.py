@@ -108,7 +108,7 @@ def test_masked_keys_do_not_matter() -> None:
 
 
 @torch.inference_mode()
-def test_query_that_sees_nothing_stays_finite_and_harms_nobody() -> None:
+def test_query_without_keys_is_finite_and_changes_no_other() -> None:
     backbone = build()
     x, positions = inputs()
     mask = torch.ones(2, 7, 7, dtype=torch.bool)
@@ -150,7 +150,7 @@ def test_additive_mask_weighs_keys() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("blocked", [-torch.inf, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("grad", [False, True])
-def test_query_blocked_by_an_additive_mask_stays_finite_and_harms_nobody(
+def test_query_blocked_by_an_additive_mask_is_finite_and_changes_no_other(
     blocked: float, dtype: torch.dtype, grad: bool
 ) -> None:
     backbone = build().to(dtype)
@@ -226,7 +226,7 @@ def test_scales_multiply_embeddings_and_logits() -> None:
     torch.testing.assert_close(scaled.head(hidden), 0.5 * plain.head(hidden))
 
 
-def test_bound_is_on_queries_keys_and_values() -> None:
+def test_clip_bounds_queries_keys_and_values() -> None:
     backbone = build(clip=0.2)
     attention, x = backbone.blocks[0].attn, 10 * inputs()[0]
     for part in attention.project(x, None):
@@ -235,7 +235,7 @@ def test_bound_is_on_queries_keys_and_values() -> None:
     torch.testing.assert_close(build(clip=1e3)(x, positions), build()(x, positions))
 
 
-def test_output_alone_has_a_bias() -> None:
+def test_o_bias_is_on_the_output_projection_only() -> None:
     names = set(build(o_bias=True).state_dict()) - set(build().state_dict())
     assert names == {f"blocks.{i}.attn.o.bias" for i in range(2)}
 
@@ -260,7 +260,7 @@ def test_layers_are_dense_or_have_experts() -> None:
     assert list(second.moe.experts.gate_up.weight.shape) == [4, 16, 16]
 
 
-def test_tied_model_has_no_head_of_its_own() -> None:
+def test_tied_model_has_no_separate_head() -> None:
     backbone = build(tied=True)
     assert backbone.out is None
     assert not any(name.startswith("out.") for name in backbone.state_dict())
@@ -291,7 +291,7 @@ def test_reset_is_repeatable_and_leaves_norms_at_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "experts"])
-def test_reset_scales_what_is_added_to_the_stream(name: str) -> None:
+def test_reset_scales_the_outputs_of_residual_branches(name: str) -> None:
     backbone = Transformer(replace(TINY, width=64, inner=64, **SWITCHES[name]))
     backbone.reset(torch.Generator().manual_seed(5))
     for key, weight in backbone.named_parameters():
@@ -310,12 +310,12 @@ def test_long_context_factor_is_a_larger_base() -> None:
     ("switches", "message"),
     [
         ({"kv_heads": 3}, "4 query heads cannot share 3"),
-        ({"width": 18}, "width 18 is no multiple of 4 heads"),
-        ({"inner": 0}, "inner is 0, expected the width inside the MLP"),
-        ({"inner": 0, "moe": EXPERTS}, "inner is 0, expected the width inside the MLP"),
-        ({"width": 18, "kv_heads": None}, "width 18 is no multiple of 4 heads"),
+        ({"width": 18}, "width 18 is not a multiple of 4 heads"),
+        ({"inner": 0}, "inner is 0, expected at least 1 for an MLP layer"),
+        ({"inner": 0, "moe": EXPERTS}, "inner is 0, expected at least 1 for an MLP layer"),
+        ({"width": 18, "kv_heads": None}, "width 18 is not a multiple of 4 heads"),
     ],
 )
-def test_impossible_sizes_are_refused(switches: dict[str, int], message: str) -> None:
+def test_invalid_sizes_are_rejected(switches: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(TINY, **switches)

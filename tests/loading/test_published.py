@@ -121,5 +121,5 @@ def test_published_export_refuses_what_the_layout_cannot_hold(
     with pytest.raises(ValueError, match=r"text models only, this one has encoders \(image"):
         save_published(model, tmp_path)
     text = MultimodalDLM(model.spec)
-    with pytest.raises(ValueError, match="published LLaDA config cannot say {'attention'"):
+    with pytest.raises(ValueError, match="published LLaDA config.json cannot express {'attention'"):
         save_published(text, tmp_path)
