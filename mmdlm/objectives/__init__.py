@@ -1,1 +1,1 @@
-"""What training minimises, one file per objective."""
+"""Training objectives, one file each."""

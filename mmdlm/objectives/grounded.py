@@ -1,4 +1,4 @@
-"""An auxiliary loss that makes media tokens speak the backbone's vocabulary."""
+"""Auxiliary loss that aligns media embeddings with the backbone's vocabulary."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Grounded(Objective):
-    """Another objective plus the loss of naming what each media token shows.
+    """Another objective plus a loss that predicts what each media token shows.
 
-    The head reads words straight from the media embeddings, before any block of the backbone: for
-    a picture, cross entropy with the words of each token's cell (spread evenly, the pad token for
-    ground); for audio, connectionist temporal classification of the spoken words (Graves et al.
-    2006; hybrid with attention as in arXiv 1609.06773), blank = the pad token. A tower trained from
-    scratch through attention alone spends a long plateau learning only the grammar of the answers;
-    with this loss it is past it within a few hundred steps. Data that name nothing add nothing.
+    The head is applied to the media embeddings directly, before any block of the backbone. For an
+    image: cross entropy with the words of each token's cell, spread evenly; the target of an empty
+    cell is the pad token. For audio: connectionist temporal classification (CTC) of the spoken
+    words (Graves et al. 2006; combined with attention as in arXiv 1609.06773), blank = the pad
+    token. An encoder trained from scratch through attention alone stays on a long plateau, where
+    the model learns only the grammar of the answers; this loss ends it within a few hundred steps.
+    Samples without names contribute no loss.
 
     Args:
-        objective: the main objective; None trains the towers alone, which skips the backbone.
-        weight: of the naming loss.
+        objective: the main objective; None trains only the encoders and skips the backbone.
+        weight: weight of the naming loss.
     """
 
     objective: Objective | None = None
@@ -45,7 +46,7 @@ class Grounded(Objective):
         return Losses(main.sum, main.count, {**main.logs, **logs}, extra)
 
     def named(self, model: MultimodalDLM, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sum and count of the naming loss; zero with a graph where nothing is named."""
+        """Sum and count of the naming loss; a zero with a gradient graph if there are no names."""
         if not batch.names:
             media = [x for items in batch.media.values() for x in items]
             zero = sum(x.sum() for x in media) * 0.0 if media else torch.zeros(())
@@ -64,7 +65,7 @@ class Grounded(Objective):
         Args:
             logits: [N V] of each clip.
             names: int64 [words] of each clip, N or fewer.
-            blank: id that stands for no word.
+            blank: CTC blank id.
         """
         lengths = torch.tensor([len(x) for x in logits])
         words = torch.tensor([len(x) for x in names])
@@ -82,18 +83,18 @@ class Grounded(Objective):
         """Sum over tokens of the cross entropy with their words, and the number of tokens.
 
         Args:
-            logits: [N V] of each picture.
-            names: int64 [words] of each token of each picture.
-            ground: id that stands for nothing shown.
+            logits: [N V] of each image.
+            names: int64 [words] of each token of each image.
+            ground: target id of an empty cell.
         Raises:
-            ValueError: a picture has another number of tokens than its names.
+            ValueError: the number of tokens of an image differs from the number of its names.
         """
         scores = torch.cat(logits)
-        words = [w if len(w) else torch.tensor([ground]) for picture in names for w in picture]
+        words = [w if len(w) else torch.tensor([ground]) for image in names for w in image]
         if len(words) != len(scores):
             raise ValueError(
-                f"the data name {len(words)} tokens, the model makes {len(scores)} of the same "
-                "pictures; set the data set's cells to the model's grid"
+                f"the data set names {len(words)} tokens, the model has {len(scores)} for the same "
+                "images; set the data set's cells to the model's grid"
             )
         token = torch.cat([torch.full((len(w),), i) for i, w in enumerate(words)])
         share = torch.cat([torch.full((len(w),), 1 / len(w)) for w in words])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from encoders.checks import AtLeast, Below, Checked, UnitFloat
 from mmdlm.layout import ANSWER, GOLDEN
 from mmdlm.objectives.noise import uniform
 from mmdlm.objectives.objective import Batch, Losses, Objective
@@ -18,42 +19,29 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Masked(Objective):
-    """Cross entropy of masked answer tokens, at a random noise level per turn.
+class Masked(Checked, Objective):
+    """Cross entropy of masked answer tokens, with a random noise level per dialogue turn.
 
     With level t every answer token is masked with probability p = (1 - eps) t + eps, and
     loss = sum over masked of w CE / Z. The defaults, w = 1/p and Z = answer tokens of a batch, are
     the bound LLaDA trains on (ML-GSAI/LLaDA: GUIDELINES.md; one divisor for the batch as in
     dllm-reasoning/d1 and ZHZisZZ/dllm). weight "one" with normaliser "masked" is the plain mean of
-    LaViDa (jacklishufan/LaViDa). Prompt, media and padding are never masked nor scored; end tokens
+    LaViDa (jacklishufan/LaViDa). Prompt, media and padding are never masked or scored; end tokens
     inside the answer's canvas are. Levels are antithetic over the global batch.
 
     Args:
         weight: w, "1/t" or "one".
         normaliser: Z, "answer" (all answer tokens) or "masked" (those that were masked).
         eps: lowest mask probability.
-        full: share of turns whose answer is masked whole, as when decoding starts (the
+        full: share of turns whose whole answer is masked, as at the start of decoding (the
             full_mask_ratio of DreamLM/Dream-VLX: vla/vla-scripts/finetune_dream.py); with "1/t"
-            these count with w = 1.
+            w is 1 for these.
     """
 
     weight: Literal["1/t", "one"] = "1/t"
     normaliser: Literal["answer", "masked"] = "answer"
-    eps: float = 1e-3
-    full: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.weight not in ("1/t", "one"):
-            raise ValueError(f"Masked.weight is {self.weight!r}, expected '1/t' or 'one'")
-        if self.normaliser not in ("answer", "masked"):
-            raise ValueError(
-                f"Masked.normaliser is {self.normaliser!r}, expected 'answer' or 'masked'"
-            )
-        if not 0 <= self.eps < 1 or not 0 <= self.full <= 1:
-            raise ValueError(
-                f"Masked: eps {self.eps} and full {self.full}; expected 0 <= eps < 1 and "
-                "0 <= full <= 1"
-            )
+    eps: Annotated[float, AtLeast(0), Below(1)] = 1e-3
+    full: UnitFloat = 0.0
 
     def corrupt(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Which tokens are masked, bool [B L], and their mask probability, float32 [B L]."""
@@ -67,12 +55,12 @@ class Masked(Objective):
         p = (1 - self.eps) * (level % 1) + self.eps  # [B turns]
         whole = uniform(batch.seeds, turns, stream=2) < self.full
         p = torch.where(whole, torch.ones_like(p), p).gather(1, branch)  # [B L]
-        # Counted from the right, where answers align: padding on the left must not move a draw.
+        # Counted from the right, so that padding on the left does not change a draw.
         noise = uniform(batch.seeds, answer.shape[1], stream=3).flip(1)
         return answer & (noise < p), p.float()
 
     def step(self, model: MultimodalDLM, batch: Batch) -> Losses:
-        """Loss of one draw."""
+        """Loss with one random mask per turn."""
         masked, p = self.corrupt(batch)
         clean = batch.sequence.tokens
         noisy = batch.sequence.with_tokens(clean.masked_fill(masked, model.spec.mask_id))

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 class NextToken(Objective):
     """Mean cross entropy of every answer token given the ones before it.
 
-    For models whose answer is causal (block_size 1) and whose rows score the next token (shift);
-    used to train the autoregressive twin a masked model is compared with.
+    For models with a causal answer (block_size 1) whose position i predicts token i + 1 (shift).
+    It trains the autoregressive twin that a masked model is compared with.
     """
 
     def step(self, model: MultimodalDLM, batch: Batch) -> Losses:
         """Loss of all answer tokens.
 
         Raises:
-            ValueError: the model could see the tokens it is asked to predict.
+            ValueError: the model attends to the tokens it has to predict.
         """
         if model.spec.block_size != 1 or not model.spec.shift:
             raise ValueError(

@@ -1,8 +1,8 @@
-"""Random numbers that depend on a row's own seed and on nothing else.
+"""Random numbers that depend only on the seed of a batch row.
 
 A counter-based generator (the SplitMix64 finaliser, Steele et al. 2014): the number at position i
-of a row is a hash of (seed, i). So the masks of a training sample do not change with the batch it
-sits in, the number of processes or a resume in the middle, and need no state in a checkpoint.
+of a row is a hash of (seed, i). The masks of a training sample therefore do not depend on the rest
+of the batch, the number of processes or a resume, and a checkpoint needs no generator state.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Losses(NamedTuple):
-    """A loss before it is divided: both are summed over the whole global batch first.
+    """A loss as sum and count, both to be summed over the global batch before the division.
 
     Args:
         sum: scalar with gradient.
@@ -46,11 +46,11 @@ class Batch:
         sequence: prompts with clean answers.
         seeds: [B] int64, the seed of each row's noise.
         phase: [B] float64 in [0, 1): a draw shared by the global batch plus the row's place in it,
-            so that noise levels are random yet spread evenly.
-        groups: what each row belongs to, for metrics.
+            so that noise levels are random but evenly spread.
+        groups: group of each row, for metrics.
         media: by modality, the embeddings [N D] of each sample's media.
         names: per sample, token ids of what its media show, see `mmdlm.data.collate.Collated`;
-            empty where the data do not say.
+            empty if unknown.
     """
 
     sequence: Sequence
@@ -62,8 +62,8 @@ class Batch:
 
 
 class Objective:
-    """Turns a model and a batch into a loss; training calls nothing but `step`."""
+    """Computes the loss of a batch; training calls only `step`."""
 
     def step(self, model: MultimodalDLM, batch: Batch) -> Losses:
-        """Sum and count of the loss of a batch; draws come from the batch's own seeds."""
+        """Sum and count of the loss; random numbers come from the seeds of the batch."""
         raise TypeError(f"{type(self).__name__} does not define step(model, batch)")

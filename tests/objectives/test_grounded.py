@@ -1,4 +1,4 @@
-"""Naming what media show: slow oracles, and what the loss adds to and leaves alone."""
+"""The naming loss against slow oracles, and how it combines with the main objective."""
 
 import math
 
@@ -37,7 +37,7 @@ def ids(*words):
 
 
 def batch_of(model, names, **media):
-    """One row per medium, which stands before a question and its answer."""
+    """One row per media item, followed by a question and its answer."""
     answered = Turn(ids(3, 4), ids(6, 7, 1))
     made = [Row(parts, (answered,)) for parts in zip(*media.values(), strict=True)]
     n = len(made)
@@ -56,7 +56,7 @@ def chances(model, media):
 
 
 def chance_of_words(p, words):
-    """Sum over all ways to spread the words over the frames, blanks between (Graves et al. 2006).
+    """Sum over all alignments of words and frames, blanks between (Graves et al. 2006).
 
     Args:
         p: probability of each word at each frame.
@@ -79,7 +79,7 @@ def chance_of_words(p, words):
     return sum(before[-2:])
 
 
-def test_speech_equals_a_slow_recursion():
+def test_speech_loss_equals_a_slow_recursion():
     model, media = small(), leaves(9, 6, 4, 5)
     names = [ids(5, 5, 6), ids(7), ids(), ids(8, 9, 8, 9, 8)]  # as many words as frames at last
     losses = Grounded().step(model, batch_of(model, names, audio=media))
@@ -105,20 +105,20 @@ def test_clip_too_short_for_its_words_gives_no_gradient():
     assert (media[0].grad == 0).all()
 
 
-def test_pictures_equal_a_plain_loop():
+def test_image_loss_equals_a_plain_loop():
     model, media = small(), leaves(4, 4)
     names = [[ids(5, 6, 7), ids(), ids(), ids(8)], [ids(), ids(5, 9), ids(5), ids()]]
     losses = Grounded().step(model, batch_of(model, names, image=media))
     want = 0.0
-    for picture, cells in zip(media, names, strict=True):
-        for row, words in zip(chances(model, picture), cells, strict=True):
+    for image, cells in zip(media, names, strict=True):
+        for row, words in zip(chances(model, image), cells, strict=True):
             shown = words.tolist() or [PAD]
             want += sum(-math.log(row[word]) for word in shown) / len(shown)
     assert losses.sum.item() == pytest.approx(want, rel=1e-5)
     assert losses.count.item() == 8
 
 
-def test_media_without_names_stay_out():
+def test_media_without_names_are_not_scored():
     model, media, state = small(), leaves(3, 3), leaves(1, 1)
     names = [[ids(5), ids(), ids(6, 7)]] * 2
     alone = Grounded().step(model, batch_of(model, names, image=media))
@@ -127,7 +127,7 @@ def test_media_without_names_stay_out():
     assert both.count.item() == 6
 
 
-def test_towers_alone_skip_the_backbone(monkeypatch):
+def test_training_encoders_alone_skips_the_backbone(monkeypatch):
     scenes = Scenes(size=32, cells=2, objects=(1,))
     tokenizer = Tokenizer.from_words(scenes.vocabulary())
     config = TransformerConfig(vocab=len(tokenizer), width=WIDTH, layers=2, heads=2, inner=32)
@@ -148,7 +148,7 @@ def test_towers_alone_skip_the_backbone(monkeypatch):
     assert trained >= {"backbone.norm.weight", "backbone.out.weight"} | towers
 
 
-def test_naming_is_added_to_the_main_mean():
+def test_naming_loss_is_added_to_the_main_mean():
     model, media = small(), leaves(3, 3)
     batch = batch_of(model, [[ids(5), ids(), ids(6, 7)]] * 2, image=media)
     main, naming = Masked().step(model, batch), Grounded().step(model, batch)
@@ -162,7 +162,7 @@ def test_naming_is_added_to_the_main_mean():
     assert all(weight.grad is not None for weight in model.backbone.blocks.parameters())
 
 
-def test_data_without_names_add_nothing():
+def test_data_without_names_add_no_loss():
     model, media = small(), leaves(3, 3)
     batch = batch_of(model, [], image=media)
     main = Masked().step(model, batch)
@@ -172,7 +172,7 @@ def test_data_without_names_add_nothing():
     assert both.logs["naming"][1] == 0  # training logs no mean of nothing
 
 
-def test_no_names_and_no_main_objective_is_zero_with_a_graph():
+def test_loss_without_names_and_objective_is_zero_with_a_graph():
     model, media = small(), leaves(3, 3)
     losses = Grounded().step(model, batch_of(model, [], image=media))
     assert losses.mean().item() == 0
@@ -180,8 +180,8 @@ def test_no_names_and_no_main_objective_is_zero_with_a_graph():
     assert all((x.grad == 0).all() for x in media)
 
 
-def test_names_of_another_grid_are_refused():
+def test_names_of_another_grid_are_rejected():
     model = small()
     batch = batch_of(model, [[ids(5)] * 4], image=leaves(9))
-    with pytest.raises(ValueError, match="name 4 tokens, the model makes 9 .* data set's cells"):
+    with pytest.raises(ValueError, match="names 4 tokens, the model has 9 .* data set's cells"):
         Grounded().step(model, batch)

@@ -1,4 +1,4 @@
-"""The masked objective: published values, closed form, and what must not be scored."""
+"""The masked objective: published values, closed form and unscored positions."""
 
 import itertools
 import json
@@ -122,7 +122,7 @@ def test_turns_that_share_media_equal_separate_rows():
         at += size
 
 
-def test_turns_cannot_share_what_would_see_them():
+def test_turns_cannot_share_a_prompt_that_attends_to_them():
     rows = [Row((torch.randn(3, 16),), (Turn(torch.tensor([7]), torch.tensor([8])),) * 2)]
     with pytest.raises(ValueError, match="cascade"):
         small("prefix").arrange(rows)
@@ -165,7 +165,7 @@ def test_random_model_starts_near_log_vocabulary():
     assert (losses.sum / losses.count).item() == pytest.approx(math.log(50), rel=0.05)
 
 
-def test_nothing_masked_is_zero_with_a_graph():
+def test_loss_without_masks_is_zero_with_a_graph():
     model = small()
     batch = batch_of(model, [row([3], [4])], torch.tensor([1]))
     objective = Masked(eps=0.0)
@@ -176,6 +176,6 @@ def test_nothing_masked_is_zero_with_a_graph():
 
 
 @pytest.mark.parametrize("bad", [{"weight": "2/t"}, {"eps": 1.0}, {"full": 2}, {"normaliser": "b"}])
-def test_bad_arguments(bad):
-    with pytest.raises(ValueError, match="Masked"):
+def test_invalid_arguments_are_rejected(bad):
+    with pytest.raises(ValueError, match=r"Masked\.\w+ is .*, expected"):
         Masked(**bad)

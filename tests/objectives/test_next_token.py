@@ -1,4 +1,4 @@
-"""Next-token training equals the plain causal loss."""
+"""The next-token loss equals the plain causal loss."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_equals_token_by_token_scoring():
     assert losses.count.item() == 4
 
 
-def test_refuses_a_model_that_sees_the_answer():
+def test_model_that_attends_to_the_answer_is_rejected():
     model = small(attention="prefix")
     sequence = model.arrange([Row((), (Turn(torch.tensor([3]), torch.tensor([4])),))])
     batch = Batch(sequence, torch.zeros(1, dtype=torch.long), torch.zeros(1).double())

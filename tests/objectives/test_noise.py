@@ -1,4 +1,4 @@
-"""Noise of a row follows from its seed alone."""
+"""The noise of a row depends on its seed alone."""
 
 import torch
 
@@ -12,7 +12,7 @@ def test_rows_do_not_depend_on_the_batch():
     assert torch.equal(together, alone)
 
 
-def test_numbers_look_uniform_and_independent():
+def test_numbers_are_uniform_and_independent():
     draws = uniform(torch.arange(400), 500)
     assert draws.min() >= 0
     assert draws.max() < 1
