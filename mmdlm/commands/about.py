@@ -111,12 +111,11 @@ def names(kind: str) -> list[tuple[str, str]]:
 
         return [(name, _first(MODELS / name / "README.md")) for name in bundled()]
     if kind == "simulators":
-        from importlib import import_module
+        from mmdlm import discover
+        from mmdlm.simulators.simulator import simulator_class
 
-        from mmdlm.simulators.simulator import KNOWN
-
-        found = ((n, getattr(import_module(f"mmdlm.simulators.{n}"), c)) for n, c in KNOWN.items())
-        return [(n + "/TASK" * (n == "metaworld"), _line(c)) for n, c in found]
+        found = {name: simulator_class(name) for name in discover.names("mmdlm.simulators")}
+        return [(name + "/TASK" * bool(kind.TASKS), _line(kind)) for name, kind in found.items()]
     package = Path(__file__).parents[1]
     roots = (Path("configs"), package / "configs", package.parent / "configs")
     found = {

@@ -79,7 +79,7 @@ def make_episodes(
     """
     from mmdlm.data.episodes import collect
     from mmdlm.data.lerobot import LeRobot
-    from mmdlm.simulators.simulator import open_simulator
+    from mmdlm.simulators.simulator import full_name, open_simulator
 
     for task in tasks:
         folder = out / task.rpartition("/")[2]
@@ -91,8 +91,7 @@ def make_episodes(
                 )
             print(f"{folder}: {there} episodes, recorded before")
             continue
-        name = task if "/" in task or task in ("toy", "pusht") else f"metaworld/{task}"
-        with open_simulator(name, size=size) as simulator:
+        with open_simulator(full_name(task), size=size) as simulator:
             made = collect(simulator, folder, episodes, seed, noise)
         print(
             f"{folder}: {made.episodes} episodes, {made.frames} frames, {made.failed} tries failed"

@@ -23,7 +23,7 @@ from mmdlm.data import scenes
 from mmdlm.data.dataset import Turn
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.model import MultimodalDLM
-from mmdlm.simulators.rollout import evaluate, save_film, simulators
+from mmdlm.simulators.rollout import evaluate, save_video, simulators
 from mmdlm.simulators.simulator import GL_PACKAGES, choose_gl
 from mmdlm.tasks.act import Policy
 from mmdlm.tasks.answer import answer
@@ -190,7 +190,7 @@ def _robot(model: MultimodalDLM, out: Path, seed: int) -> list[Part]:
     # The goal moves with the seed; demonstrations started at seed 1000.
     result = evaluate(policy, name, [seed % 1000], min(4, policy.execute), filmed=1, progress=False)
     episode = result.episodes[0]
-    file = save_film(result, out)
+    file = save_video(result, out)
     end = "reached the goal" if episode.success else "did not reach the goal"
     said = f"{name}, {result.settings['instruction']!r}: {end} after {episode.steps} steps"
     spent = time.perf_counter() - begin

@@ -1,1 +1,1 @@
-"""Simulated robots behind one interface: `reset(seed)`, `step(action)`, `instruction`."""
+"""Simulated robots with one interface: `reset(seed)`, `step(action)`, `instruction`."""

@@ -1,8 +1,9 @@
-"""Meta-World v3 (Farama-Foundation/Metaworld) on MuJoCo without a screen: 50 tasks of one arm."""
+"""Meta-World v3 (Farama-Foundation/Metaworld), headless: 50 tasks of one robot arm."""
 
 from __future__ import annotations
 
 import atexit
+import os
 import warnings
 import weakref
 from typing import Any, Literal
@@ -11,11 +12,11 @@ import numpy as np
 
 from mmdlm.simulators.simulator import Simulator, nearest, use_gl
 
-# huggingface/lerobot: src/lerobot/envs/metaworld.py moves the camera here, closer to the table.
+# Camera position of huggingface/lerobot: src/lerobot/envs/metaworld.py, closer to the table.
 CAMERA, CAMERA_POSITION = "corner2", (0.75, 0.075, 0.7)
-# (shadow map size, samples per pixel); both are read when the GL context is built. "near" looks
-# the same as the default at 64 pixels; "fast" drops shadows and smooth edges and is ten times
-# quicker. The choice is part of the observation: train and evaluate with the same one.
+# (shadow map size, samples per pixel), read when the GL context is created. "near" equals the
+# default visually at 64 pixels; "fast" has no shadows and no antialiasing and is ten times faster.
+# The quality is part of the observation: train and evaluate with the same one.
 QUALITY = {"default": None, "near": (1024, 4), "fast": (0, 0)}
 
 INSTRUCTIONS = {
@@ -73,19 +74,21 @@ INSTRUCTIONS = {
 
 
 class MetaWorld(Simulator):
-    """One Meta-World task seen by one camera; the goal moves with the seed.
+    """One Meta-World task with one camera; the seed determines the goal.
 
-    State is the hand's position in metres and the gripper opening in [0, 1]; where objects are is
-    in the image only. Actions in [-1, 1]: hand displacement (1 is 1 cm per step) and gripper
-    effort. Success is the task's own `info["success"]`, at any step.
+    State is the hand's position in metres and the gripper opening in [0, 1]; object positions are
+    visible in the image only. Actions in [-1, 1]: hand displacement (1 is 1 cm per step) and
+    gripper effort. Success is `info["success"]` of the task, at any step.
 
     Args:
-        task: a task of v3, with or without the ending "-v3".
+        task: a task of v3, with or without the suffix "-v3".
         size: rows and columns of the image in pixels.
         horizon: steps of an episode, at most 500 (the limit of the benchmark).
-        render_quality: "default" as the benchmark draws, "near" looks the same at a quarter of
-            the time, "fast" has no shadows and rough edges.
+        render_quality: "default" as in the benchmark, "near" is visually equal in a quarter of
+            the time, "fast" has no shadows and no antialiasing.
     """
+
+    TASKS = tuple(INSTRUCTIONS)
 
     action_size, state_size, fps = 4, 4, 80
 
@@ -111,7 +114,7 @@ class MetaWorld(Simulator):
         self._open(f"{self.task}-v3", size)
 
     def _open(self, name: str, size: int) -> None:
-        use_gl()  # before mujoco is imported: it reads the choice once
+        use_gl()  # before the import of mujoco, which reads it once
         try:
             from metaworld.env_dict import ALL_V3_ENVIRONMENTS
             from metaworld.policies import ENV_POLICY_MAP
@@ -120,7 +123,7 @@ class MetaWorld(Simulator):
         env = ALL_V3_ENVIRONMENTS[name](
             render_mode="rgb_array", camera_name=CAMERA, width=size, height=size
         )
-        # What the benchmark's task wrapper does: goal visible to the expert, drawn by the seed.
+        # As the benchmark's task wrapper: the expert sees the goal, which the seed determines.
         env._partially_observable, env._freeze_rand_vec = False, False
         env._set_task_called = env.seeded_rand_vec = True
         vars(env).pop("sawyer_observation_space", None)  # cached with the goal hidden
@@ -135,7 +138,7 @@ class MetaWorld(Simulator):
     def _reset(self, seed: int) -> None:
         self._env.seed(seed)
         self._full, _ = self._env.reset()
-        self._expert = self._policy()  # some experts count steps: a fresh one per episode
+        self._expert = self._policy()  # some experts count steps, so each episode has a new one
 
     def _step(self, action: np.ndarray) -> tuple[float, bool]:
         self._full, reward, _, _, info = self._env.step(action)
@@ -146,27 +149,32 @@ class MetaWorld(Simulator):
         if self._full is None:
             raise RuntimeError("expert: no episode is running; call reset(seed) first")
         with warnings.catch_warnings():
-            # "Constant(s) may be too high": far from its goal it asks for more than 1.
+            # "Constant(s) may be too high": actions far from the goal exceed 1.
             warnings.simplefilter("ignore", UserWarning)
             action = np.asarray(self._expert.get_action(self._full), np.float32)
         return np.clip(action, self.low, self.high)
 
     def close(self) -> None:
-        """Frees MuJoCo's world and its GL context."""
+        """Frees the MuJoCo model and its GL context."""
         self._close()
 
+    def settings(self) -> dict[str, Any]:
+        """GL backend and camera."""
+        camera = {"name": CAMERA, "position": list(CAMERA_POSITION)}
+        return {"gl": os.environ.get("MUJOCO_GL"), "camera": camera}
+
     def _observe(self) -> dict[str, Any]:
-        if self._drawn:  # two simulators in one process would draw into each other's context
+        if self._drawn:  # else two simulators would render into the same context
             self._env.mujoco_renderer._get_viewer("rgb_array").make_context_current()
         frame = self._env.render()
         if not self._drawn:
             self._drawn = True
-            # MuJoCo registered the end of EGL with this first frame; what is registered after it
-            # runs before it. A context closed later, or never, dies with a traceback.
+            # MuJoCo registers the termination of EGL with the first frame. Functions registered
+            # later run earlier; a context that is closed after EGL, or never, raises at exit.
             atexit.register(self._close)
             if self._quality == "fast" and self._drop_effects():
                 frame = self._env.render()
-        # The camera hangs upside down and mirrored.
+        # The camera image is rotated by 180 degrees.
         return {
             "image": np.ascontiguousarray(frame[::-1, ::-1]),
             "state": self._full[:4].astype(np.float32),
@@ -174,7 +182,7 @@ class MetaWorld(Simulator):
         }
 
     def _drop_effects(self) -> bool:
-        """Switches shadows and reflections off; the scene exists after the first frame only."""
+        """Disables shadows and reflections; the scene exists only after the first frame."""
         import mujoco
 
         scene = self._env.mujoco_renderer._get_viewer("rgb_array").scn

@@ -1,4 +1,4 @@
-"""PushT (huggingface/gym-pusht): push a T-shaped block onto its outline with a round finger."""
+"""PushT (huggingface/gym-pusht): push a T-shaped block onto its outline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmdlm.simulators.simulator import Simulator
 class PushT(Simulator):
     """The PushT task of gym-pusht 0.1; there is no scripted expert.
 
-    State is the finger's position and actions are where it should go, both in [0, 512], x then y
+    State is the pusher's position and actions are its target position, both in [0, 512], x then y
     (downwards). Success is a coverage above 95 %; the reward is the coverage over 95 %, at most 1.
 
     Args:
@@ -27,7 +27,7 @@ class PushT(Simulator):
     def __init__(self, size: int = 96, horizon: int = 300) -> None:
         if size < 16 or horizon < 1:
             raise ValueError(
-                f"PushT: size {size} must be 16 or more and horizon {horizon} 1 or more"
+                f"PushT: size is {size} and horizon {horizon}, expected at least 16 and 1"
             )
         self.horizon = horizon
         self.low, self.high = np.zeros(2, np.float32), np.full(2, 512, np.float32)
@@ -49,7 +49,7 @@ class PushT(Simulator):
         )
 
     def close(self) -> None:
-        """Frees the world."""
+        """Frees the environment."""
         self._env.close()
 
     def _reset(self, seed: int) -> None:

@@ -1,10 +1,10 @@
-"""Policies in simulators: episodes, success rates with every setting that moves them."""
+"""Runs policies in simulators and reports success rates with all settings."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Sequence as Items
@@ -20,15 +20,15 @@ from tqdm import tqdm
 import mmdlm
 from mmdlm.recipe import recipe
 from mmdlm.simulators import video as films
-from mmdlm.simulators.simulator import Simulator, open_simulator
+from mmdlm.simulators.simulator import Simulator, full_name, open_simulator, simulator_class
 from mmdlm.tasks.act import Policy, load_policy
 
-TRAINED = "trained"  # stands for every task the checkpoint says it was trained on
+TRAINED = "trained"  # all tasks listed in the checkpoint
 DISTRIBUTIONS = ("torch", "numpy", "mujoco", "metaworld", "gymnasium", "gym-pusht")
 
 
 class Acts(Protocol):
-    """What a rollout needs of a policy; `mmdlm.tasks.act.Policy` has it, clients may."""
+    """Protocol of a policy in a rollout; `mmdlm.tasks.act.Policy` implements it."""
 
     def infer(self, obs: dict[str, Any]) -> dict[str, Any]:
         """A dict with "actions" float32 [K A] and "timing"."""
@@ -39,18 +39,18 @@ class Acts(Protocol):
 
 @dataclass(frozen=True)
 class Episode:
-    """What happened in one episode.
+    """Outcome of one episode.
 
     Args:
-        seed: of the simulator.
+        seed: seed of the simulator.
         success: whether the goal was reached at any step.
-        steps: actions played.
+        steps: number of executed actions.
         reward: sum over the steps.
-        queries: how often the policy was asked.
-        clipped: actions outside the robot's limits, which were clipped.
+        queries: number of calls of the policy.
+        clipped: number of actions outside the robot's limits, which were clipped.
         infer_ms: median wall time of a query in milliseconds.
-        forwards: of the backbone per query, mean; 0 for policies that do not tell.
-        frames: one picture per step, enlarged and captioned; empty unless asked for.
+        forwards: mean backbone forwards per query; 0 for policies that do not report it.
+        frames: one image per step, enlarged and captioned; empty unless requested.
     """
 
     seed: int
@@ -74,9 +74,9 @@ class Result:
     """Success of a policy on one task.
 
     Args:
-        name: of the simulator.
+        name: name of the simulator.
         episodes: in the order of their seeds.
-        settings: everything that moves the number.
+        settings: everything the rate depends on.
     """
 
     name: str
@@ -114,15 +114,15 @@ class Result:
 
 
 def wilson(successes: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a rate, Wilson's score (J. Am. Stat. Assoc. 22, 1927): (low, high).
+    """95 % Wilson score interval of a rate (J. Am. Stat. Assoc. 22, 1927): (low, high).
 
     Args:
         successes: 0 to `count`.
-        count: tries, at least one.
+        count: number of trials, at least 1.
     """
     if not 0 <= successes <= count or count < 1:
         raise ValueError(
-            f"wilson: {successes} successes of {count}; expected 0 to count, count > 0"
+            f"wilson: {successes} successes of {count}, expected 0 to count and count > 0"
         )
     z = 1.959964  # 97.5th percentile of the normal distribution
     share = successes / count
@@ -135,22 +135,22 @@ def wilson(successes: int, count: int) -> tuple[float, float]:
 def rollout(
     policy: Acts, simulator: Simulator, seed: int, execute: int = 4, film: bool = False
 ) -> Episode:
-    """One episode, from the reset to success or the horizon.
+    """Runs one episode from the reset to success or the horizon.
 
     Args:
         policy: anything with `infer` and `reset`.
-        simulator: an open one; it stays open.
-        seed: of the simulator.
-        execute: actions of each chunk that are played before the policy is asked again.
-        film: keep a picture of every step.
+        simulator: an open simulator; it stays open.
+        seed: seed of the simulator.
+        execute: actions of each chunk to execute before the next query.
+        film: keep an image of every step.
     Raises:
-        ValueError: `execute` is longer than the chunk, or actions do not fit the robot.
+        ValueError: `execute` is longer than the chunk, or the actions do not fit the robot.
     """
     obs, done, success, reward, steps = simulator.reset(seed), False, False, 0.0, 0
     policy.reset()
     times: list[float] = []
     forwards = 0
-    frames = [_shot(obs, simulator, 0, None)] if film else []
+    frames = [_frame(obs, simulator, 0, None)] if film else []
     while not done:
         begin = time.perf_counter()
         answer = policy.infer(obs)
@@ -160,10 +160,10 @@ def rollout(
         if not 1 <= execute <= len(actions):
             raise ValueError(f"execute is {execute}, expected 1 to {len(actions)}, the chunk")
         for i, action in enumerate(actions[:execute], 1):
-            obs, gained, success, done = simulator.step(action, look=film or i == execute)
+            obs, gained, success, done = simulator.step(action, observe=film or i == execute)
             reward, steps = reward + gained, steps + 1
             if film:
-                frames.append(_shot(obs, simulator, steps, success if success or done else None))
+                frames.append(_frame(obs, simulator, steps, success if success or done else None))
             if done:
                 break
     return Episode(
@@ -179,7 +179,7 @@ def rollout(
     )
 
 
-def _shot(obs: dict[str, Any], simulator: Simulator, step: int, good: bool | None) -> np.ndarray:
+def _frame(obs: dict[str, Any], simulator: Simulator, step: int, good: bool | None) -> np.ndarray:
     state = "" if good is None else "  success" if good else "  not reached"
     line = f"step {step} of {simulator.horizon}{state}"
     return films.annotate(obs["image"], [simulator.instruction, line], good)
@@ -200,25 +200,24 @@ def evaluate(
 
     Args:
         policy: the policy.
-        name: of the simulator, see `mmdlm.simulators.simulator.open_simulator`.
-        seeds: one episode each; demonstrations start at 1000, so keep below.
-        execute: actions of each chunk that are played before the policy is asked again.
-        horizon: steps of an episode; None for the simulator's own.
-        size: side of the picture in pixels; None for what the policy's image encoder takes.
-        render_quality: of Meta-World: "default", "near" or "fast"; use what the policy was trained
-            with ("fast" for the bundled one).
-        filmed: how many of the first episodes keep their pictures.
+        name: see `mmdlm.simulators.simulator.open_simulator`.
+        seeds: one episode each; demonstrations use seeds from 1000, so stay below.
+        execute: actions of each chunk to execute before the next query.
+        horizon: steps of an episode; None: the default of the simulator.
+        size: side of the image in pixels; None: the size the policy's image encoder takes.
+        render_quality: of Meta-World: "default", "near" or "fast"; use the one of the training data
+            ("fast" for the bundled model).
+        filmed: number of episodes, from the first, whose frames are kept.
         progress: show a progress bar.
     Raises:
-        ValueError: there are no seeds, no such simulator, or the robot differs from the policy's.
+        ValueError: there are no seeds, the simulator is unknown, or the robots differ.
     """
     if not len(seeds):
         raise ValueError("evaluate: no seeds; give at least one")
     side = size or _side(policy)
-    options = {"horizon": horizon, "size": side}
-    if name.startswith("metaworld"):
-        options["render_quality"] = render_quality
-    options = {key: value for key, value in options.items() if value is not None}
+    options = {"horizon": horizon, "size": side, "render_quality": render_quality}
+    known = inspect.signature(simulator_class(name)).parameters
+    options = {k: v for k, v in options.items() if v is not None and k in known}
     with open_simulator(name, **options) as simulator:
         _check_robot(policy, simulator, name)
         bar = tqdm(seeds, desc=name, disable=not progress, leave=False)
@@ -232,7 +231,7 @@ def evaluate(
 
 
 def _side(policy: Policy) -> int | None:
-    """Side of the pictures the policy's image encoder takes, None when it does not say."""
+    """Image size of the policy's image encoder; None if it has no fixed size."""
     encoders = policy.model.encoders
     return getattr(encoders["image"], "size", None) if "image" in encoders else None
 
@@ -243,15 +242,15 @@ def _check_robot(policy: Policy, simulator: Simulator, name: str) -> None:
     if sizes != (simulator.action_size, simulator.state_size):
         raise ValueError(
             f"{name} has actions of {simulator.action_size} and state of {simulator.state_size} "
-            f"numbers, the policy of {sizes[0]} and {sizes[1]}; it was trained on another robot"
+            f"numbers, the policy {sizes[0]} and {sizes[1]}; it was trained on another robot"
         )
 
 
 def _settings(
     policy: Policy, simulator: Simulator, name: str, options: dict[str, Any], execute: int
 ) -> dict[str, Any]:
-    """Everything that moves a success rate, in plain types."""
-    found: dict[str, Any] = {
+    """Everything the success rate depends on, in plain types."""
+    return {
         "simulator": name,
         "instruction": simulator.instruction,
         **options,
@@ -263,13 +262,8 @@ def _settings(
         "dtype": str(policy.model.dtype).removeprefix("torch."),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "mmdlm": mmdlm.__version__} | _versions(),
+        **simulator.settings(),
     }
-    if name.startswith("metaworld"):
-        from mmdlm.simulators.metaworld import CAMERA, CAMERA_POSITION
-
-        found["gl"] = os.environ.get("MUJOCO_GL")
-        found["camera"] = {"name": CAMERA, "position": list(CAMERA_POSITION)}
-    return found
 
 
 def _versions() -> dict[str, str]:
@@ -278,7 +272,7 @@ def _versions() -> dict[str, str]:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            continue  # an extra that is not installed has had no part in the result
+            continue  # not installed, so not used
     return found
 
 
@@ -295,23 +289,23 @@ def act(
     render_quality: Literal["default", "near", "fast"] = "fast",
     device: str = "auto",
 ) -> int:
-    """Drives robots in simulation and prints one line of success per task.
+    """Run a policy in simulators and print the success rate per task.
 
     Args:
-        sim: simulators, separated by commas: "toy", "pusht", "metaworld/TASK"; "trained" for every
-            task the checkpoint was trained on.
+        sim: simulators, separated by commas: "toy", "pusht", "metaworld/TASK"; "trained": all tasks
+            of the checkpoint.
         episodes: episodes per task.
         model: bundled name, folder or hub id of a policy.
-        seed: seed of the first episode; the others count up.
-        execute: actions of each chunk that are played before the policy is asked again.
-        horizon: steps of an episode; null for the simulator's own.
+        seed: seed of the first episode; the following ones count up.
+        execute: actions of each chunk to execute before the next query.
+        horizon: steps of an episode; null: the default of the simulator.
         decoding: decoding preset; by default the checkpoint's.
         video: folder for an mp4 of the first episode of each task, or a file ending in .mp4.
         out: JSON file for the results, with every setting.
-        render_quality: of Meta-World; take what the policy was trained with.
+        render_quality: of Meta-World; use the one of the training data.
         device: "auto", "cpu", "cuda".
     Returns:
-        0, whatever the robot did.
+        0, independent of the success.
     """
     if episodes < 1:
         raise ValueError(f"episodes is {episodes}, expected at least 1")
@@ -332,7 +326,7 @@ def act(
         )
         print(result, flush=True)
         if video is not None:
-            print(f"  {save_film(result, video, len(names))}")
+            print(f"  {save_video(result, video, len(names))}")
         results.append(replace(result, settings={"model": model, **result.settings}))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -342,13 +336,13 @@ def act(
 
 
 def simulators(sim: str | Items[str], policy: Policy) -> list[str]:
-    """Names of simulators from what a user typed.
+    """Parses the names of simulators.
 
     Args:
-        sim: names, or one text with names separated by commas; "trained" stands for the policy's.
-        policy: whose tasks "trained" means.
+        sim: names, or a string of names separated by commas; "trained": all tasks of the policy.
+        policy: the policy.
     Raises:
-        ValueError: nothing was named, or the checkpoint does not say what it was trained on.
+        ValueError: there is no name, or the checkpoint lists no tasks.
     """
     typed = sim.split(",") if isinstance(sim, str) else list(sim)
     names: list[str] = []
@@ -358,26 +352,26 @@ def simulators(sim: str | Items[str], policy: Policy) -> list[str]:
             continue
         if not policy.tasks:
             raise ValueError(
-                f"{TRAINED!r}: this checkpoint does not say its tasks; name them, for example "
+                f"{TRAINED!r}: this checkpoint lists no tasks; name them, for example "
                 "metaworld/drawer-close"
             )
-        names += [
-            task if "/" in task or task == "toy" else f"metaworld/{task}" for task in policy.tasks
-        ]
+        names += map(full_name, policy.tasks)
     if not names:
-        raise ValueError(f"sim is {sim!r}; name a simulator, for example metaworld/drawer-close")
+        raise ValueError(
+            f"sim is {sim!r}, expected a simulator, for example metaworld/drawer-close"
+        )
     return list(dict.fromkeys(name.removesuffix("-v3") for name in names))
 
 
-def save_film(result: Result, video: Path, tasks: int = 1) -> Path:
-    """The path of the mp4 of a result's first episode, whose frames must have been kept.
+def save_video(result: Result, video: Path, tasks: int = 1) -> Path:
+    """Writes an mp4 of the first episode of a result and returns its path.
 
     Args:
-        result: of `evaluate` with `filmed` at least 1.
-        video: a folder, or a file ending in .mp4 where there is one task.
-        tasks: number of tasks that are written to `video`.
+        result: result of `evaluate` with `filmed` at least 1.
+        video: a folder, or a file ending in .mp4 if there is one task.
+        tasks: number of tasks written to `video`.
     Raises:
-        ValueError: several tasks would write the same file.
+        ValueError: `video` is one file for several tasks.
     """
     episode = result.episodes[0]
     if video.suffix == ".mp4" and tasks > 1:

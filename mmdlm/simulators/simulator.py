@@ -1,19 +1,19 @@
-"""The base every simulator keeps, and `open_simulator`, which finds one by name."""
+"""Base class of the simulators, and `open_simulator`, which finds one by name."""
 
 from __future__ import annotations
 
 import ctypes
 import ctypes.util
 import difflib
-import importlib
 import os
 import sys
-from typing import Any, Self
+from collections.abc import Iterable
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
-# A name is a file of this folder and the class in it; the part after a slash is the task.
-KNOWN = {"toy": "Toy", "pusht": "PushT", "metaworld": "MetaWorld"}
+from mmdlm import discover
+
 GL_PACKAGES = "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri   (or: libosmesa6)"
 
 
@@ -25,7 +25,8 @@ class Simulator:
     `{"image": uint8 [Y X 3] RGB, "state": float32 [S], "prompt": str}`.
 
     Attributes:
-        instruction: what the robot is asked to do, lower-case words.
+        TASKS: names of its tasks, the first argument of the class; empty if there is only one.
+        instruction: the task in lower-case words.
         action_size: A.
         state_size: S.
         horizon: steps after which an episode ends without success.
@@ -34,6 +35,8 @@ class Simulator:
         fps: control steps per second of simulated time.
         clipped: actions of this episode that were outside the limits and were clipped.
     """
+
+    TASKS: ClassVar[tuple[str, ...]] = ()
 
     instruction: str = ""
     action_size: int
@@ -47,10 +50,10 @@ class Simulator:
     _succeeded: bool = False
 
     def reset(self, seed: int) -> dict[str, Any]:
-        """The first observation of the episode that `seed` stands for.
+        """Starts the episode of a seed and returns its first observation.
 
         Args:
-            seed: not negative; the same seed gives the same start and the same goal.
+            seed: 0 or more; it determines the start and the goal.
         """
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
             raise ValueError(f"reset: seed is {seed!r}, expected an integer of 0 or more")
@@ -59,21 +62,21 @@ class Simulator:
         return self._observe()
 
     def step(
-        self, action: np.ndarray, look: bool = True
+        self, action: np.ndarray, observe: bool = True
     ) -> tuple[dict[str, Any], float, bool, bool]:
         """Observation, reward, success and done after one action.
 
         Args:
             action: float [A] in robot units; values outside the limits are clipped and counted.
-            look: whether the observation is wanted; drawing it takes most of a step's time, and a
-                policy that plays several actions of a chunk looks only before the next one.
+            observe: return an observation. Rendering takes most of the time of a step, and a policy
+                that executes several actions of a chunk needs an image only after the last one.
         Returns:
-            observation, empty unless wanted; reward of this step; whether the task has been solved
-            at this or any earlier step; whether the episode is over (solved, or out of steps).
-            Stepping on after success is allowed up to the horizon.
+            observation, empty without `observe`; reward of this step; whether the task has been
+            solved at this or any earlier step; whether the episode is over (solved, or horizon
+            reached). Steps after success are allowed up to the horizon.
         Raises:
             ValueError: the action is not finite or not of shape [A].
-            RuntimeError: the episode has not been started or has run out of steps.
+            RuntimeError: no episode is running, or the horizon has been reached.
         """
         if self._steps is None:
             raise RuntimeError("step: no episode is running; call reset(seed) first")
@@ -84,21 +87,24 @@ class Simulator:
         reward, success = self._step(self._checked(action))
         self._steps += 1
         self._succeeded = self._succeeded or bool(success)
-        obs = self._observe() if look else {}
+        obs = self._observe() if observe else {}
         return obs, float(reward), self._succeeded, self._succeeded or self._steps >= self.horizon
 
     def expert(self) -> np.ndarray:
-        """The scripted expert's action for the present state, float32 [A] within the limits.
+        """Action of the scripted expert in the current state, float32 [A] within the limits.
 
-        It may look at the true positions of objects, which observations never hold; it exists to
-        record demonstrations.
+        For recording demonstrations. It may use object positions, which observations do not have.
         """
         raise TypeError(
             f"{type(self).__name__} has no scripted expert; record demonstrations elsewhere"
         )
 
+    def settings(self) -> dict[str, Any]:
+        """Further settings that a success rate depends on, in plain types."""
+        return {}
+
     def close(self) -> None:
-        """Frees the world; the simulator cannot be used afterwards."""
+        """Frees the simulation; the simulator cannot be used afterwards."""
 
     def __enter__(self) -> Self:
         return self
@@ -111,11 +117,11 @@ class Simulator:
         if action.shape != (self.action_size,):
             raise ValueError(
                 f"step: action has shape {list(action.shape)}, expected [{self.action_size}]; "
-                "play a chunk one row at a time"
+                "execute a chunk one action at a time"
             )
         if not np.isfinite(action).all():
             raise ValueError(
-                f"step: action {action.tolist()} holds NaN or infinity; nothing was moved"
+                f"step: action {action.tolist()} contains NaN or infinity; nothing was moved"
             )
         within = np.clip(action, self.low, self.high)
         self.clipped += int((within != action).any())
@@ -125,50 +131,72 @@ class Simulator:
         raise TypeError(f"{type(self).__name__} cannot start an episode; define _reset(seed)")
 
     def _step(self, action: np.ndarray) -> tuple[float, bool]:
-        raise TypeError(f"{type(self).__name__} cannot move; define _step(action)")
+        raise TypeError(f"{type(self).__name__} has no actions; define _step(action)")
 
     def _observe(self) -> dict[str, Any]:
-        raise TypeError(f"{type(self).__name__} cannot see; define _observe()")
+        raise TypeError(f"{type(self).__name__} has no observations; define _observe()")
 
 
 def open_simulator(name: str, **options: Any) -> Simulator:
-    """The simulator of that name, ready for `reset`.
+    """Creates a simulator.
 
     Args:
-        name: "toy", "pusht" or "metaworld/<task>", for example "metaworld/drawer-close"; a
-            trailing "-v3" is optional.
-        **options: arguments of the simulator's class (`size`, `horizon`, ...).
+        name: a file of this folder ("toy", "pusht"), followed by the task where it has several
+            ("metaworld/drawer-close"); a trailing "-v3" is optional.
+        **options: arguments of the class (`size`, `horizon`, ...).
     Raises:
-        ValueError: no simulator or task has that name; the nearest names are given.
+        ValueError: no simulator or task has that name; the error lists the nearest names.
     """
     family, _, task = name.partition("/")
-    if family not in KNOWN:
-        raise ValueError(
-            f"simulator {name!r} is unknown{nearest(family, KNOWN)}; known: {', '.join(KNOWN)}"
-        )
-    made = getattr(importlib.import_module(f"mmdlm.simulators.{family}"), KNOWN[family])
-    if family == "metaworld":
-        if not task:
-            raise ValueError(
-                "simulator 'metaworld' needs a task, for example 'metaworld/drawer-close'"
-            )
-        return made(task, **options)
-    if task:
+    kind = simulator_class(name)
+    if kind.TASKS and not task:
+        example = f"{family}/{kind.TASKS[0]}"
+        raise ValueError(f"simulator {family!r} needs a task, for example {example!r}")
+    if task and not kind.TASKS:
         raise ValueError(f"simulator {family!r} has no tasks, but {name!r} names {task!r}; drop it")
-    return made(**options)
+    return kind(task, **options) if task else kind(**options)
 
 
-def nearest(name: str, known: Any) -> str:
-    """The words " (did you mean ...?)" for a misspelt name, or nothing when none is near."""
+def simulator_class(name: str) -> type[Simulator]:
+    """The class of a simulator.
+
+    Args:
+        name: as for `open_simulator`; a task is ignored.
+    Raises:
+        ValueError: no simulator has that name.
+    """
+    family, known = name.partition("/")[0], discover.names("mmdlm.simulators")
+    if family not in known:
+        tasks = [task for each in known for task in simulator_class(each).TASKS]
+        hint = nearest(family, [*known, *tasks])
+        raise ValueError(f"simulator {name!r} is unknown{hint}; known: {', '.join(known)}")
+    return discover.find("mmdlm.simulators", family)
+
+
+def full_name(task: str) -> str:
+    """The name of a simulator from a task alone: "drawer-close" to "metaworld/drawer-close".
+
+    Names that `open_simulator` takes, and unknown ones, are returned unchanged.
+    """
+    known = discover.names("mmdlm.simulators")
+    if "/" in task or task in known:
+        return task
+    name = task.removesuffix("-v3")
+    owners = [family for family in known if name in simulator_class(family).TASKS]
+    return f"{owners[0]}/{task}" if owners else task
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The hint " (did you mean ...?)" for a misspelt name; empty if no known name is near."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def choose_gl() -> str | None:
-    """The OpenGL backend MuJoCo can render with on this machine, or None when there is none.
+    """The OpenGL backend that MuJoCo can render with on this machine; None if there is none.
 
-    "egl" or "osmesa" on Linux, "glfw" elsewhere; a value the user gave in `MUJOCO_GL` wins. The
-    libraries are asked directly: PyOpenGL can load one platform per process, so it cannot try two.
+    "egl" or "osmesa" on Linux, "glfw" elsewhere; `MUJOCO_GL` in the environment has priority. The
+    libraries are called directly, since PyOpenGL can load only one platform per process.
     """
     if os.environ.get("MUJOCO_GL"):
         return os.environ["MUJOCO_GL"]
@@ -180,15 +208,15 @@ def choose_gl() -> str | None:
 
 
 def use_gl() -> str:
-    """The backend from `choose_gl`, written into the environment for MuJoCo to read.
+    """Sets the backend of `choose_gl` in the environment, where MuJoCo reads it.
 
     Raises:
-        RuntimeError: nothing on this machine renders.
+        RuntimeError: there is no backend.
     """
     backend = choose_gl()
     if backend is None:
         raise RuntimeError(
-            f"MuJoCo has no OpenGL to render with (no EGL device, no OSMesa); {GL_PACKAGES}"
+            f"MuJoCo finds no OpenGL backend (no EGL device, no OSMesa); {GL_PACKAGES}"
         )
     os.environ.setdefault("MUJOCO_GL", backend)
     if backend in ("egl", "osmesa"):
@@ -197,7 +225,7 @@ def use_gl() -> str:
 
 
 def _egl_has_device() -> bool:
-    """Whether libEGL opens a display on one of its devices (libEGL alone proves nothing)."""
+    """Whether libEGL can open a display on one of its devices."""
     path = ctypes.util.find_library("EGL")
     if path is None:
         return False
@@ -211,17 +239,17 @@ def _egl_has_device() -> bool:
     if not query or not display_of:
         return False
     devices, count = (ctypes.c_void_p * 16)(), ctypes.c_int(0)
-    asked = ctypes.CFUNCTYPE(
+    query_devices = ctypes.CFUNCTYPE(
         ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int)
     )(query)
-    if not asked(16, ctypes.cast(devices, ctypes.c_void_p), ctypes.byref(count)):
+    if not query_devices(16, ctypes.cast(devices, ctypes.c_void_p), ctypes.byref(count)):
         return False
-    opened = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(
-        display_of
-    )
+    open_display = ctypes.CFUNCTYPE(
+        ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p
+    )(display_of)
     egl.eglInitialize.argtypes = [ctypes.c_void_p] * 3
     for device in devices[: count.value]:
-        display = opened(0x313F, device, None)  # EGL_PLATFORM_DEVICE_EXT
+        display = open_display(0x313F, device, None)  # EGL_PLATFORM_DEVICE_EXT
         if display and egl.eglInitialize(display, None, None):
             return True
     return False

@@ -1,4 +1,4 @@
-"""A dot on a board that must go to the disc of the named colour: no physics, no dependencies."""
+"""Toy task: move a dot to the disc of a named colour; no physics, no dependencies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NEAR = 0.15  # distance at which the target counts as reached
 
 
 class Toy(Simulator):
-    """Two discs of different colours and a white dot; the instruction names the disc to go to.
+    """Two discs of different colours and a white dot; the instruction names the target disc.
 
     State is the dot's position in [-1, 1], x then y (downwards); actions in [-1, 1] move it.
 
@@ -27,12 +27,14 @@ class Toy(Simulator):
 
     def __init__(self, size: int = 32, horizon: int = 40) -> None:
         if size < 16 or horizon < 1:
-            raise ValueError(f"Toy: size {size} must be 16 or more and horizon {horizon} 1 or more")
+            raise ValueError(
+                f"Toy: size is {size} and horizon {horizon}, expected at least 16 and 1"
+            )
         self.size, self.horizon = size, horizon
         self.low, self.high = -np.ones(2, np.float32), np.ones(2, np.float32)
 
     def expert(self) -> np.ndarray:
-        """The action that goes straight to the target, float32 [2]."""
+        """Action straight towards the target, float32 [2]."""
         if self._steps is None:
             raise RuntimeError("expert: no episode is running; call reset(seed) first")
         return np.clip((self._discs[self._named] - self._dot) / REACH, -1, 1).astype(np.float32)
@@ -41,7 +43,7 @@ class Toy(Simulator):
         rng = np.random.default_rng(seed)
         first, second = rng.permutation(list(COLOURS))[:2].tolist()
         places = rng.uniform(-0.8, 0.8, (2, 2))
-        places[:, 0] = [-abs(places[0, 0]) - 0.15, abs(places[1, 0]) + 0.15]  # never on top
+        places[:, 0] = [-abs(places[0, 0]) - 0.15, abs(places[1, 0]) + 0.15]  # no overlap
         self._discs = {first: np.clip(places[0], -0.8, 0.8), second: np.clip(places[1], -0.8, 0.8)}
         self._named = [first, second][rng.integers(2)]
         self._dot = rng.uniform([-0.1, -0.8], [0.1, 0.8])

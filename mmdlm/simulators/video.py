@@ -1,4 +1,4 @@
-"""Episodes as videos a person can read: enlarged, with a line that says what happens."""
+"""Videos of episodes: enlarged frames with a caption."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE = 256  # smallest side of a picture in the video, pixels
+SIDE = 256  # smallest side of a frame in the video, pixels
 BAR = 40  # height of the caption below it, pixels
-FASTEST = 20  # frames per second; robots run at up to 80, too quick to follow
+MAX_FPS = 20  # robots run at up to 80, too fast to follow
 
 
 def annotate(frame: np.ndarray, lines: Items[str], good: bool | None = None) -> np.ndarray:
-    """The picture enlarged, with text below it: uint8 [Y X 3] of even height and width.
+    """Enlarges a frame and adds text below it: uint8 [Y X 3] of even height and width.
 
     Args:
         frame: uint8 [Y X 3].
-        lines: up to two lines; what is too long is cut.
-        good: True writes the last line in green, False in red.
+        lines: up to two lines; longer text is truncated.
+        good: True renders the last line in green, False in red.
     """
     height, width = frame.shape[:2]
     factor = max(1, -(-SIDE // min(height, width)))
@@ -43,18 +43,20 @@ def _fitted(line: str, width: int, font: ImageFont.FreeTypeFont) -> str:
     return line + "…"
 
 
-def write(out: Path, frames: Items[np.ndarray], fps: int = FASTEST) -> Path:
-    """The path of a written mp4 (H.264, which browsers play).
+def write(out: Path, frames: Items[np.ndarray], fps: int = MAX_FPS) -> Path:
+    """Writes an mp4 (H.264, playable in browsers) and returns its path.
 
     Args:
-        out: file to write, ending in .mp4; folders on the way are made.
+        out: file to write, ending in .mp4; missing folders are created.
         frames: uint8 [Y X 3] of one even size, at least one.
-        fps: frames per second; at most 20 are used, so that quick robots can be followed.
+        fps: frames per second, at most `MAX_FPS`.
     Raises:
         ValueError: there are no frames, or the name does not end in .mp4.
     """
     if out.suffix != ".mp4" or not frames:
-        raise ValueError(f"video {out} of {len(frames)} frames; expected a name.mp4 and a frame")
+        raise ValueError(
+            f"video is {out} with {len(frames)} frames, expected name.mp4 and at least one frame"
+        )
     try:
         import imageio_ffmpeg
     except ImportError as error:
@@ -62,10 +64,10 @@ def write(out: Path, frames: Items[np.ndarray], fps: int = FASTEST) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     height, width = frames[0].shape[:2]
     writer = imageio_ffmpeg.write_frames(
-        str(out), (width, height), fps=min(fps, FASTEST), macro_block_size=1, quality=7
+        str(out), (width, height), fps=min(fps, MAX_FPS), macro_block_size=1, quality=7
     )
     writer.send(None)
-    for frame in (*frames, *[frames[-1]] * 10):  # the end stays on the screen for a moment
+    for frame in (*frames, *[frames[-1]] * 10):  # show the last frame for half a second
         writer.send(np.ascontiguousarray(frame))
     writer.close()
     return out

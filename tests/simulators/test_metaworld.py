@@ -1,4 +1,4 @@
-"""Real Meta-World: pictures, seeds, success and the scripted expert."""
+"""Meta-World: images, seeds, success and the scripted expert."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def test_every_task_of_the_benchmark_has_its_own_instruction():
         assert text.replace(" ", "").isalpha()
 
 
-def test_observations_show_picture_and_hand_only(button):
+def test_observations_hold_image_and_hand_only(button):
     obs = button.reset(0)
     assert set(obs) == {"image", "state", "prompt"}
     assert obs["image"].shape == (32, 32, 3)
@@ -42,14 +42,14 @@ def test_observations_show_picture_and_hand_only(button):
     assert obs["prompt"] == "press the button from the top"
 
 
-def test_the_picture_stands_upright(button):
+def test_image_is_upright(button):
     image = button.reset(0)["image"].astype(int)
     table, wall = image[-6:, 16:], image[:6, 16:]  # brown wood below, grey wall above
     assert (table[..., 0] - table[..., 2]).mean() > 20
     assert abs((wall[..., 0] - wall[..., 2]).mean()) < 10
 
 
-def test_same_seed_same_episode_whatever_came_before(button):
+def test_same_seed_gives_the_same_episode(button):
     first = button.reset(7)
     for _ in range(10):
         button.step(button.expert())
@@ -60,7 +60,7 @@ def test_same_seed_same_episode_whatever_came_before(button):
     assert not np.array_equal(first["image"], other["image"])
 
 
-def test_the_expert_presses_the_button(button):
+def test_expert_presses_the_button(button):
     for seed in range(2):
         button.reset(seed)
         success = done = False
@@ -73,7 +73,7 @@ def test_the_expert_presses_the_button(button):
         assert button.clipped == 0
 
 
-def test_idle_arm_does_not_succeed_and_the_horizon_ends_it():
+def test_idle_arm_fails_at_the_horizon():
     with MetaWorld("reach", size=16, horizon=3) as simulator:
         simulator.reset(0)
         ends = [simulator.step(np.zeros(4))[2:] for _ in range(3)]
@@ -91,23 +91,23 @@ def test_actions_move_the_hand_as_described(button):
 
 @pytest.mark.slow
 def test_near_quality_looks_like_the_default():
-    def picture(quality: str) -> np.ndarray:
+    def render(quality: str) -> np.ndarray:
         with MetaWorld("drawer-close", size=64, render_quality=quality) as simulator:
             return simulator.reset(0)["image"].astype(float)
 
-    default = picture("default")
-    assert np.abs(default - picture("near")).mean() < 3
-    assert np.abs(default - picture("fast")).mean() > 3
+    default = render("default")
+    assert np.abs(default - render("near")).mean() < 3
+    assert np.abs(default - render("fast")).mean() > 3
 
 
-def test_wrong_settings_are_refused():
+def test_invalid_settings_are_rejected():
     with pytest.raises(ValueError, match="render_quality is 'best'.*fast"):
         MetaWorld("reach", render_quality="best")
     with pytest.raises(ValueError, match="500"):
         MetaWorld("reach", horizon=501)
 
 
-def test_two_simulators_in_one_process_keep_their_own_pictures(button):
+def test_two_simulators_in_one_process_render_separate_images(button):
     alone = [button.reset(1)["image"], button.step(button.expert())[0]["image"]]
     with MetaWorld("drawer-close", size=32) as other:
         drawer = other.reset(1)["image"]

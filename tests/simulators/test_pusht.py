@@ -1,4 +1,4 @@
-"""Real gym-pusht: pictures, seeds, and the finger going where it is told."""
+"""gym-pusht: images, seeds and motion of the pusher."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ pytest.importorskip("gym_pusht", reason='pip install "mmdlm[sim]"')
 from mmdlm.simulators.simulator import open_simulator  # noqa: E402
 
 
-def test_pusht_observes_and_moves_the_finger():
+def test_pusht_observes_and_moves_the_pusher():
     with open_simulator("pusht", size=48, horizon=30) as simulator:
         obs = simulator.reset(0)
         assert obs["image"].shape == (48, 48, 3)
@@ -28,6 +28,6 @@ def test_pusht_observes_and_moves_the_finger():
             simulator.expert()
 
 
-def test_pusht_refuses_impossible_sizes():
-    with pytest.raises(ValueError, match="16 or more"):
+def test_pusht_rejects_invalid_sizes():
+    with pytest.raises(ValueError, match="at least 16"):
         open_simulator("pusht", size=4)

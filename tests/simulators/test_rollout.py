@@ -14,7 +14,7 @@ from mmdlm.tasks.act import Policy
 
 
 class Expert:
-    """Plays the toy's own expert, one chunk of equal actions at a time."""
+    """The expert of the toy as a policy: chunks of equal actions."""
 
     def __init__(self, simulator, chunk=4):
         self.simulator, self.chunk, self.resets = simulator, chunk, 0
@@ -38,7 +38,7 @@ def policy(build):
 
 
 @pytest.mark.parametrize("execute", [1, 2])
-def test_expert_succeeds_and_is_asked_once_per_executed_actions(execute):
+def test_expert_succeeds_with_one_query_per_executed_actions(execute):
     simulator = Toy()
     expert = Expert(simulator)
     episode = rollout(expert, simulator, seed=3, execute=execute)
@@ -58,13 +58,13 @@ def test_standing_still_ends_at_the_horizon():
     assert episode.queries == 3
 
 
-def test_more_than_the_chunk_cannot_be_executed():
+def test_execute_is_at_most_the_chunk():
     simulator = Toy()
     with pytest.raises(ValueError, match="execute is 5, expected 1 to 4"):
         rollout(Expert(simulator), simulator, seed=0, execute=5)
 
 
-def test_frames_show_every_step_in_a_size_videos_take():
+def test_frames_show_every_step_in_an_even_size():
     simulator = Toy()
     episode = rollout(Expert(simulator), simulator, seed=0, execute=2, film=True)
     assert len(episode.frames) == episode.steps + 1
@@ -74,15 +74,15 @@ def test_frames_show_every_step_in_a_size_videos_take():
     assert (episode.frames[0][:256] != episode.frames[-1][:256]).any()
 
 
-def test_pictures_are_drawn_only_for_what_the_policy_looks_at(monkeypatch):
-    looks = []
+def test_images_are_rendered_only_for_queries(monkeypatch):
+    observed = []
     draw = Toy._observe
-    monkeypatch.setattr(Toy, "_observe", lambda toy: looks.append(1) or draw(toy))
+    monkeypatch.setattr(Toy, "_observe", lambda toy: observed.append(1) or draw(toy))
     simulator = Toy(horizon=10)
     drawn = [rollout(Still(simulator), simulator, 0, execute=4, film=f) for f in (False, True)]
     assert drawn[0].to_dict() | {"infer_ms": 0} == drawn[1].to_dict() | {"infer_ms": 0}
-    # The first look, then one before each further query; a film needs every step.
-    assert len(looks) == (1 + 2) + (1 + 10)
+    # One after the reset, then one before each further query; a video needs every step.
+    assert len(observed) == (1 + 2) + (1 + 10)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_wilson_interval_is_the_published_one(successes, count, low, high):
 
 
 @pytest.mark.parametrize(("successes", "count"), [(1, 0), (3, 2), (-1, 2)])
-def test_wilson_refuses_impossible_counts(successes, count):
+def test_wilson_rejects_invalid_counts(successes, count):
     with pytest.raises(ValueError, match="expected"):
         wilson(successes, count)
 
@@ -119,7 +119,7 @@ def test_evaluate_records_seeds_and_settings(policy):
     assert [e.reward for e in again.episodes] == [e.reward for e in result.episodes]
 
 
-def test_evaluate_refuses_another_robot_and_no_seeds(policy):
+def test_evaluate_rejects_another_robot_and_no_seeds(policy):
     class Arm(Toy):
         action_size = 4
 
@@ -144,9 +144,9 @@ def test_simulators_are_named_by_commas_or_by_the_checkpoint():
 
     assert simulators("toy, metaworld/reach-v3,toy", Untold) == ["toy", "metaworld/reach"]
     assert simulators(["trained"], Trained) == ["metaworld/drawer-close", "toy"]
-    with pytest.raises(ValueError, match="does not say its tasks"):
+    with pytest.raises(ValueError, match="lists no tasks"):
         simulators("trained", Untold)
-    with pytest.raises(ValueError, match="name a simulator"):
+    with pytest.raises(ValueError, match="expected a simulator"):
         simulators(" ,", Untold)
 
 
@@ -174,7 +174,7 @@ def test_act_prints_success_and_writes_results_and_video(policy, tmp_path, capsy
     assert facts["size"] == (256, 296)
 
 
-def test_act_refuses_nonsense(policy, tmp_path):
+def test_act_rejects_invalid_arguments(policy, tmp_path):
     with pytest.raises(ValueError, match="episodes is 0"):
         act("toy", episodes=0)
     save(policy.model, tmp_path)
@@ -182,7 +182,7 @@ def test_act_refuses_nonsense(policy, tmp_path):
         act("toi", 1, str(tmp_path), device="cpu")
 
 
-def test_video_needs_frames_and_its_ending(tmp_path):
+def test_video_needs_frames_and_the_suffix_mp4(tmp_path):
     frame = np.zeros((64, 64, 3), np.uint8)
     with pytest.raises(ValueError, match=r"name\.mp4"):
         video.write(tmp_path / "a.gif", [frame])
@@ -190,7 +190,7 @@ def test_video_needs_frames_and_its_ending(tmp_path):
         video.write(tmp_path / "a.mp4", [])
 
 
-def test_long_captions_are_cut_not_spilt():
+def test_long_captions_are_truncated():
     frame = np.zeros((63, 65, 3), np.uint8)
     page = video.annotate(frame, ["word " * 100, "no"], good=False)
     assert page.shape[0] % 2 == page.shape[1] % 2 == 0
@@ -198,7 +198,7 @@ def test_long_captions_are_cut_not_spilt():
 
 
 @pytest.mark.sim
-def test_metaworld_result_says_how_it_was_drawn(build):
+def test_metaworld_result_records_how_it_was_rendered(build):
     if choose_gl() is None:
         pytest.skip("nothing renders; apt-get install libegl1 libegl-mesa0")
     arm = Policy(build(size=4))

@@ -1,4 +1,4 @@
-"""What every simulator promises, tried on the toy, and opening simulators by name."""
+"""The interface of simulators, on the toy, and opening simulators by name."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from mmdlm.simulators import simulator as base
 from mmdlm.simulators.simulator import Simulator, choose_gl, open_simulator
 
 
-def test_unknown_names_give_the_nearest():
+def test_error_for_unknown_names_lists_the_nearest():
     with pytest.raises(ValueError, match="'pushd' is unknown .*pusht"):
         open_simulator("pushd")
     with pytest.raises(ValueError, match="'drawer-clos'.*did you mean drawer-close"):
@@ -23,7 +23,7 @@ def test_unknown_names_give_the_nearest():
 
 
 @pytest.mark.parametrize("bad", [[np.nan, 0.0], [0.0, np.inf]])
-def test_actions_that_are_not_finite_are_refused_and_move_nothing(bad):
+def test_actions_that_are_not_finite_are_rejected_without_a_step(bad):
     with open_simulator("toy") as toy:
         before = toy.reset(0)["state"]
         with pytest.raises(ValueError, match="NaN or infinity"):
@@ -33,10 +33,10 @@ def test_actions_that_are_not_finite_are_refused_and_move_nothing(bad):
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 2), ()])
-def test_actions_of_another_shape_are_refused(shape):
+def test_actions_of_another_shape_are_rejected(shape):
     toy = open_simulator("toy")
     toy.reset(0)
-    with pytest.raises(ValueError, match=r"expected \[2\].*chunk one row"):
+    with pytest.raises(ValueError, match=r"expected \[2\].*chunk one action"):
         toy.step(np.zeros(shape))
 
 
@@ -52,7 +52,7 @@ def test_actions_outside_the_limits_are_clipped_and_counted():
     assert toy.clipped == 0
 
 
-def test_steps_outside_an_episode_are_refused():
+def test_steps_outside_an_episode_are_rejected():
     toy = open_simulator("toy", horizon=2)
     with pytest.raises(RuntimeError, match="call reset"):
         toy.step(np.zeros(2))
@@ -65,12 +65,12 @@ def test_steps_outside_an_episode_are_refused():
 
 
 @pytest.mark.parametrize("seed", [-1, 1.5, "0", True])
-def test_seeds_must_be_counting_numbers(seed):
+def test_seeds_must_be_non_negative_integers(seed):
     with pytest.raises(ValueError, match="seed"):
         open_simulator("toy").reset(seed)
 
 
-def test_unfinished_simulators_say_what_is_missing():
+def test_error_of_an_incomplete_simulator_names_the_missing_method():
     class Empty(Simulator):
         action_size, state_size, horizon = 1, 1, 1
         low, high = -np.ones(1), np.ones(1)
@@ -81,21 +81,21 @@ def test_unfinished_simulators_say_what_is_missing():
         Empty().expert()
 
 
-def test_the_users_choice_of_gl_wins(monkeypatch):
+def test_gl_backend_of_the_environment_has_priority(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "osmesa")
     assert choose_gl() == "osmesa"
     monkeypatch.delenv("MUJOCO_GL")
     assert choose_gl() in ("egl", "osmesa", "glfw", None)
 
 
-def test_nothing_to_render_with_names_the_package(monkeypatch):
+def test_error_without_a_gl_backend_names_the_package(monkeypatch):
     monkeypatch.setattr(base, "choose_gl", lambda: None)
     with pytest.raises(RuntimeError, match="apt-get install libegl1") as error:
         base.use_gl()
     assert "\n" not in str(error.value)
 
 
-def test_importing_simulators_changes_nothing_and_stays_light():
+def test_import_of_simulators_is_light_and_sets_no_environment():
     code = (
         "import os, sys; before = dict(os.environ)\n"
         "import mmdlm.simulators.metaworld, mmdlm.simulators.pusht, mmdlm.simulators.toy\n"
@@ -107,7 +107,7 @@ def test_importing_simulators_changes_nothing_and_stays_light():
 
 
 @pytest.mark.sim
-def test_a_simulator_left_open_ends_quietly():
+def test_open_simulator_does_not_raise_at_exit():
     pytest.importorskip("metaworld", reason='pip install "mmdlm[sim]"')
     if choose_gl() is None:
         pytest.skip("nothing renders; apt-get install libegl1 libegl-mesa0")

@@ -1,4 +1,4 @@
-"""The toy world: seeds, pictures, instruction and expert."""
+"""The toy simulator: seeds, images, instruction and expert."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from mmdlm.simulators.toy import COLOURS, Toy
 
 
-def test_observations_have_the_promised_form():
+def test_observations_have_the_documented_form():
     toy = Toy(size=48)
     obs = toy.reset(0)
     assert obs["image"].shape == (48, 48, 3)
@@ -16,7 +16,7 @@ def test_observations_have_the_promised_form():
     assert obs["prompt"] == toy.instruction
 
 
-def test_same_seed_same_episode_whatever_came_before():
+def test_same_seed_gives_the_same_episode():
     first, second = Toy(), Toy()
     first.reset(8)
     first.step(first.expert())
@@ -26,7 +26,7 @@ def test_same_seed_same_episode_whatever_came_before():
     assert not np.array_equal(a["image"], second.reset(6)["image"])
 
 
-def test_the_expert_reaches_the_named_disc_every_time():
+def test_expert_always_reaches_the_named_disc():
     toy = Toy()
     for seed in range(50):
         toy.reset(seed)
@@ -40,7 +40,7 @@ def test_the_expert_reaches_the_named_disc_every_time():
         assert toy.step(np.zeros(2))[2]  # success is remembered
 
 
-def test_the_named_disc_is_drawn_in_its_colour():
+def test_named_disc_is_drawn_in_its_colour():
     toy = Toy(size=64)
     for seed in range(20):
         image = toy.reset(seed)["image"]
@@ -53,6 +53,6 @@ def test_the_named_disc_is_drawn_in_its_colour():
         assert toward @ (centre - state) > 0
 
 
-def test_impossible_sizes_are_refused():
-    with pytest.raises(ValueError, match="16 or more"):
+def test_invalid_sizes_are_rejected():
+    with pytest.raises(ValueError, match="at least 16"):
         Toy(size=8)
