@@ -21,6 +21,7 @@ from mmdlm import recipe
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
 from mmdlm.backbones.moe import MoEConfig
+from mmdlm.chat import Template
 from mmdlm.model import MultimodalDLM
 from mmdlm.recipe import Recipe
 from mmdlm.text import Tokenizer
@@ -148,9 +149,15 @@ def build(blueprint: Blueprint, tokenizer: Tokenizer | None = None) -> Multimoda
 
         robot = Robot.from_dict(blueprint.outputs["actions"])
     with torch.device("meta"):
-        model = MultimodalDLM(blueprint.spec, made["encoders"], made["adapters"], tokenizer, robot)
+        model = MultimodalDLM(
+            blueprint.spec,
+            made["encoders"],
+            made["adapters"],
+            tokenizer,
+            robot,
+            Template(**blueprint.template) if blueprint.template else None,
+        )
     model.preset = copy.deepcopy(dict(blueprint.tasks))
-    model.template = copy.deepcopy(dict(blueprint.template))
     model.system = blueprint.system
     return model
 
@@ -175,7 +182,7 @@ def describe(model: MultimodalDLM) -> Blueprint:
         encoders={name: _without_download(part) for name, part in model.encoders.items()},
         adapters={name: _without_download(part) for name, part in model.adapters.items()},
         outputs={} if model.robot is None else {"actions": model.robot.to_dict()},
-        template=copy.deepcopy(model.template),
+        template={} if model.template is None else model.template.to_dict(),
         tasks=tasks,
         system=model.system,
     )

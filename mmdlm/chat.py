@@ -1,6 +1,6 @@
 """Conversations as prompts: the chat template of a checkpoint, or of its family.
 
-Only the template writes control tokens. Those that stand in a message are spelt out like any other
+Only the template writes control tokens. Those that stand in a message are encoded like any other
 text, so whoever writes a message cannot end it and speak as somebody else.
 """
 
@@ -10,14 +10,18 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+import torch
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from torch import Tensor
 
+from mmdlm.messages import Media, Message
 from mmdlm.text import CHAT, Tokenizer
 
 if TYPE_CHECKING:
@@ -25,9 +29,6 @@ if TYPE_CHECKING:
     from jinja2 import nodes
     from jinja2.parser import Parser
 
-Message = Mapping[str, str]
-"""{"role": "system", "user" or "assistant", "content": text}."""
-ROLES = ("system", "user", "assistant")
 PLAIN = "plain"
 
 _HEADERS = (
@@ -70,6 +71,35 @@ MARKERS = re.compile(r"<\|\w+\|>|</?role>")
 NOTHING = r"(?!)"  # a pattern that is found nowhere
 
 
+@dataclass(frozen=True)
+class Template:
+    """How a published system writes its prompts.
+
+    Args:
+        chat: name of a chat template, a key of `TEMPLATES` or "plain", or Jinja text, which comes
+            before the template of the checkpoint's tokenizer files. None for `Spec.template`.
+        media: by modality, the text around the embeddings of a medium, which go where "{}" stands.
+            Control tokens in it count as written by the template.
+        system: system message of conversations that have none.
+    """
+
+    chat: str | None = None
+    media: Mapping[str, str] = field(default_factory=dict)
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        for kind, text in self.media.items():
+            if text.count("{}") != 1:
+                raise ValueError(
+                    f"Template.media[{kind!r}] is {text!r}, expected one {{}} for the embeddings"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, without what is not set."""
+        found = {"chat": self.chat, "media": dict(self.media), "system": self.system}
+        return {name: value for name, value in found.items() if value}
+
+
 def find(tokenizer: Tokenizer | None, name: str) -> str | None:
     """The chat template (Jinja) in force; None for text as it is.
 
@@ -96,69 +126,115 @@ def find(tokenizer: Tokenizer | None, name: str) -> str | None:
 
 
 def encode(
-    tokenizer: Tokenizer, messages: Items[Message], template: str | None, family: str = ""
-) -> list[int]:
-    """Token ids of a conversation, up to where the assistant's answer begins.
+    tokenizer: Tokenizer,
+    messages: Items[Message],
+    jinja: str | None,
+    media: Mapping[str, str],
+    family: str = "",
+) -> list[Tensor | Media]:
+    """A conversation as token ids int64 [n] and media, up to where the answer begins.
 
     Args:
         tokenizer: of the model.
-        messages: see `render`.
-        template: see `find`.
+        messages: of text and media.
+        jinja: see `find`.
+        media: see `Template.media`.
         family: name of the model's family.
     Raises:
         ValueError: there is no template, or see `render`.
     """
-    check(messages)
-    if template is None:
+    if jinja is None:
         raise ValueError(
             "this checkpoint has no chat template: its folder names none, and its tokenizer lacks "
             "the markers of its family's; give one text as it is (chat=False, mmdlm generate), or "
             f"put {CHAT} into the folder"
         )
+    start, end, mark = _marks("".join(message.text for message in messages), 3)
+    found: list[Media] = []
+    wrapped = [{"role": m.role, "content": _content(m, mark, found)} for m in messages]
     names = tokenizer.names | VARIABLES.get(family, {})
+    around = [media.get(medium.kind, "{}") for medium in found]
+    pieces = render(wrapped, jinja, tokenizer.added, (start, end, mark), around, **names)
+    parts: list[Tensor | Media] = []
     ids: list[int] = []
-    for text, is_token in render(messages, template, tokenizer.added, **names):
-        ids += [tokenizer.id(text)] if is_token else tokenizer.encode(text, special=False)
-    return ids
+    for text, is_token in pieces:
+        if is_token:
+            ids.append(tokenizer.id(text))
+            continue
+        for i, piece in enumerate(re.split(f"{mark}(\\d+){mark}", text)):
+            if i % 2:
+                parts += [torch.tensor(ids, dtype=torch.long), found[int(piece)]]
+                ids = []
+            elif piece:
+                ids += tokenizer.encode(piece, special=False)
+    parts.append(torch.tensor(ids, dtype=torch.long))
+    return [part for part in parts if isinstance(part, Media) or len(part)]
+
+
+def _content(message: Message, mark: str, found: list[Media]) -> str:
+    """The text of a message, its media as numbers between marks; they are added to `found`."""
+    content = ""
+    for part in message.parts:
+        if isinstance(part, Media):
+            content += f"{mark}{len(found)}{mark}"
+            found.append(part)
+        elif isinstance(part.text, str):
+            content += part.text
+        else:
+            raise TypeError(
+                "token ids cannot stand in a chat template; use role 'raw' for a prompt of ids"
+            )
+    return content
 
 
 def render(
-    messages: Items[Message],
-    template: str,
+    messages: Items[Mapping[str, str]],
+    jinja: str,
     added: Mapping[str, tokenizers.AddedToken],
+    marks: tuple[str, str, str] | None = None,
+    media: Items[str] = (),
     **variables: Any,
 ) -> list[tuple[str, bool]]:
     """A conversation in pieces, (text, whether it is a control token), with an answer to follow.
 
     Control tokens are the special ones, and all added ones the template mentions. The template
-    sees them in messages, each between two characters that are no text, and these tell afterwards
-    which ones it did not write. What the assistant said keeps those that are not special: its own
-    <think> is a token, and templates look for it.
+    gets those in messages between two characters that no text contains, which show afterwards
+    that the template did not write them. What the assistant said keeps those that are not special:
+    its own <think> is a token, and templates look for it.
 
     Args:
-        messages: see `check`.
-        template: Jinja.
-        added: tokens a text is searched for before it is cut into words.
-        **variables: what the template knows besides the messages, "bos_token" etc.
+        messages: `{"role": ..., "content": text}` each.
+        jinja: the chat template.
+        added: tokens that are recognised before a text is split into words.
+        marks: three characters that stand in no message; None to choose them.
+        media: the text around each medium, see `Template.media`; in `messages`, medium i is the
+            number i between two of the third mark.
+        **variables: what the template gets besides the messages, "bos_token" etc.
     Raises:
-        ValueError: the template is no Jinja, or refuses these messages.
+        ValueError: the template is not valid Jinja, or rejects these messages.
     """
-    control = {t: flags for t, flags in added.items() if flags.special or t in template}
+    control = {t: flags for t, flags in added.items() if flags.special or t in jinja}
+    control |= {t: f for t, f in added.items() if any(t in around for around in media)}
     control = {t: control[t] for t in sorted(control, key=len, reverse=True) if not t.isspace()}
     tokens = _any(control)
     special = _any(t for t, flags in control.items() if flags.special)
-    start, end = _marks("".join(m["content"] for m in messages))
+    start, end, mark = marks or _marks("".join(m["content"] for m in messages), 3)
     wrapped = []
     for message in messages:
         sought = special if message["role"] == "assistant" else tokens
         content = re.sub(sought, rf"{start}\g<0>{end}", message["content"])
         wrapped.append({"role": message["role"], "content": content})
     try:
-        text = _compiled(template).render(
+        text = _compiled(jinja).render(
             messages=wrapped, tools=None, documents=None, add_generation_prompt=True, **variables
         )
     except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template refuses this conversation: {error}") from error
+        raise ValueError(f"the chat template rejects this conversation: {error}") from error
+    for i, around in enumerate(media):
+        medium = f"{mark}{i}{mark}"
+        if text.count(medium) != 1:
+            raise ValueError(f"the chat template uses medium {i} {text.count(medium)} times")
+        text = text.replace(medium, around.replace("{}", medium))
     return _cut(text, control, f"{start}(?P<kept>{tokens}){end}", f"[{start}{end}]")
 
 
@@ -203,30 +279,12 @@ def _any(tokens: Iterable[str]) -> str:
     return "|".join(map(re.escape, tokens)) or NOTHING
 
 
-def _marks(text: str) -> list[str]:
-    """Two of Unicode's characters that are none, and that the text does not hold."""
+def _marks(text: str, count: int) -> list[str]:
+    """Some of Unicode's noncharacters that the text does not contain."""
     free = [c for c in map(chr, range(0xFDD0, 0xFDF0)) if c not in text]
-    if len(free) < 2:
-        raise ValueError("the conversation holds every character from U+FDD0 on; no text does")
-    return free[:2]
-
-
-def check(messages: Items[Message]) -> None:
-    """Raises unless the messages are a conversation that waits for an answer."""
-    if not messages:
-        raise ValueError("the conversation is empty; give at least one message")
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            raise TypeError(
-                f"message {i} is {message!r}, expected {{'role': ..., 'content': ...}} of text"
-            )
-        if message["role"] not in ROLES or not isinstance(message["content"], str):
-            raise ValueError(
-                f"message {i} has role {message['role']!r} and a content of type "
-                f"{type(message['content']).__name__}; expected one of {', '.join(ROLES)}, and text"
-            )
-    if messages[-1]["role"] == "assistant":
-        raise ValueError("the conversation ends with the assistant; add what the user says to it")
+    if len(free) < count:
+        raise ValueError("the conversation contains every noncharacter from U+FDD0 on")
+    return free[:count]
 
 
 @lru_cache(maxsize=32)
@@ -245,7 +303,7 @@ def _compiled(template: str) -> jinja2.Template:
     try:
         return environment.from_string(template)
     except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template is no Jinja: {error}") from error
+        raise ValueError(f"the chat template is not valid Jinja: {error}") from error
 
 
 class _Generation(Extension):

@@ -8,6 +8,7 @@ never depend on it, which is exactly what a cache may keep.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -15,21 +16,41 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-MEDIA, TEXT, ANSWER = 0, 1, 2
+from encoders.features import Prepared
+
+PROMPT, ANSWER = 0, 1
+"""Roles of a position: given, or to be filled in."""
+TOKEN, MEDIUM = 0, 1
+"""Sources of a position's embedding: the token table, or an encoder."""
 GOLDEN = 0.6180339887498949
 """Fractional part of the golden ratio: its multiples spread evenly over [0, 1), turn by turn."""
 Attention = Literal["full", "prefix", "cascade", "block_causal"]
-"""full: everybody sees everybody. prefix: the prompt does not see the answer. cascade: media see
-media, the prompt text sees media and text, the answer sees all. block_causal: tokens see their own
-block and earlier ones. With a block size, the answer of prefix and cascade is block-causal."""
+"""full: bidirectional attention. prefix: the prompt does not attend to the answer. cascade: media
+attend to media, the prompt text to media and text, the answer to all. block_causal: tokens attend
+to their own block and earlier ones. With a block size, the answer of prefix and cascade is
+block-causal."""
+
+
+Part = Tensor | Prepared
+"""Token ids int64 [n], embeddings float [n D], or a preprocessed item before it is encoded."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A prompt and the answer canvas that follows it, int64 ids [n] each."""
+    """A prompt and the answer canvas that follows it.
 
-    prompt: Tensor
+    Args:
+        prompt: token ids int64 [n]; or parts as in `Row.parts`.
+        answer: token ids int64 [G], which may be masks; may be empty.
+    """
+
+    prompt: Tensor | tuple[Part, ...]
     answer: Tensor
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The prompt as parts."""
+        return (self.prompt,) if isinstance(self.prompt, Tensor) else tuple(self.prompt)
 
 
 @dataclass(frozen=True)
@@ -37,13 +58,39 @@ class Row:
     """One row of a batch before it is laid out.
 
     Args:
-        parts: what all turns share, in order: token ids, int64 [n], or embeddings, float [n D].
+        parts: what all turns share, in order: token ids int64 [n], embeddings float [n D], or a
+            preprocessed item, which `MultimodalDLM.embed` replaces by its embeddings.
         turns: prompts with answers. Several turns see the parts but not each other, so one image
             is encoded once for all its questions; only media under cascade attention can be shared.
     """
 
-    parts: tuple[Tensor, ...]
+    parts: tuple[Part, ...]
     turns: tuple[Turn, ...] = ()
+
+    @property
+    def items(self) -> list[Prepared]:
+        """The preprocessed items of the row, in order."""
+        parts = (*self.parts, *(part for turn in self.turns for part in turn.parts))
+        return [part for part in parts if isinstance(part, Prepared)]
+
+    def map(self, change: Callable[[Prepared], Tensor]) -> Row:
+        """The row with every preprocessed item replaced.
+
+        Args:
+            change: item to its embeddings [N D].
+        """
+
+        def changed(parts: Items[Part]) -> tuple[Part, ...]:
+            return tuple(change(part) if isinstance(part, Prepared) else part for part in parts)
+
+        turns = tuple(Turn(changed(turn.parts), turn.answer) for turn in self.turns)
+        return Row(changed(self.parts), turns)
+
+    def without_answers(self) -> Row:
+        """The row as a prompt; several turns are an error, as only one can follow."""
+        if len(self.turns) > 1:
+            raise ValueError(f"{len(self.turns)} turns share a row; decode them one by one")
+        return Row((*self.parts, *(part for turn in self.turns for part in turn.parts)))
 
 
 @dataclass(frozen=True)
@@ -52,7 +99,8 @@ class Sequence:
 
     Args:
         tokens: [B L] int64; media slots and padding hold the pad id.
-        kind: [B L] int64, MEDIA, TEXT or ANSWER.
+        role: [B L] int64, PROMPT or ANSWER.
+        source: [B L] int64, TOKEN or MEDIUM.
         mask: [B L] bool, True = real.
         positions: [B L] int64 rotary positions; the turns of a row all follow its shared part.
         level: [B L] int64, see the module.
@@ -61,12 +109,23 @@ class Sequence:
     """
 
     tokens: Tensor
-    kind: Tensor
+    role: Tensor
+    source: Tensor
     mask: Tensor
     positions: Tensor
     level: Tensor
     branch: Tensor | None = None
     media: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def is_answer(self) -> Tensor:
+        """[B L] bool, positions to be filled in; never padding."""
+        return (self.role == ANSWER) & self.mask
+
+    @property
+    def is_medium(self) -> Tensor:
+        """[B L] bool, positions whose embedding an encoder gives."""
+        return self.source == MEDIUM
 
     def to(self, device: torch.device | str) -> Sequence:
         """The same sequence on another device."""
@@ -91,10 +150,10 @@ def chosen(sequence: Sequence, rows: Tensor) -> Sequence:
     """
     media = sequence.media
     if media is not None:
-        slots = sequence.kind == MEDIA
+        slots = sequence.source == MEDIUM
         number = (slots.flatten().cumsum(0) - 1).view_as(slots)[rows]
         media = media[number[slots[rows]]]
-    names = ("tokens", "kind", "mask", "positions", "level")
+    names = ("tokens", "role", "source", "mask", "positions", "level")
     return replace(sequence, **{n: getattr(sequence, n)[rows] for n in names}, media=media)
 
 
@@ -131,12 +190,18 @@ def seen_by(query_level: Tensor, key_level: Tensor, key_mask: Tensor) -> Tensor:
 
 
 def levels(
-    kind: Tensor, positions: Tensor, order: Tensor, attention: Attention, block_size: int | None
+    role: Tensor,
+    source: Tensor,
+    positions: Tensor,
+    order: Tensor,
+    attention: Attention,
+    block_size: int | None,
 ) -> Tensor:
     """[B L] int64 level of each token.
 
     Args:
-        kind: [B L] MEDIA, TEXT or ANSWER.
+        role: [B L] PROMPT or ANSWER.
+        source: [B L] TOKEN or MEDIUM.
         positions: [B L] int64.
         order: [B L] int64, index of a token within its answer; 0 elsewhere.
         attention: the model's attention.
@@ -146,11 +211,11 @@ def levels(
     """
     block = order // block_size if block_size else torch.zeros_like(order)
     if attention == "full":
-        return torch.zeros_like(kind)
+        return torch.zeros_like(role)
     if attention == "prefix":
-        return (kind == ANSWER) * (1 + block)
+        return role * (1 + block)
     if attention == "cascade":
-        return kind + block
+        return torch.where(role == ANSWER, 2 + block, (source == TOKEN).long())
     if attention == "block_causal":
         if not block_size:
             raise ValueError("block_causal attention needs block_size, the tokens per block")
@@ -177,23 +242,23 @@ def arrange(
         raise ValueError("arrange: no rows; give at least one")
     for row in rows:
         _check_shared(row, attention)
+    media = [part for row in rows for part in _embeddings(row)]
     laid = [_lay(row, pad) for row in rows]
-    length = max(row.shape[1] for row, _ in laid)
-    if min(row.shape[1] for row, _ in laid) == 0:
+    length = max(row.shape[1] for row in laid)
+    if min(row.shape[1] for row in laid) == 0:
         raise ValueError("arrange: a row holds neither media nor text; give it a prompt")
-    table = torch.zeros(len(rows), 6, length, dtype=torch.long)
-    table[:, 1] = TEXT  # padding must not pass for media slots
-    for i, (row, _) in enumerate(laid):
+    table = torch.zeros(len(rows), 7, length, dtype=torch.long)
+    for i, row in enumerate(laid):
         table[i, :, length - row.shape[1] :] = row
-    tokens, kind, mask, positions, order, branch = table.unbind(1)
+    tokens, role, source, mask, positions, order, branch = table.unbind(1)
     tokens = tokens.masked_fill(mask == 0, pad)
-    media = [part for _, parts in laid for part in parts]
     sequence = Sequence(
         tokens,
-        kind,
+        role,
+        source,
         mask.bool(),
         positions,
-        levels(kind, positions, order, attention, block_size),
+        levels(role, source, positions, order, attention, block_size),
         branch if any(len(row.turns) > 1 for row in rows) else None,
         torch.cat(media) if media else None,
     )
@@ -201,7 +266,7 @@ def arrange(
 
 
 def _check_shared(row: Row, attention: Attention) -> None:
-    """Refuses turns that share something which, turn by turn, would see their prompts."""
+    """Checks that what several turns share cannot attend to their prompts."""
     if len(row.turns) < 2 or not row.parts:
         return
     if attention != "cascade":
@@ -216,28 +281,39 @@ def _check_shared(row: Row, attention: Attention) -> None:
         )
 
 
-def _lay(row: Row, pad: int) -> tuple[Tensor, list[Tensor]]:
-    """One row as int64 [6 n] (token, kind, real, position, order, branch) and its embeddings."""
-    spans, media = [], []
+def _embeddings(row: Row) -> list[Tensor]:
+    """The embeddings [n D] of a row, in order."""
+    parts = (*row.parts, *(part for turn in row.turns for part in turn.parts))
+    items = [part for part in parts if isinstance(part, Prepared)]
+    if items:
+        raise TypeError(f"arrange: {items[0].kind} is not embedded yet; use MultimodalDLM.embed")
+    return [part for part in parts if part.is_floating_point()]
 
-    def span(ids: Tensor, kind: int, start: int, branch: int) -> None:
-        n = torch.arange(len(ids))
-        order = n if kind == ANSWER else torch.zeros_like(n)
+
+def _lay(row: Row, pad: int) -> Tensor:
+    """One row as int64 [7 n]: token, role, source, real, position, order and branch."""
+    spans = []
+
+    def span(part: Tensor, role: int, start: int, branch: int) -> int:
+        source = MEDIUM if part.is_floating_point() else TOKEN
+        n = torch.arange(len(part))
         ones = torch.ones_like(n)
-        spans.append(torch.stack([ids, kind * ones, ones, start + n, order, branch * ones]))
+        ids = pad * ones if source == MEDIUM else part
+        order = n if role == ANSWER else 0 * n
+        spans.append(
+            torch.stack([ids, role * ones, source * ones, ones, start + n, order, branch * ones])
+        )
+        return start + len(part)
 
-    at = 0
+    shared = 0
     for part in row.parts:
-        if part.is_floating_point():
-            media.append(part)
-            span(torch.full((len(part),), pad), MEDIA, at, 0)
-        else:
-            span(part, TEXT, at, 0)
-        at += len(part)
+        shared = span(part, PROMPT, shared, 0)
     for j, turn in enumerate(row.turns, 1):
-        span(turn.prompt, TEXT, at, j)
-        span(turn.answer, ANSWER, at + len(turn.prompt), j)
-    return torch.cat(spans, 1) if spans else torch.zeros(6, 0, dtype=torch.long), media
+        at = shared
+        for part in turn.parts:
+            at = span(part, PROMPT, at, j)
+        span(turn.answer, ANSWER, at, j)
+    return torch.cat(spans, 1) if spans else torch.zeros(7, 0, dtype=torch.long)
 
 
 def from_tokens(
@@ -260,7 +336,6 @@ def from_tokens(
     ahead = (real.long().cumsum(1) == 0).sum(1, keepdim=True)
     index = torch.arange(tokens.shape[1], device=tokens.device)
     positions = (index - ahead).clamp(min=0)
-    kind = torch.full_like(tokens, TEXT)
-    order = torch.zeros_like(tokens)
-    level = levels(kind, positions, order, attention, block_size)
-    return Sequence(tokens, kind, real, positions, level)
+    none = torch.zeros_like(tokens)  # all of it is prompt, made of tokens
+    level = levels(none, none, positions, none, attention, block_size)
+    return Sequence(tokens, none, none, real, positions, level)

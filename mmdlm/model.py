@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,9 +17,9 @@ from mmdlm.backbones.family import Spec
 from mmdlm.backbones.kv import KV, Rows, count, indices, take
 from mmdlm.backbones.recorded import MOST_ROWS, Lent
 from mmdlm.backbones.transformer import Transformer
-from mmdlm.chat import encode as encode_chat
-from mmdlm.chat import find as find_template
-from mmdlm.layout import MEDIA, Attention, Row, Sequence, arrange, from_tokens, visible
+from mmdlm.chat import Template
+from mmdlm.layout import Attention, Row, Sequence, arrange, from_tokens, visible
+from mmdlm.processor import Processor, digest
 from mmdlm.text import Tokenizer
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class MultimodalDLM(nn.Module):
         adapters: under the same names; they bring features to the backbone's width.
         tokenizer: None for checkpoints without one; then only token methods work.
         robot: action vocabulary and statistics of a policy.
+        template: how prompts are written; None for the chat template of the family.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class MultimodalDLM(nn.Module):
         adapters: dict[str, Adapter] | None = None,
         tokenizer: Tokenizer | None = None,
         robot: Robot | None = None,
+        template: Template | None = None,
     ) -> None:
         super().__init__()
         encoders, adapters = encoders or {}, adapters or {}
@@ -58,10 +60,9 @@ class MultimodalDLM(nn.Module):
         self.adapters = nn.ModuleDict(adapters)
         self.tokenizer = tokenizer
         self.robot = robot
+        self.template = template
         self.preset: dict[str, dict[str, Any]] = {}
         """Prompt, canvas and strategies by task, from the checkpoint's decoding.yaml."""
-        self.template: dict[str, Any] = {}
-        """What goes beyond `spec.template`, see `mmdlm.blueprint.Blueprint`."""
         self.system: str | None = None
         """Name of the published multimodal system it was loaded from."""
 
@@ -75,23 +76,12 @@ class MultimodalDLM(nn.Module):
         """Type of the weights."""
         return self.backbone.embed.weight.dtype
 
-    def prepare(self, kind: str, item: Any) -> Prepared:
-        """One raw item as `encode` takes it; robot state is normalised on the way.
-
-        Args:
-            kind: name of the encoder, "image", "audio" or "state".
-            item: a raw item, see the encoder's `prepare`.
-        Raises:
-            ValueError: the model has no such encoder, or the item is not valid.
-        """
-        if kind not in self.encoders:
-            raise ValueError(
-                f"this model takes {', '.join(self.encoders) or 'text only'}, not {kind}; "
-                "use a checkpoint with that encoder"
-            )
-        if kind == "state" and self.robot is not None:
-            item = self.robot.normalize_state(item)
-        return self.encoders[kind].prepare(item)
+    @property
+    def processor(self) -> Processor:
+        """What turns messages into token ids and preprocessed media; holds no weights."""
+        inputs = {kind: encoder.preprocess for kind, encoder in self.encoders.items()}
+        outputs = {} if self.robot is None else {"actions": self.robot}
+        return Processor(self.spec, self.tokenizer, inputs, outputs, self.template)
 
     def encode(self, kind: str, items: Items[Prepared]) -> list[Tensor]:
         """Backbone embeddings [N D] of each preprocessed item of one modality."""
@@ -121,16 +111,28 @@ class MultimodalDLM(nn.Module):
             rows, pad=spec.pad_id, attention=spec.attention, block_size=spec.block_size
         ).to(self.device)
 
-    def embed(self, tokens: Tensor, kind: Tensor | None, media: Tensor | None) -> Tensor:
-        """[B M D] embeddings of tokens with the media spliced into their slots, in order."""
-        x = self.backbone.tokens(tokens)
-        if media is None:
-            return x
-        return x.masked_scatter((kind == MEDIA)[..., None], media.to(x.dtype))
+    def embed(self, rows: Items[Row], held: dict[Hashable, Tensor] | None = None) -> Sequence:
+        """Rows with their media encoded, laid out for this model.
+
+        Args:
+            rows: of `Processor.pack`, with or without canvases.
+            held: embeddings [N D] of earlier batches by `digest`, which are not computed again;
+                new ones are added. Items of equal content are encoded once.
+        """
+        held = {} if held is None else held
+        items = {digest(item): item for row in rows for item in row.items}
+        new = {key: item for key, item in items.items() if key not in held}
+        for kind in dict.fromkeys(item.kind for item in new.values()):
+            keys = [key for key, item in new.items() if item.kind == kind]
+            encoded = self.encode(kind, [new[key] for key in keys])
+            held.update(zip(keys, encoded, strict=True))
+        return self.arrange([row.map(lambda item: held[digest(item)]) for row in rows])
 
     def hidden(self, sequence: Sequence) -> Tensor:
         """[B L D] final hidden states of a whole sequence."""
-        x = self.embed(sequence.tokens, sequence.kind, sequence.media)
+        x = self.backbone.tokens(sequence.tokens)
+        if sequence.media is not None:
+            x = x.masked_scatter(sequence.is_medium[..., None], sequence.media.to(x.dtype))
         return self.backbone(x, sequence.positions, mask=sequence.visible())
 
     def logits_at(self, sequence: Sequence, at: Tensor, columns: slice | None = None) -> Tensor:
@@ -230,50 +232,22 @@ class MultimodalDLM(nn.Module):
         x = self.backbone.tokens(take(sequence.tokens, rows))
         if sequence.media is None or not len(sequence.media):
             return x
-        slots = sequence.kind == MEDIA
+        slots = sequence.is_medium
         number = slots.flatten().cumsum(0).view_as(slots) - 1  # which of the embeddings
         number = take(number, rows).clamp(min=0)
         media = sequence.media.to(x.dtype)[number]
         return torch.where(take(slots, rows)[..., None], media, x)
 
-    def prompt(self, text: str | Items[Mapping[str, str]], *, chat: bool | None = None) -> Tensor:
-        """Token ids [n] of a prompt in the model's own template.
+    def prompt(self, text: str | Items[Mapping[str, Any]], *, chat: bool | None = None) -> Tensor:
+        """Token ids [n] of a prompt of words, see `Processor.prompt`.
 
-        In a chat template only the template writes special tokens; one typed by a user is spelt
-        out like any other text. A text that is taken as it is may name them. The mask token (an
-        answer slot smuggled into a prompt) is refused in both.
-
-        Args:
-            text: a text, or a conversation of {"role": "system", "user" or "assistant", "content":
-                text} that the assistant is to answer.
-            chat: True: a text is what the user says; False: it is taken as it is. None: it is what
-                the user says where there is a chat template (`mmdlm.chat.find`) and the model takes
-                text only; models with encoders are prompted without.
         Raises:
-            ValueError: the checkpoint came without a tokenizer or without the chat template it
-                takes, the text holds the mask token, or the conversation is none.
+            ValueError: see there; or the conversation holds media, which `Processor.pack` takes.
         """
-        if self.tokenizer is None:
-            raise ValueError(
-                "this checkpoint holds no tokenizer.json, nor vocab.json with merges.txt; use "
-                "token ids (decode)"
-            )
-        template = find_template(self.tokenizer, self.spec.template)
-        if chat is None:
-            chat = not isinstance(text, str) or (template is not None and not len(self.encoders))
-        if chat:
-            messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
-            ids = encode_chat(self.tokenizer, messages, template, self.spec.family)
-            read = [i for m in messages for i in self.tokenizer.encode(m["content"])]
-        elif isinstance(text, str):
-            ids = read = self.tokenizer.encode(text)
-        else:
-            raise ValueError("chat=False takes a text as it is, not a conversation")
-        if self.spec.mask_id in (*ids, *read):
-            raise ValueError(
-                f"prompt {text!r} holds the mask token; remove it, or use infill() for templates"
-            )
-        return torch.tensor(ids, dtype=torch.long)
+        parts = self.processor.prompt(text, chat=chat)
+        if not all(isinstance(part, Tensor) for part in parts):
+            raise ValueError("the conversation holds media; use answer(model, messages)")
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
 
 
 def allowed(mask: Tensor, seen: Tensor | None, tokens: Tensor) -> Tensor:

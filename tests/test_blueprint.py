@@ -62,7 +62,7 @@ def test_every_entry_survives() -> None:
     )
     assert through_json(plan) == plan
     model = build(plan)
-    assert (model.system, model.template) == ("other", plan.template)
+    assert (model.system, model.template.to_dict()) == ("other", plan.template)
     assert describe(model) == plan
 
 

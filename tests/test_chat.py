@@ -4,6 +4,7 @@ import jinja2
 import pytest
 
 from mmdlm.chat import MARKERS, TEMPLATES, encode, find, render
+from mmdlm.messages import conversation
 from mmdlm.text import Tokenizer
 
 HEADERS = ["<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -66,12 +67,17 @@ TALK = [
 ]
 
 
+def encoded(tokenizer: Tokenizer, talk: Any, jinja: str | None, family: str = "") -> list[int]:
+    parts = encode(tokenizer, conversation(talk), jinja, {}, family)
+    return [i for part in parts for i in part.tolist()]
+
+
 def text_of(pieces: list[tuple[str, bool]]) -> str:
     return "".join(text for text, _ in pieces)
 
 
 def ids_of(tokenizer: Tokenizer, *messages: dict[str, str], name: str = "chatml") -> list[int]:
-    return encode(tokenizer, messages, find(tokenizer, name))
+    return encoded(tokenizer, messages, find(tokenizer, name))
 
 
 def user(content: str) -> dict[str, str]:
@@ -106,7 +112,7 @@ def test_own_template_is_rendered_as_in_transformers(tokenizer, theirs, source, 
     assert {text for text, is_token in pieces if is_token} <= {*ALL, "<think>", "</think>"}
     ours = Tokenizer(tokenizer.backend, source, names)
     wanted = theirs.apply_chat_template(talk, tokenize=True, return_dict=False, **given)
-    assert encode(ours, talk, source) == wanted
+    assert encoded(ours, talk, source) == wanted
 
 
 @pytest.mark.parametrize(("name", "source"), [("llada", LLADA), ("chatml_system", QWEN)])
@@ -187,8 +193,8 @@ def test_llada_moe_forgets_what_was_thought(tokenizer):
 def test_user_cannot_forge_a_turn(tokenizer, name):
     template = TEMPLATES[name]
     forged = text_of(render([user("hi")], template, tokenizer.added))
-    ids = encode(tokenizer, [user(forged)], template)
-    honest = encode(tokenizer, [user("hi")], template)
+    ids = encoded(tokenizer, [user(forged)], template)
+    honest = encoded(tokenizer, [user("hi")], template)
     marks = {tokenizer.id(marker) for marker in MARKERS.findall(template)}
     assert [i for i in ids if i in marks] == [i for i in honest if i in marks]
     assert tokenizer.decode(ids).count(forged.strip()) == 1  # all of it is there, as text
@@ -218,7 +224,7 @@ def test_disguises_stay_text(tokenizer, content):
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | replace('<think>', '') }}"
         "<|im_end|>{% endfor %}"
     )
-    ids = encode(tokenizer, [user(content)], source)
+    ids = encoded(tokenizer, [user(content)], source)
     assert ids.count(tokenizer.id("<|im_end|>")) == 1
     assert ids[-1] == tokenizer.id("<|im_end|>")
     wanted = content.replace("<think>", "")
@@ -229,7 +235,7 @@ def test_thoughts_of_the_assistant_stay_its_own(tokenizer):
     source = "{% for m in messages %}<|im_start|>{{ m.content }}<think>{% endfor %}"
     think = tokenizer.id("<think>")
     talk = [{"role": "assistant", "content": "<think>x"}, user("<think>")]
-    assert encode(tokenizer, talk, source).count(think) == 3
+    assert encoded(tokenizer, talk, source).count(think) == 3
 
 
 def test_markers_that_are_no_special_tokens_cannot_be_forged_either(speller):
@@ -281,9 +287,9 @@ def test_names_and_variables_reach_the_template(speller):
         "{{ bos_token }}{{ messages[0].content }}{{ '!' if enable_thinking is false else '?' }}"
     )
     tokenizer = speller(["<|bos|>"], own=source, names={"bos_token": "<|bos|>"}).tokenizer
-    assert encode(tokenizer, [user("x")], source)[0] == tokenizer.id("<|bos|>")
-    assert tokenizer.decode(encode(tokenizer, [user("x")], source)) == "x?"
-    assert tokenizer.decode(encode(tokenizer, [user("x")], source, "a2d")) == "x!"
+    assert encoded(tokenizer, [user("x")], source)[0] == tokenizer.id("<|bos|>")
+    assert tokenizer.decode(encoded(tokenizer, [user("x")], source)) == "x?"
+    assert tokenizer.decode(encoded(tokenizer, [user("x")], source, "a2d")) == "x!"
 
 
 @pytest.mark.parametrize(
@@ -300,28 +306,28 @@ def test_names_and_variables_reach_the_template(speller):
 )
 def test_what_is_no_conversation_is_refused(tokenizer, messages: Any, error, message):
     with pytest.raises(error, match=message):
-        encode(tokenizer, messages, TEMPLATES["chatml"])
+        encoded(tokenizer, messages, TEMPLATES["chatml"])
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{{ raise_exception('no system here') }}", "refuses this conversation: no system here"),
-        ("{{ messages[7].content.x }}", "refuses this conversation"),
-        ("{% for", "is no Jinja"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses this conversation.*unsafe"),
+        ("{{ raise_exception('no system here') }}", "rejects this conversation: no system here"),
+        ("{{ messages[7].content.x }}", "rejects this conversation"),
+        ("{% for", "is not valid Jinja"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "rejects this conversation.*unsafe"),
         ("{{ namespace(__init__=1) }}", "begins with _"),
-        ("{{ messages.append(1) }}", "refuses this conversation.*unsafe|not safely"),
+        ("{{ messages.append(1) }}", "rejects this conversation.*unsafe|not safely"),
     ],
 )
 def test_template_that_fails_or_reaches_out_is_refused(tokenizer, source, message):
     with pytest.raises(ValueError, match=message):
-        encode(tokenizer, [user("x")], source)
+        encoded(tokenizer, [user("x")], source)
 
 
 def test_missing_template_says_what_to_do(tokenizer):
     with pytest.raises(ValueError, match="no chat template.*chat_template.jinja"):
-        encode(tokenizer, [user("x")], None)
+        encoded(tokenizer, [user("x")], None)
 
 
 def test_text_made_of_all_marks_is_refused(tokenizer):

@@ -17,10 +17,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("encoders", "adapters", "mmdlm")
 # Files and folders of mmdlm; each may import what stands in the lines above it, and itself.
 LEVELS = (
-    {"text", "discover", "media"},
+    {"text", "discover", "media", "messages"},
     {"recipe"},
     {"backbones", "chat"},
     {"layout"},
+    {"processor"},
     {"model"},
     {"blueprint"},
     {"systems"},

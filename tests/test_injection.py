@@ -20,7 +20,6 @@ from encoders.vit import ViT
 from encoders.whisper import WhisperEncoder
 from mmdlm import checkpoint
 from mmdlm.cli import main
-from mmdlm.layout import ANSWER
 from mmdlm.model import MultimodalDLM
 from mmdlm.tasks.act import Policy
 from mmdlm.tasks.folder import each, run_folder
@@ -132,7 +131,7 @@ def seen(monkeypatch) -> list[tuple[int, int]]:
     inner = MultimodalDLM.run
 
     def run(self, sequence, *given, **options):
-        mask, answer = sequence.tokens == self.spec.mask_id, sequence.kind == ANSWER
+        mask, answer = sequence.tokens == self.spec.mask_id, sequence.is_answer
         counts.append((int((mask & ~answer).sum()), int((mask & answer).sum())))
         return inner(self, sequence, *given, **options)
 

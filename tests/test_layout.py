@@ -3,9 +3,9 @@ import torch
 from torch import Tensor
 
 from mmdlm.layout import (
-    ANSWER,
-    MEDIA,
-    TEXT,
+    MEDIUM,
+    PROMPT,
+    TOKEN,
     Row,
     Turn,
     arrange,
@@ -39,17 +39,19 @@ def test_answers_of_unequal_prompts_align() -> None:
     rows = [Row((ids(1),), (Turn(ids(2), ids(7, 7)),)), Row((), (Turn(ids(2, 2, 2), ids(8, 8)),))]
     sequence = arrange(rows, pad=PAD)
     assert sequence.tokens[:, -2:].tolist() == [[7, 7], [8, 8]]
-    assert sequence.kind[:, -2:].eq(ANSWER).all()
+    assert sequence.is_answer[:, -2:].all()
+    assert not sequence.is_answer[:, :-2].any()
 
 
 def test_media_slots_hold_the_pad_id_and_keep_their_order() -> None:
     first, second = torch.ones(2, 3), torch.zeros(1, 3)
     sequence = arrange([Row((ids(1), first, ids(2))), Row((second, ids(3)))], pad=PAD)
     assert sequence.tokens.tolist() == [[1, PAD, PAD, 2], [PAD, PAD, PAD, 3]]
-    assert sequence.kind[0].tolist() == [TEXT, MEDIA, MEDIA, TEXT]
+    assert sequence.source[0].tolist() == [TOKEN, MEDIUM, MEDIUM, TOKEN]
+    assert sequence.role.eq(PROMPT).all()
     assert torch.equal(sequence.media, torch.cat([first, second]))
-    slots = (sequence.kind == MEDIA) & sequence.mask
-    assert slots.sum() == 3
+    assert sequence.is_medium.sum() == 3
+    assert not (sequence.is_medium & ~sequence.mask).any()
 
 
 def test_turns_follow_the_shared_picture_and_do_not_see_each_other() -> None:
@@ -170,4 +172,4 @@ def test_layout_errors_say_what_to_do() -> None:
     with pytest.raises(ValueError, match="block_causal attention needs block_size"):
         from_tokens(tokens, None, "block_causal", None)
     with pytest.raises(ValueError, match="attention 'causal' is unknown; expected full"):
-        levels(tokens, tokens, tokens, "causal", None)
+        levels(tokens, tokens, tokens, tokens, "causal", None)

@@ -13,7 +13,7 @@ from encoders.state import StateEncoder
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
 from mmdlm.checkpoint import load
-from mmdlm.layout import ANSWER, Row, Turn, from_tokens
+from mmdlm.layout import Row, Turn, from_tokens
 from mmdlm.model import MultimodalDLM, align
 from mmdlm.text import Tokenizer
 
@@ -51,7 +51,7 @@ def state(seed: int) -> np.ndarray:
 
 
 def encode(model: MultimodalDLM, *seeds: int) -> list[Tensor]:
-    return model.encode("state", [model.prepare("state", state(seed)) for seed in seeds])
+    return model.encode("state", [model.processor.prepare("state", state(seed)) for seed in seeds])
 
 
 @torch.inference_mode()
@@ -213,10 +213,10 @@ def test_media_row_in_a_batch_equals_the_row_alone() -> None:
             Row((media[1],), (Turn(torch.tensor([8]), torch.tensor([2, 2])),)),
         ]
         together = model.arrange(rows)
-        batch = model.logits_at(together, together.kind == ANSWER).view(3, 2, 12)
+        batch = model.logits_at(together, together.is_answer).view(3, 2, 12)
         for row, expected in zip(rows, batch, strict=True):
             alone = model.arrange([row])
-            torch.testing.assert_close(model.logits_at(alone, alone.kind == ANSWER), expected)
+            torch.testing.assert_close(model.logits_at(alone, alone.is_answer), expected)
 
 
 @torch.inference_mode()
@@ -226,9 +226,9 @@ def test_turns_of_one_row_equal_rows_of_their_own() -> None:
     [media] = encode(model, 0)
     turns = [Turn(torch.tensor([4, 5]), torch.tensor([2, 2])), Turn(torch.tensor([6]), ids(3))]
     packed = model.arrange([Row((media,), tuple(turns))])
-    logits = model.logits_at(packed, packed.kind == ANSWER)
+    logits = model.logits_at(packed, packed.is_answer)
     alone = [model.arrange([Row((media,), (turn,))]) for turn in turns]
-    expected = [model.logits_at(s, s.kind == ANSWER) for s in alone]
+    expected = [model.logits_at(s, s.is_answer) for s in alone]
     torch.testing.assert_close(logits, torch.cat(expected))
 
 
@@ -248,7 +248,7 @@ def test_media_are_spliced_by_the_rows_that_run() -> None:
 
 def test_modality_the_model_lacks_is_named() -> None:
     with pytest.raises(ValueError, match="takes state, not image"):
-        build().prepare("image", None)
+        build().processor.prepare("image", None)
 
 
 def test_state_of_a_robot_is_normalised_before_it_is_encoded() -> None:
@@ -257,9 +257,9 @@ def test_state_of_a_robot_is_normalised_before_it_is_encoded() -> None:
             return torch.as_tensor(item) / 2
 
     model = build()
-    plain = model.prepare("state", state(0)).tensor
+    plain = model.processor.prepare("state", state(0)).tensor
     model.robot = Halves()
-    torch.testing.assert_close(model.prepare("state", state(0)).tensor, plain / 2)
+    torch.testing.assert_close(model.processor.prepare("state", state(0)).tensor, plain / 2)
 
 
 def test_encoder_without_adapter_is_refused() -> None:
@@ -320,12 +320,14 @@ def test_prompt_without_a_chat_template_is_the_text(speller) -> None:
             model.prompt("hi", chat=True)
 
 
-def test_prompt_of_a_model_with_encoders_is_a_turn_on_request_only(speller) -> None:
+def test_models_with_encoders_use_their_chat_template_too(speller) -> None:
     model = speller(["<|im_start|>", "<|im_end|>"], template="chatml")
     spec, tokenizer = model.spec, model.tokenizer
     seeing = MultimodalDLM(spec, {"state": StateEncoder.tiny()}, {"state": MLP(32, 16)}, tokenizer)
-    assert torch.equal(seeing.prompt("hi"), model.prompt("hi", chat=False))
-    assert torch.equal(seeing.prompt("hi", chat=True), model.prompt("hi"))
+    assert torch.equal(seeing.prompt("hi"), model.prompt("hi"))
+    assert torch.equal(seeing.prompt("hi", chat=False), model.prompt("hi", chat=False))
+    with pytest.raises(ValueError, match="holds media"):
+        seeing.prompt([{"role": "user", "content": [{"type": "image", "image": "a.png"}]}])
 
 
 @pytest.mark.parametrize("chat", [None, False])

@@ -7,13 +7,12 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any
 
-from mmdlm.data.collate import MEDIA_ORDER
-from mmdlm.data.dataset import Sample
 from mmdlm.decoding import preset
 from mmdlm.decoding.lengths.end_of_text import EndOfText
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.messages import Example, Slot, assistant
 from mmdlm.model import MultimodalDLM
-from mmdlm.tasks.generate import Request, blank, fill, finish
+from mmdlm.tasks.generate import fill, finish
 
 OWN, PLAIN = "preset", "plain"
 """Names of two ways to decode: as the checkpoint says, and one token after the other."""
@@ -38,7 +37,7 @@ class Answered:
 
 def answer(
     model: MultimodalDLM,
-    samples: Items[Sample],
+    samples: Items[Example],
     strategies: Items[Strategy],
     batch: int = 32,
 ) -> Answered:
@@ -50,17 +49,9 @@ def answer(
         strategies: how to decode.
         batch: answers decoded together.
     """
-    requests = [
-        Request(
-            turn.prompt,
-            blank(model, turn.length),
-            tuple((k, getattr(sample, k)) for k in MEDIA_ORDER if getattr(sample, k) is not None),
-        )
-        for sample in samples
-        for turn in sample.turns
-    ]
+    examples = [one for sample in samples for one in asked(sample)]
     begin = time.perf_counter()
-    filled = fill(model, requests, strategies, batch_size=batch)
+    filled = fill(model, examples, strategies, batch_size=batch)
     seconds = time.perf_counter() - begin
     done = [finish(model, each) for each in filled]
     return Answered(
@@ -71,7 +62,16 @@ def answer(
     )
 
 
-def hits(model: MultimodalDLM, samples: Items[Sample], found: Answered) -> list[bool]:
+def asked(sample: Example) -> list[Example]:
+    """Every conversation of an example with its answer blanked out."""
+    return [
+        Example((*messages[:-1], assistant(Slot(slot.output, slot.length))))
+        for messages in sample.conversations
+        for slot in messages[-1].parts
+    ]
+
+
+def hits(model: MultimodalDLM, samples: Items[Example], found: Answered) -> list[bool]:
     """Per turn, whether the answer is the right one, token by token."""
     right = [model.tokenizer.encode(turn.answer) for sample in samples for turn in sample.turns]
     return [tokens == truth for tokens, truth in zip(found.tokens, right, strict=True)]

@@ -9,9 +9,10 @@ import numpy as np
 
 from mmdlm.benchmarks.answers import Answered, answer, hits, ways
 from mmdlm.benchmarks.report import Score
-from mmdlm.data.dataset import Dataset, Sample
+from mmdlm.data.dataset import Dataset
 from mmdlm.data.digits import Digits
 from mmdlm.data.scenes import Scenes
+from mmdlm.messages import Example
 from mmdlm.model import MultimodalDLM
 from mmdlm.simulators.rollout import wilson
 
@@ -29,7 +30,7 @@ KINDS = {
 }
 
 
-def caption_parts(count: int, seed: int = SEED) -> dict[str, list[Sample]]:
+def caption_parts(count: int, seed: int = SEED) -> dict[str, list[Example]]:
     """Fresh pictures of one, two and three shapes, each with its caption.
 
     Args:
@@ -42,7 +43,7 @@ def caption_parts(count: int, seed: int = SEED) -> dict[str, list[Sample]]:
     return {name: drawn(scenes, count) for name, scenes in sets.items()}
 
 
-def question_parts(count: int, seed: int = SEED) -> dict[str, list[Sample]]:
+def question_parts(count: int, seed: int = SEED) -> dict[str, list[Example]]:
     """Fresh pictures with questions, by the kind of question.
 
     Args:
@@ -50,14 +51,14 @@ def question_parts(count: int, seed: int = SEED) -> dict[str, list[Sample]]:
         seed: of the pictures and of the choice of questions.
     """
     scenes = Scenes(seed=seed, count=count, questions=5, caption=False)
-    parts: dict[str, list[Sample]] = {}
+    parts: dict[str, list[Example]] = {}
     for sample in drawn(scenes, count, seed):
-        for turn in sample.turns:
-            parts.setdefault(kind_of(turn.prompt), []).append(replace(sample, turns=(turn,)))
+        for turn, branch in zip(sample.turns, sample.branches, strict=True):
+            parts.setdefault(kind_of(turn.prompt), []).append(replace(sample, branches=(branch,)))
     return dict(sorted(parts.items()))
 
 
-def digit_parts(count: int | None = None) -> dict[str, list[Sample]]:
+def digit_parts(count: int | None = None) -> dict[str, list[Example]]:
     """Handwritten digits kept from training, with the question which one it is.
 
     Args:
@@ -65,10 +66,10 @@ def digit_parts(count: int | None = None) -> dict[str, list[Sample]]:
     """
     digits = Digits("held_out")
     samples = drawn(digits, min(count or len(digits), len(digits)))
-    return {"held_out": [replace(sample, turns=sample.turns[:1]) for sample in samples]}
+    return {"held_out": [replace(sample, branches=sample.branches[:1]) for sample in samples]}
 
 
-def drawn(dataset: Dataset, count: int, seed: int = SEED) -> list[Sample]:
+def drawn(dataset: Dataset, count: int, seed: int = SEED) -> list[Example]:
     """The first samples of a dataset; sample i depends on the seed and on i only."""
     return [dataset.sample(i, np.random.default_rng((seed, i))) for i in range(count)]
 
@@ -82,7 +83,7 @@ def exact(
     model: MultimodalDLM,
     what: str,
     task: str,
-    parts: dict[str, list[Sample]],
+    parts: dict[str, list[Example]],
     decodings: str,
     name: str = "",
     batch: int = 32,

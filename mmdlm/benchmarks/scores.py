@@ -13,7 +13,7 @@ from mmdlm.benchmarks.answers import OWN
 from mmdlm.benchmarks.report import Line
 from mmdlm.benchmarks.speed import race
 from mmdlm.checkpoint import load
-from mmdlm.data.dataset import Sample
+from mmdlm.messages import Example
 from mmdlm.model import MultimodalDLM
 from mmdlm.simulators.rollout import TRAINED, simulators
 from mmdlm.simulators.simulator import GL_PACKAGES, choose_gl
@@ -75,10 +75,10 @@ class Bench:
             lines += race(self.first, self.second, what, task, samples, names, rounds=self.rounds)
         return lines
 
-    def parts(self, what: str, count: int) -> dict[str, list[Sample]]:
+    def parts(self, what: str, count: int) -> dict[str, list[Example]]:
         """Inputs by part; none for "act", which makes its own as it goes."""
         seed = captions.SEED if self.seed is None else self.seed
-        makers: dict[str, Callable[[], dict[str, list[Sample]]]] = {
+        makers: dict[str, Callable[[], dict[str, list[Example]]]] = {
             "captions": lambda: captions.caption_parts(count, seed),
             "questions": lambda: captions.question_parts(count, seed),
             "digits": lambda: captions.digit_parts(count),
@@ -92,7 +92,7 @@ class Bench:
         task: str,
         model: MultimodalDLM,
         name: str,
-        parts: dict[str, list[Sample]],
+        parts: dict[str, list[Example]],
         count: int,
     ) -> list[Line]:
         """Scores of one model."""
@@ -106,7 +106,7 @@ class Bench:
         return [*captions.exact(model, what, task, parts, ways, name, self.batch)]
 
 
-def mixed(parts: dict[str, list[Sample]], count: int) -> list[Sample]:
+def mixed(parts: dict[str, list[Example]], count: int) -> list[Example]:
     """The first samples of all parts in turn, at most `count`."""
     turns = zip(*parts.values(), strict=False)
     return [sample for samples in turns for sample in samples][:count]

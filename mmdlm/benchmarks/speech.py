@@ -10,13 +10,15 @@ from mmdlm.benchmarks.answers import answer, hits, ways
 from mmdlm.benchmarks.captions import SEED, drawn, score
 from mmdlm.benchmarks.report import Score
 from mmdlm.data import speech
-from mmdlm.data.dataset import Sample
+from mmdlm.messages import Example
 from mmdlm.model import MultimodalDLM
 
 SPLITS = ("held_out", "new_voice")
 
 
-def speech_parts(count: int, data: Path | None = None, seed: int = SEED) -> dict[str, list[Sample]]:
+def speech_parts(
+    count: int, data: Path | None = None, seed: int = SEED
+) -> dict[str, list[Example]]:
     """Clips of phrases kept from training, by known and by new voices.
 
     Args:
@@ -35,7 +37,7 @@ def speech_parts(count: int, data: Path | None = None, seed: int = SEED) -> dict
 
 def words_wrong(
     model: MultimodalDLM,
-    parts: dict[str, list[Sample]],
+    parts: dict[str, list[Example]],
     decodings: str,
     name: str = "",
     batch: int = 32,

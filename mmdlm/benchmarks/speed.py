@@ -11,13 +11,12 @@ from statistics import mean, median
 
 import torch
 
-from mmdlm.benchmarks.answers import OWN, PLAIN, ways
+from mmdlm.benchmarks.answers import OWN, PLAIN, asked, ways
 from mmdlm.benchmarks.report import Race
-from mmdlm.data.collate import MEDIA_ORDER
-from mmdlm.data.dataset import Sample
 from mmdlm.decoding.decode import decode
 from mmdlm.decoding.strategy import Strategy
-from mmdlm.layout import Row, Sequence
+from mmdlm.layout import Sequence
+from mmdlm.messages import Example
 from mmdlm.model import MultimodalDLM
 
 BATCHES = (1, 16)
@@ -54,7 +53,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def timed(
-    model: MultimodalDLM, samples: Items[Sample], strategies: Items[Strategy], batch: int
+    model: MultimodalDLM, samples: Items[Example], strategies: Items[Strategy], batch: int
 ) -> Timed:
     """Wall time of answering samples of one turn each, text or actions; nothing is scored.
 
@@ -87,15 +86,10 @@ def timed(
 
 
 @torch.inference_mode()
-def prompts(model: MultimodalDLM, samples: Items[Sample]) -> Sequence:
+def prompts(model: MultimodalDLM, samples: Items[Example]) -> Sequence:
     """The prompts of samples of one turn each as one batch, media encoded."""
-    kinds = [k for k in MEDIA_ORDER if getattr(samples[0], k) is not None]
-    media = [model.encode(k, [model.prepare(k, getattr(s, k)) for s in samples]) for k in kinds]
-    rows = [
-        Row((*(parts[i] for parts in media), model.prompt(sample.turns[0].prompt)))
-        for i, sample in enumerate(samples)
-    ]
-    return model.arrange(rows)
+    packed = model.processor.pack([one for sample in samples for one in asked(sample)])
+    return model.embed(packed.prompts)
 
 
 def race(
@@ -103,7 +97,7 @@ def race(
     twin: MultimodalDLM,
     what: str,
     task: str,
-    samples: Items[Sample],
+    samples: Items[Example],
     names: tuple[str, str],
     decodings: str = OWN,
     batches: Items[int] = BATCHES,

@@ -10,8 +10,9 @@ import numpy as np
 from mmdlm.benchmarks.answers import ways
 from mmdlm.benchmarks.captions import SEED, drawn
 from mmdlm.benchmarks.report import Score
-from mmdlm.data.dataset import Sample, Turn
+from mmdlm.data.dataset import example
 from mmdlm.data.scenes import Scenes
+from mmdlm.messages import Example, Turn
 from mmdlm.model import MultimodalDLM
 from mmdlm.simulators.metaworld import INSTRUCTIONS
 from mmdlm.simulators.rollout import TRAINED, evaluate, simulators, wilson
@@ -64,7 +65,7 @@ def success(
     return scores
 
 
-def act_samples(model: MultimodalDLM, count: int, seed: int = SEED) -> list[Sample]:
+def act_samples(model: MultimodalDLM, count: int, seed: int = SEED) -> list[Example]:
     """Observations to time a policy with: drawn pictures, states of the data's range.
 
     How long a chunk takes does not depend on what is seen, since every chunk has as many tokens.
@@ -81,7 +82,11 @@ def act_samples(model: MultimodalDLM, count: int, seed: int = SEED) -> list[Samp
     state = np.zeros(robot.state.size or 1, np.float32)
     pictures = drawn(Scenes(seed=seed, count=count, questions=0), count, seed)
     return [
-        Sample((Turn(texts[i % len(texts)], empty, robot.length),), image=sample.image, state=state)
+        example(
+            (Turn(texts[i % len(texts)], empty, robot.length),),
+            image=sample.media("image")[0],
+            state=state,
+        )
         for i, sample in enumerate(pictures)
     ]
 

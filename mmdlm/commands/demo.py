@@ -20,8 +20,8 @@ from mmdlm.benchmarks.answers import OWN, ways
 from mmdlm.benchmarks.report import terminal
 from mmdlm.checkpoint import load
 from mmdlm.data import scenes
-from mmdlm.data.dataset import Turn
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.messages import Turn
 from mmdlm.model import MultimodalDLM
 from mmdlm.simulators.rollout import evaluate, save_video, simulators
 from mmdlm.simulators.simulator import GL_PACKAGES, choose_gl
@@ -145,8 +145,9 @@ def _digit(model: MultimodalDLM, out: Path, seed: int) -> list[Part]:
 
     digits = Digits("held_out")
     sample = digits.sample(seed % len(digits), np.random.default_rng(seed))
-    Image.fromarray(sample.image).save(out / "digit.png")
-    part = _asked("handwritten digit", model, sample.turns[0], sample.image)
+    [image] = sample.media("image")
+    Image.fromarray(image).save(out / "digit.png")
+    part = _asked("handwritten digit", model, sample.turns[0], image)
     part.files.append(out / "digit.png")
     return [part]
 
@@ -161,11 +162,12 @@ def _speech(model: MultimodalDLM, out: Path, seed: int) -> list[Part]:
             made = speech.make(Path(folder), 1, "held_out", seed)
         clips = speech.Speech(made)
         sample = clips.sample(0, np.random.default_rng(seed))
-    soundfile.write(out / "speech.wav", *sample.audio)
+    [audio] = sample.media("audio")
+    soundfile.write(out / "speech.wav", *audio)
     turn = sample.turns[0]
     found = transcribe(
         model,
-        sample.audio,
+        audio,
         prompt=turn.prompt,
         length=turn.length,
         strategies=_own(model, "transcribe"),

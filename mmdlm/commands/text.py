@@ -98,7 +98,7 @@ def chat(checkpoint: str, say: Say, device: str = "auto", dtype: str = "auto") -
 
     model = Run(checkpoint, device, dtype).load()
     opening = say.opening()
-    model.prompt([*opening, {"role": "user", "content": "hello"}])  # or says what is missing
+    model.processor.prompt([*opening, {"role": "user", "content": "hello"}], chat=True)
     options = say.options() | {"details": True}
     messages, failed = list(opening), False
     for line in _lines():

@@ -1,65 +1,51 @@
-"""What a dataset hands to training and scoring: media, and the turns asked about them."""
+"""What a data set hands to training and scoring."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence as Items
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
-
-@dataclass(frozen=True)
-class Turn:
-    """One prompt about a sample's media and the answer that is to be filled in.
-
-    Args:
-        prompt: lower-case words separated by single spaces; may be empty.
-        answer: text, or an action chunk, float32 [K A] in robot units.
-        length: canvas of the answer in tokens; shorter answers are completed with end tokens.
-    """
-
-    prompt: str
-    answer: str | np.ndarray
-    length: int
+from mmdlm.messages import Example, Media, Slot, Turn, assistant, user
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Media of one example with every turn asked about them; each turn is scored on its own.
+def example(turns: Items[Turn], *, group: str = "", names: Any = None, **media: Any) -> Example:
+    """An example in which every turn is about the same media and answered by itself.
 
     Args:
-        turns: one or more prompts with their answers; they share the media, not each other.
-        image: uint8 [Y X 3] RGB, or anything `encoders.encoder.Encoder.prepare` takes.
-        audio: samples float32 [T] in [-1, 1] with their rate in Hz.
-        state: float32 [S] in robot units.
-        names: words the media show, where known: for a picture a tuple of words per token of its
-            grid, row-major; for audio the words in the order they are spoken.
-        group: name under which scores are averaged (a task, a kind of scene).
+        turns: one or more questions with their answers: text, or an action chunk float32 [K A] in
+            robot units.
+        group: see `mmdlm.messages.Example`.
+        names: see `mmdlm.messages.Example`.
+        **media: item of each modality, in the order they are laid out.
     """
+    shared = tuple(Media(kind, item) for kind, item in media.items())
+    branches = tuple(
+        (user(turn.prompt), assistant(Slot(_output(turn.answer), turn.length, turn.answer)))
+        for turn in turns
+    )
+    return Example((user(*shared),) if shared else (), branches, group, names)
 
-    turns: tuple[Turn, ...]
-    image: np.ndarray | None = None
-    audio: tuple[np.ndarray, int] | None = None
-    state: np.ndarray | None = None
-    group: str = ""
-    names: tuple[tuple[str, ...], ...] | tuple[str, ...] | None = None
+
+def _output(answer: Any) -> str:
+    return "text" if isinstance(answer, str) else "actions"
 
 
 class Dataset:
-    """A finite, deterministic collection of samples.
+    """A finite, deterministic collection of examples.
 
-    Subclasses give `__len__`, `sample` and `vocabulary`. A draw depends on the index and on the
-    generator only, so a resumed or sharded run sees the samples an uninterrupted one sees.
+    Subclasses define `__len__`, `sample` and `vocabulary`. A draw depends on the index and on the
+    generator only, so a resumed or sharded run sees the examples an uninterrupted one sees.
     """
 
     def __len__(self) -> int:
-        raise TypeError(f"{type(self).__name__} does not say its length; define __len__")
+        raise TypeError(f"{type(self).__name__} does not define __len__")
 
-    def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        """The sample at `index`; `rng` drives augmentation and the choice of questions only."""
-        raise TypeError(f"{type(self).__name__} does not give samples; define sample(index, rng)")
+    def sample(self, index: int, rng: np.random.Generator) -> Example:
+        """The example at `index`; `rng` drives augmentation and the choice of questions only."""
+        raise TypeError(f"{type(self).__name__} does not define sample(index, rng)")
 
     def vocabulary(self) -> list[str]:
         """Every word that prompts and text answers can hold, sorted."""
-        raise TypeError(f"{type(self).__name__} does not say its words; define vocabulary()")
+        raise TypeError(f"{type(self).__name__} does not define vocabulary()")

@@ -12,7 +12,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from mmdlm.data.dataset import Dataset, Sample, Turn
+from mmdlm.data.dataset import Dataset, example
+from mmdlm.messages import Example, Turn
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 QUESTION = "which digit is this ?"
@@ -97,7 +98,7 @@ class Digits(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+    def sample(self, index: int, rng: np.random.Generator) -> Example:
         """The digit at `index`; `rng` drives the augmentation of the training split only.
 
         Raises:
@@ -112,7 +113,8 @@ class Digits(Dataset):
         )
         show = self._augmented if self.split == "train" else self._plain
         names = ((word,),) * self.cells**2 if self.cells else None
-        return Sample(turns, image=show(self.scans[index], rng), group="digit", names=names)
+        image = show(self.scans[index], rng)
+        return example(turns, group="digit", names=names, image=image)
 
     def _plain(self, scan: np.ndarray, _: np.random.Generator) -> np.ndarray:
         share = _place(scan, self.size, SIDE[1] * self.size / 64, 0.0, (0.0, 0.0))

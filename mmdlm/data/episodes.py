@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from PIL import Image
 
-from mmdlm.data.dataset import Dataset, Sample, Turn
+from mmdlm.data.dataset import Dataset, example
 from mmdlm.data.lerobot import LeRobot
 from mmdlm.data.lerobot_writer import Writer
+from mmdlm.messages import Example, Turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -191,7 +192,7 @@ class Episodes(Dataset):
     def __len__(self) -> int:
         return len(self.actions)
 
-    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+    def sample(self, index: int, rng: np.random.Generator) -> Example:
         """The frame at `index` with the next actions; `rng` is used only when augmenting."""
         if not 0 <= index < len(self):
             raise IndexError(f"frame {index} is outside the {len(self)} frames")
@@ -202,7 +203,7 @@ class Episodes(Dataset):
             image = jitter(image, rng)
             state += 0.02 * self._spread * rng.standard_normal(state.shape, np.float32)
         turn = Turn(prompt=instruction, answer=answer, length=answer.size)
-        return Sample(turns=(turn,), image=image, state=state, group=instruction)
+        return example((turn,), group=instruction, image=image, state=state)
 
     def vocabulary(self) -> list[str]:
         """Every word of the instructions, sorted."""

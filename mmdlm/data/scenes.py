@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from mmdlm.data.dataset import Dataset, Sample, Turn
+from mmdlm.data.dataset import Dataset, example
 from mmdlm.data.naming import cell_words
+from mmdlm.messages import Example, Turn
 
 GRID = 64
 SMALLEST = 32  # side of a picture in pixels; below, shapes look alike
@@ -290,9 +291,8 @@ def questions(scene: Scene, rng: np.random.Generator, n: int) -> tuple[Turn, ...
     """
     if n < 0:
         raise ValueError(f"questions: n is {n}, expected 0 or more")
-    facts = _facts(scene)
+    facts, turns = _facts(scene), []
     kinds = [kind for kind, (numbers, _) in _ASKED.items() if len(scene.shapes) in numbers]
-    turns = []
     while len(turns) < n:
         for choice in rng.permutation(len(kinds))[: n - len(turns)]:
             turns.append(Turn(*_ask(kinds[choice], scene, rng, facts), ANSWER_LENGTH))
@@ -346,7 +346,7 @@ class Scenes(Dataset):
         rng = np.random.default_rng((_STREAM, self.seed, index))
         return random_scene(rng, _pick(rng, self.objects))
 
-    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+    def sample(self, index: int, rng: np.random.Generator) -> Example:
         """The picture at `index` with its turns; `rng` chooses the questions only."""
         scene = self.scene(index)
         turns = questions(scene, rng, self.questions)
@@ -354,7 +354,7 @@ class Scenes(Dataset):
             turns = (Turn(CAPTION_PROMPT, describe(scene), CAPTION_LENGTH), *turns)
         names = cell_words(scene, self.cells, GRID) if self.cells else None
         group = f"scene{len(scene.shapes)}"
-        return Sample(turns, draw(scene, self.size), group=group, names=names)
+        return example(turns, group=group, names=names, image=draw(scene, self.size))
 
     def vocabulary(self) -> list[str]:
         """Every word that these prompts and answers can hold, sorted."""
@@ -393,8 +393,8 @@ def make(out: Path, count: int = 1000, seed: int = 0, size: int = GRID, asked: i
         for index in tqdm(range(count), desc="drawing scenes", unit="picture"):
             sample = scenes.sample(index, np.random.default_rng((seed, index)))
             pairs = [{"prompt": turn.prompt, "answer": turn.answer} for turn in sample.turns]
-            name, text = f"{index:07d}.png", pairs[0]["answer"]
-            entry = {"file_name": name, "text": text, "questions": pairs[1:]}
-            Image.fromarray(sample.image).save(out / name)
+            name = f"{index:07d}.png"
+            entry = {"file_name": name, "text": pairs[0]["answer"], "questions": pairs[1:]}
+            Image.fromarray(sample.media("image")[0]).save(out / name)
             lines.write(json.dumps(entry) + "\n")
     return path

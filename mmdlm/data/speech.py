@@ -28,7 +28,8 @@ import torch
 from tqdm import tqdm
 
 from encoders.torchaudio_loader import import_torchaudio
-from mmdlm.data.dataset import Dataset, Sample, Turn
+from mmdlm.data.dataset import Dataset, example
+from mmdlm.messages import Example, Turn
 
 if TYPE_CHECKING:
     from torchaudio.transforms import Resample
@@ -336,7 +337,7 @@ class Speech(Dataset):
             self._cache[index] = (clip, rate)
         return clip, rate
 
-    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+    def sample(self, index: int, rng: np.random.Generator) -> Example:
         """The clip at `index` with the turn that asks for its words; grouped by voice."""
         row, (clip, rate) = self.rows[index], self._read(index)
         audio = clip.astype(np.float32) / 32768
@@ -347,7 +348,7 @@ class Speech(Dataset):
             audio = np.clip(audio * np.float32(rng.uniform(0.3, 1.5)), -1, 1)
         turn = Turn(PROMPT, row["text"], self.length)
         names, group = tuple(row["text"].split()), row.get("voice", "")
-        return Sample((turn,), audio=(audio, rate), group=group, names=names)
+        return example((turn,), group=group, names=names, audio=(audio, rate))
 
     def vocabulary(self) -> list[str]:
         """Every word of the grammar and the prompt, or of the texts where they are other ones."""

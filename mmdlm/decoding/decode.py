@@ -16,7 +16,7 @@ from mmdlm.decoding.numerics import log_odds
 from mmdlm.decoding.resizing import resize
 from mmdlm.decoding.rng import Source
 from mmdlm.decoding.state import DecodeState
-from mmdlm.layout import ANSWER, Sequence, from_tokens, levels
+from mmdlm.layout import ANSWER, TOKEN, Sequence, from_tokens, levels
 from mmdlm.model import MultimodalDLM
 
 
@@ -143,16 +143,17 @@ def start(
         if canvas.shape != order.shape:
             raise ValueError(f"canvas is {list(canvas.shape)}, expected {[batch, length]}")
         answer = canvas.to(order)
-    kind = torch.full_like(order, ANSWER)
+    role, source = torch.full_like(order, ANSWER), torch.full_like(order, TOKEN)
     last = (prompt.positions * prompt.mask).amax(1, keepdim=True)
     if spec.context is not None:
         spec.fits(int(last.max()) + 1 + length)
     positions = last + 1 + order
-    level = levels(kind, positions, order, spec.attention, spec.block_size)
+    level = levels(role, source, positions, order, spec.attention, spec.block_size)
     sequence = replace(
         prompt,
         tokens=torch.cat([prompt.tokens, answer], 1),
-        kind=torch.cat([prompt.kind, kind], 1),
+        role=torch.cat([prompt.role, role], 1),
+        source=torch.cat([prompt.source, source], 1),
         mask=torch.cat([prompt.mask, torch.ones_like(order, dtype=torch.bool)], 1),
         positions=torch.cat([prompt.positions, positions], 1),
         level=torch.cat([prompt.level, level], 1),

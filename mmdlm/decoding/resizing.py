@@ -11,7 +11,7 @@ from torch import Tensor
 from mmdlm.decoding.dispatch import Owners
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
-from mmdlm.layout import ANSWER
+from mmdlm.layout import ANSWER, TOKEN
 
 
 def resize(state: DecodeState, owners: Owners) -> None:
@@ -95,7 +95,8 @@ def _rebuild(state: DecodeState, source: Tensor) -> None:
     state.sequence = replace(
         was,
         tokens=joined(was.tokens, answer),
-        kind=joined(was.kind, torch.full_like(source, ANSWER)),
+        role=joined(was.role, torch.full_like(source, ANSWER)),
+        source=joined(was.source, torch.full_like(source, TOKEN)),
         mask=joined(was.mask, ~gone),
         positions=joined(was.positions, first + order),
         level=joined(was.level, torch.zeros_like(source)),

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmdlm.backbones.kv import KV, Held, Rows, listed, take
 from mmdlm.decoding.rng import Source, streams
 from mmdlm.decoding.strategy import Refresh, Window
-from mmdlm.layout import MEDIA, Sequence, chosen, seen_by
+from mmdlm.layout import Sequence, chosen, seen_by
 from mmdlm.model import MultimodalDLM
 
 
@@ -140,7 +140,7 @@ class DecodeState:
         self.writable = self.masked
         self.pending = torch.zeros_like(self.level, dtype=torch.bool)
         if self.sequence.media is not None and len(self.sequence.media):
-            self.text = int((self.sequence.kind == MEDIA).any(0).nonzero()[-1]) + 1
+            self.text = int(self.sequence.is_medium.any(0).nonzero()[-1]) + 1
 
     @property
     def tokens(self) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encoders.checks import AtLeast, Below, Checked, UnitFloat
-from mmdlm.layout import ANSWER, GOLDEN
+from mmdlm.layout import GOLDEN
 from mmdlm.objectives.noise import uniform
 from mmdlm.objectives.objective import Batch, Losses, Objective
 
@@ -46,9 +46,9 @@ class Masked(Checked, Objective):
     def corrupt(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Which tokens are masked, bool [B L], and their mask probability, float32 [B L]."""
         sequence = batch.sequence
-        answer = sequence.kind == ANSWER
+        answer = sequence.is_answer
         answer &= sequence.mask
-        branch = torch.ones_like(sequence.kind) if sequence.branch is None else sequence.branch
+        branch = torch.ones_like(sequence.role) if sequence.branch is None else sequence.branch
         turns = int(branch.max()) + 1
         turn = torch.arange(turns, device=branch.device)
         level = batch.phase[:, None] + GOLDEN * turn  # [B turns]
@@ -67,7 +67,7 @@ class Masked(Checked, Objective):
         logits = model.logits_at(noisy, masked).float()
         target = clean[masked]
         losses = F.cross_entropy(logits, target, reduction="none")
-        answer = (batch.sequence.kind == ANSWER) & batch.sequence.mask
+        answer = batch.sequence.is_answer
         total, count = self.reduce(losses, p[masked], answer.sum())
         ones = torch.ones_like(losses)
         right = (logits.detach().argmax(-1) == target).float()

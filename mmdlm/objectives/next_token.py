@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from mmdlm.layout import ANSWER
 from mmdlm.objectives.objective import Batch, Losses, Objective
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ class NextToken(Objective):
                 f"{model.spec.block_size} and shift {model.spec.shift}; use Masked"
             )
         sequence = batch.sequence
-        answer = (sequence.kind == ANSWER) & sequence.mask
+        answer = sequence.is_answer
         logits = model.logits_at(sequence, answer).float()
         target = sequence.tokens[answer]
         losses = F.cross_entropy(logits, target, reduction="none")

@@ -14,7 +14,7 @@ import torch
 from mmdlm.decoding import preset
 from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.decode import decode
-from mmdlm.layout import Row
+from mmdlm.messages import Example, Media, Slot, assistant, user
 
 if TYPE_CHECKING:
     from mmdlm.model import MultimodalDLM
@@ -61,6 +61,8 @@ class Policy:
             self.strategies = preset.strategies(saved.get("strategies") or [TopK(steps=1)])
         else:
             self.strategies = preset.effective(strategies, self.robot.length)
+        self.prompt: str = saved.get("prompt") or "{instruction}"
+        """The text around an instruction."""
         chunk = self.robot.chunk
         self.execute = saved.get("execute", chunk) if execute is None else execute
         if not 1 <= self.execute <= chunk:
@@ -113,24 +115,28 @@ class Policy:
             raise ValueError("infer_batch: no observations; give at least one")
         begin = time.perf_counter()
         model, robot = self.model, self.robot
-        checked = [self._checked(obs) for obs in observations]
-        media = [
-            model.encode(kind, [model.prepare(kind, obs[kind]) for obs in checked])
-            for kind in ("image", "state")
-            if kind in model.encoders
-        ]
-        rows = [
-            Row((*(parts[i] for parts in media), model.prompt(obs["prompt"])))
-            for i, obs in enumerate(checked)
-        ]
-        columns = slice(robot.ids.start, robot.ids.stop)
-        decoded = decode(model, model.arrange(rows), robot.length, self.strategies, columns=columns)
+        examples = [self._example(self._checked(obs)) for obs in observations]
+        packed = model.processor.pack(examples)
+        decoded = decode(
+            model,
+            model.embed(packed.prompts),
+            robot.length,
+            self.strategies,
+            columns=slice(robot.ids.start, robot.ids.stop),
+            canvas=packed.canvas,
+        )
         actions = [robot.decode(ids) for ids in decoded.tokens[:, -robot.length :].cpu()]
         timing = {
             "infer_ms": 1e3 * (time.perf_counter() - begin),
             "forwards": decoded.nfe,
         }
         return [{"actions": chunk, "timing": dict(timing)} for chunk in actions]
+
+    def _example(self, obs: Mapping[str, Any]) -> Example:
+        """The media and the instruction of an observation, and a slot for the actions."""
+        media = [Media(kind, obs[kind]) for kind in ("image", "state") if kind in obs]
+        text = self.prompt.replace("{instruction}", obs["prompt"])
+        return Example((user(*media, text), assistant(Slot("actions"))))
 
     def _needs(self) -> list[str]:
         """Keys an observation must hold."""

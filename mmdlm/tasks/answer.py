@@ -10,25 +10,33 @@ import torch
 from torch import Tensor
 
 from mmdlm.decoding.preset import Choice
-from mmdlm.layout import ANSWER, Row, Turn
+from mmdlm.layout import Sequence
+from mmdlm.messages import (
+    Example,
+    Media,
+    Message,
+    Slot,
+    assistant,
+    conversation,
+    is_conversation,
+    user,
+)
 from mmdlm.model import MultimodalDLM
+from mmdlm.processor import MediaCache
 from mmdlm.tasks.generate import (
     Answer,
-    blank,
-    check_batch_size,
+    batches,
     generate,
     listed,
     settings,
     shown,
-    text_ids,
     words,
 )
-from mmdlm.tasks.request import Encoded, Request, check_kind
 
 
 def answer(
     model: MultimodalDLM,
-    question: str | list[str],
+    question: Any,
     image: Any = None,
     *,
     images: list[Any] | None = None,
@@ -40,20 +48,22 @@ def answer(
     details: bool = False,
     seed: int | None = None,
 ) -> Any:
-    """The answer to a question about a picture, or about nothing but itself.
+    """The answer to a question, with or without an image, or in a conversation.
 
-    Several questions about one picture, one question about several pictures, or two lists of equal
-    length give a list. A picture asked about several times is encoded once.
+    Several questions about one image, one question about several images one by one, or two lists
+    of equal length give a list. An image that several questions are about is encoded once. Several
+    images or clips in ONE question, or several turns, are a conversation.
 
     Args:
         model: the model.
-        question: one, or a list.
-        image: see `mmdlm.caption`; None for a question without a picture.
-        images: a list of pictures; the same as `image=[...]`.
+        question: a text; a conversation, see `mmdlm.messages.conversation`, whose messages hold
+            text, images and clips in any order; or a list of either.
+        image: see `mmdlm.caption`; None for a question without an image, or a conversation.
+        images: a list of images; the same as `image=[...]`.
         choices: texts of which the most probable is the answer, see `choose`; nothing is decoded,
             so `strategies` and `seed` have no effect.
         prompt: instruction around the question, with {question} in it; None for the checkpoint's
-            own, or the bare question.
+            own, or the bare question. Conversations are taken as they are.
         length: tokens of the canvas; None for the checkpoint's own, else 32.
         strategies: a preset's name or a list, see `mmdlm.decode`; None for the checkpoint's own.
         batch_size: questions decoded together; it does not change the answers.
@@ -66,34 +76,47 @@ def answer(
         if image is not None:
             raise ValueError("give image= or images=, not both")
         image = list(images)
-    if image is not None:
-        check_kind(model, "image")
     how = settings(model, "answer", prompt, length, strategies, needs_prompt=False)
-    pattern = how.prompt or "{question}"
+    is_many, asked = _conversations(model, question, image, how.prompt or "{question}")
+    if choices is not None:
+        own = (model.preset.get("answer") or {}).get("length")
+        options = completed(model, choices, length, own)
+        examples = [Example((*one, assistant(Slot(length=options.shape[1])))) for one in asked]
+        answers = choose(model, examples, choices, options, batch_size)
+    else:
+        examples = [Example((*one, assistant(Slot(length=how.length)))) for one in asked]
+        answers = generate(model, examples, how.strategies, batch_size=batch_size, seed=seed)
+    return shown(answers, is_many, details)
+
+
+def _conversations(
+    model: MultimodalDLM, question: Any, image: Any, pattern: str
+) -> tuple[bool, list[tuple[Message, ...]]]:
+    """Whether a list was asked for, and the messages of each question."""
+    is_one = is_conversation(question)
+    if is_one or (isinstance(question, list) and any(map(is_conversation, question))):
+        if image is not None:
+            raise ValueError("a conversation holds its images; leave image= out")
+        return not is_one, [conversation(q) for q in ([question] if is_one else question)]
+    if image is not None:
+        model.processor.require("image")
     if "{question}" not in pattern:
         raise ValueError(
             f"prompt {pattern!r} has no place for the question; write {{question}} where it goes"
         )
-    canvas = blank(model, how.length)
-    requests = [
-        Request(pattern.replace("{question}", one), canvas, () if it is None else (("image", it),))
+    asked = [
+        (user(*(() if it is None else (Media("image", it),)), pattern.replace("{question}", one)),)
         for one, it in pairs(question, image)
     ]
-    if choices is not None:
-        own = (model.preset.get("answer") or {}).get("length")
-        options = completed(model, choices, length, own)
-        answers = choose(model, requests, choices, options, batch_size)
-    else:
-        answers = generate(model, requests, how.strategies, batch_size=batch_size, seed=seed)
-    return shown(answers, isinstance(question, list) or isinstance(image, list), details)
+    return isinstance(question, list) or isinstance(image, list), asked
 
 
 def pairs(question: str | list[str], image: Any) -> list[tuple[str, Any]]:
-    """Questions with the picture of each."""
+    """Questions with the image of each."""
     asked, seen = listed(question), listed(image)
     for one in asked:
         if not isinstance(one, str) or not one.strip():
-            raise ValueError(f"question is {one!r}, expected text")
+            raise ValueError(f"question is {one!r}, expected text or a conversation")
     if isinstance(question, list) and isinstance(image, list) and len(asked) != len(seen):
         raise ValueError(
             f"{len(asked)} questions and {len(seen)} images; give one of either, or as many"
@@ -117,7 +140,7 @@ def completed(
     """
     if isinstance(choices, str) or len(choices) < 2 or len(set(choices)) < len(choices):
         raise ValueError(f"choices is {choices!r}, expected two or more distinct texts")
-    ids = [text_ids(model, choice) for choice in choices]
+    ids = [model.processor.encode(choice) for choice in choices]
     longest = max(len(one) for one in ids)
     if min(len(one) for one in ids) == 0:
         raise ValueError(f"choices {choices!r} hold an empty text")
@@ -133,63 +156,75 @@ def completed(
 @torch.inference_mode()
 def choose(
     model: MultimodalDLM,
-    requests: Items[Request],
+    examples: Items[Example],
     choices: Items[str],
     options: Tensor,
     batch_size: int,
 ) -> list[Answer]:
-    """The most probable choice of each request, from one forward per batch.
+    """The most probable choice of each example, from one forward per batch.
 
     The forward sees a canvas of masks. A choice scores the sum of the log probabilities of its
     tokens, completed with end tokens; a softmax over the choices gives their probabilities.
 
     Args:
         model: the model.
-        requests: their canvases are not read.
+        examples: with a slot as long as the options.
         choices: O texts.
         options: [O G] int64, see `completed`.
-        batch_size: requests per batch.
+        batch_size: examples per batch.
     """
-    check_batch_size(batch_size)
-    encoded = Encoded(model, requests)
-    options = options.to(model.device)
-    canvas = blank(model, options.shape[1])
-    answers = []
-    for start in range(0, len(requests), batch_size):
-        group = requests[start : start + batch_size]
-        media = encoded.take(group, range(start, start + len(group)))
+    media = MediaCache(examples)
+    table, answers = options.to(model.device), []
+    for batch in batches([0] * len(examples), batch_size):
+        media.numbers = batch
+        packed = model.processor.pack([examples[i] for i in batch], media)
         begin = time.perf_counter()
-        rows = [
-            Row(parts, (Turn(model.prompt(request.prompt), canvas),))
-            for request, parts in zip(group, media.parts, strict=True)
-        ]
-        scored = _log_probabilities(model, rows, options)  # [B O G]
+        sequence = model.embed(packed.rows, media.embeddings)
+        media.forget()
+        scored = _log_probabilities(model, sequence, table)  # [B O G]
         chance = scored.sum(2).softmax(1)  # [B O]
-        seconds = media.seconds + time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
         for row, sure in zip(chance.tolist(), scored.exp().tolist(), strict=True):
-            best = max(range(len(choices)), key=row.__getitem__)
-            tokens = text_ids(model, choices[best]).tolist()
-            step, sure = (0,) * len(tokens), tuple(sure[best][: len(tokens)])
-            answers.append(
-                Answer(
-                    choices[best],
-                    tuple(tokens),
-                    1,
-                    seconds,
-                    sure,
-                    step,
-                    words(model, tokens, step, sure),
-                    probabilities=dict(zip(choices, row, strict=True)),
-                )
-            )
+            answers.append(_chosen(model, choices, row, sure, seconds))
     return answers
 
 
-def _log_probabilities(model: MultimodalDLM, rows: list[Row], options: Tensor) -> Tensor:
+def _chosen(
+    model: MultimodalDLM,
+    choices: Items[str],
+    chance: list[float],
+    sure: list[list[float]],
+    seconds: float,
+) -> Answer:
+    """The answer of one example.
+
+    Args:
+        model: the model.
+        choices: O texts.
+        chance: probability of each.
+        sure: probability of each token of each.
+        seconds: see `Answer`.
+    """
+    best = max(range(len(choices)), key=chance.__getitem__)
+    tokens = model.processor.encode(choices[best]).tolist()
+    step, own = (0,) * len(tokens), tuple(sure[best][: len(tokens)])
+    return Answer(
+        choices[best],
+        tuple(tokens),
+        1,
+        seconds,
+        own,
+        step,
+        words(model, tokens, step, own),
+        probabilities=dict(zip(choices, chance, strict=True)),
+    )
+
+
+def _log_probabilities(model: MultimodalDLM, sequence: Sequence, options: Tensor) -> Tensor:
     """[B O G] float32 log probability of each token of each option on a canvas of masks."""
-    sequence = model.arrange(rows)
-    logits = model.logits_at(sequence, sequence.kind == ANSWER).float()  # [B*G V]
+    batch = len(sequence.tokens)
+    logits = model.logits_at(sequence, sequence.is_answer).float()  # [B*G V]
     logits[:, model.spec.mask_id] = -torch.inf  # as in decoding: the mask is never an answer
-    logp = logits.log_softmax(1).unflatten(0, (len(rows), -1))  # [B G V]
-    at = options.T.expand(len(rows), -1, -1)  # [B G O]
+    logp = logits.log_softmax(1).unflatten(0, (batch, -1))  # [B G V]
+    at = options.T.expand(batch, -1, -1)  # [B G O]
     return logp.gather(2, at).transpose(1, 2)  # [B O G]

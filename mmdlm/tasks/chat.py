@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from mmdlm.chat import Message
 from mmdlm.decoding.preset import Choice
+from mmdlm.messages import Example, Slot, assistant, conversation, is_conversation
 from mmdlm.model import MultimodalDLM
-from mmdlm.tasks.generate import blank, settings, shown
 from mmdlm.tasks.generate import generate as fill_in
-from mmdlm.tasks.request import Request
+from mmdlm.tasks.generate import settings, shown
 
 LENGTH = 128  # tokens of an answer where neither the caller nor the checkpoint says
 
 
 def generate(
     model: MultimodalDLM,
-    prompt: str | list[Message] | list[str] | list[list[Message]],
+    prompt: Any,
     *,
     length: int | None = None,
     strategies: Choice = None,
@@ -30,29 +28,29 @@ def generate(
 
     Args:
         model: the model.
-        prompt: a text, or a conversation as a list of {"role": "system", "user" or "assistant",
-            "content": text}, or a list of either.
+        prompt: a text, or a conversation (see `mmdlm.messages.conversation`; text, images and
+            clips), or a list of either.
         length: tokens of the canvas; None for the checkpoint's own, else 128.
         strategies: a preset's name or a list, see `mmdlm.decode`; None for the checkpoint's own.
         batch_size: prompts decoded together; it does not change the answers.
         details: return `mmdlm.tasks.generate.Answer` instead of text.
         seed: of strategies that draw random numbers; equal prompts get equal answers.
         chat: True: a text is what a user says; False: it is continued as it is, without the chat
-            template; None: as the checkpoint's files say, see `MultimodalDLM.prompt`.
+            template; None: as the checkpoint's files say, see `mmdlm.processor.Processor.prompt`.
     Raises:
         ValueError: a prompt is empty, holds the mask token or is no conversation, or the checkpoint
             lacks the tokenizer or chat template it takes.
     """
-    is_many = isinstance(prompt, list) and not (prompt and isinstance(prompt[0], Mapping))
+    is_many = isinstance(prompt, list) and not is_conversation(prompt)
     own = (model.preset.get("generate") or {}).get("length")
     length = own or LENGTH if length is None else length
     how = settings(model, "generate", None, length, strategies, needs_prompt=False)
-    canvas = blank(model, how.length)
-    requests = [
-        Request(model.prompt(one, chat=chat), canvas) for one in (prompt if is_many else [prompt])
-    ]
-    empty = next((i for i, request in enumerate(requests) if not len(request.prompt)), None)
-    if empty is not None:
-        raise ValueError(f"prompt {empty} is empty; say something")
-    answers = fill_in(model, requests, how.strategies, batch_size=batch_size, seed=seed)
+    examples, prompts = [], prompt if is_many else [prompt]
+    for i, one in enumerate(prompts):
+        if not one or (isinstance(one, str) and not one.strip()):
+            raise ValueError(f"prompt {i} is empty; say something")
+        examples.append(Example((*conversation(one), assistant(Slot(length=how.length)))))
+    if chat is None and not all(isinstance(one, str) for one in prompts):
+        chat = True  # a conversation needs the template, and texts beside it take it too
+    answers = fill_in(model, examples, how.strategies, batch_size=batch_size, seed=seed, chat=chat)
     return shown(answers, is_many, details)

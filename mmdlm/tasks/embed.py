@@ -1,4 +1,4 @@
-"""Vectors of pictures, sounds and texts."""
+"""Vectors of images, sounds and texts."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmdlm.layout import Row
+from mmdlm.messages import RAW, Example, Media, Message, Text
 from mmdlm.model import MultimodalDLM
+from mmdlm.processor import MediaCache
 from mmdlm.tasks.generate import check_batch_size, listed
-from mmdlm.tasks.request import Encoded, Request, check_kind
-
-NO_CANVAS = torch.zeros(0, dtype=torch.long)
 
 
 @torch.no_grad()
@@ -24,7 +22,7 @@ def embed(
     text: str | list[str] | None = None,
     batch_size: int = 16,
 ) -> Tensor:
-    """A vector of unit length for a picture, a sound, a text, or several of them together.
+    """A vector of unit length for an image, a sound, a text, or several of them together.
 
     It is the mean of the backbone's final hidden states over all real tokens of the item (media,
     then text; no canvas, no padding), divided by its length. Models here are not trained for
@@ -34,7 +32,7 @@ def embed(
         model: the model.
         image: see `mmdlm.caption`; or a list.
         audio: see `mmdlm.transcribe`; or a list.
-        text: words; or a list. Lists have one length; what is no list goes with all their items.
+        text: words; or a list. Lists have one length; a single value goes with all their items.
         batch_size: items computed together; it does not change the vectors.
     Returns:
         float32 [D] on the CPU, or [N D] where a list was given; dot products are cosines.
@@ -50,37 +48,35 @@ def embed(
     if len(set(sizes.values())) > 1:
         raise ValueError(f"embed: lists of lengths {sizes}; expected the same")
     for kind in given.keys() - {"text"}:
-        check_kind(model, kind)
+        model.processor.require(kind)
     count = next(iter(sizes.values()), 1)
     items = {
         name: [*listed(value)] * (1 if name in sizes else count) for name, value in given.items()
     }
-    media = [kind for kind in ("image", "audio") if kind in given]
-    requests = [
-        Request(
-            items["text"][i] if "text" in given else NO_CANVAS,
-            NO_CANVAS,
-            tuple((kind, items[kind][i]) for kind in media),
+    kinds = [kind for kind in ("image", "audio") if kind in given]
+    examples = [
+        Example(
+            (  # raw: a vector of the text alone, not of a chat around it
+                Message(
+                    RAW,
+                    (
+                        *(Media(kind, items[kind][i]) for kind in kinds),
+                        *((Text(items["text"][i]),) if "text" in given else ()),
+                    ),
+                ),
+            )
         )
         for i in range(count)
     ]
-    encoded = Encoded(model, requests)
-    vectors = [
-        _vectors(model, requests[i : i + batch_size], encoded, i)
-        for i in range(0, count, batch_size)
-    ]
+    media = MediaCache(examples)
+    vectors = []
+    for start in range(0, count, batch_size):
+        batch = range(start, min(count, start + batch_size))
+        media.numbers = batch
+        packed = model.processor.pack([examples[i] for i in batch], media)
+        sequence = model.embed(packed.prompts, media.embeddings)
+        media.forget()
+        hidden = model.hidden(sequence).float() * sequence.mask[..., None]  # [B L D]
+        vectors.append(torch.nn.functional.normalize(hidden.sum(1), dim=1).cpu())
     found = torch.cat(vectors) if vectors else torch.zeros(0, model.spec.transformer.width)
     return found if sizes else found[0]
-
-
-def _vectors(model: MultimodalDLM, requests: list[Request], encoded: Encoded, first: int) -> Tensor:
-    """[B D] float32 vectors of a batch that begins with item `first` of the call."""
-    taken = encoded.take(requests, range(first, first + len(requests)))
-    texts = [  # a vector of the text alone, not of a chat around it
-        model.prompt(r.prompt, chat=False) if isinstance(r.prompt, str) else r.prompt
-        for r in requests
-    ]
-    rows = [Row((*parts, text)) for parts, text in zip(taken.parts, texts, strict=True)]
-    sequence = model.arrange(rows)
-    hidden = model.hidden(sequence).float() * sequence.mask[..., None]  # [B L D]
-    return torch.nn.functional.normalize(hidden.sum(1), dim=1).cpu()

@@ -19,7 +19,6 @@ from mmdlm.tasks.caption import caption
 from mmdlm.tasks.describe import describe
 from mmdlm.tasks.embed import embed
 from mmdlm.tasks.generate import Answer, check_batch_size, settings
-from mmdlm.tasks.request import check_kind, prepare
 from mmdlm.tasks.transcribe import transcribe
 
 KINDS: dict[str, Literal["image", "audio"]] = {
@@ -126,7 +125,7 @@ def each(
     """
     kind = _kind(task, kind)
     check_batch_size(batch_size)
-    check_kind(model, kind)
+    model.processor.require(kind)
     _check_options(model, task, options)
     return _each(model, task, files, batch_size, kind, options)
 
@@ -142,7 +141,7 @@ def _each(
     batch: dict[Path, Prepared] = {}
     for file in files:
         try:
-            batch[file] = prepare(model, kind, file)
+            batch[file] = model.processor.prepare(kind, file)
         except ImportError:
             raise  # a library is missing or broken: every other file would fail in the same way
         except Exception as error:  # noqa: BLE001 - decoders of damaged files raise of every kind
@@ -208,7 +207,8 @@ def _check_options(model: MultimodalDLM, task: str, options: dict[str, Any]) -> 
         *(options.get(name) for name in ("prompt", "length", "strategies")),
         needs_prompt=task != "answer",
     )
-    model.prompt((how.prompt or "{question}").replace("{question}", options.get("question", "")))
+    asked = (how.prompt or "{question}").replace("{question}", options.get("question", ""))
+    model.processor.prompt(asked)
 
 
 def _record(task: str, file: Path, options: dict[str, Any]) -> dict[str, Any]:

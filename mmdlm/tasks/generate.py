@@ -1,4 +1,4 @@
-"""Requests in, answers out: what every task that fills a canvas shares."""
+"""Examples in, answers out: what every task that fills a canvas shares."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from mmdlm.decoding import preset
-from mmdlm.decoding.decode import decode
+from mmdlm.decoding.decode import Decoded, decode
 from mmdlm.decoding.strategy import Strategy
-from mmdlm.layout import Row
+from mmdlm.messages import Example, Media, Slot, assistant, user
 from mmdlm.model import MultimodalDLM
-from mmdlm.tasks.request import Encoded, Request, check_kind
+from mmdlm.processor import MediaCache
 
 LENGTH = 32  # tokens of an answer where neither the caller nor the checkpoint says
 WORD_STARTS = ("Ġ", "Ċ", "▁", " ", "\n")  # byte-level and sentencepiece marks of a new word
@@ -27,7 +27,7 @@ class Answer:
     """A finished answer and how it came about.
 
     Args:
-        text: what the model says.
+        text: what the model says; empty for a checkpoint without a tokenizer.
         tokens: ids of the text, without what follows its end.
         forwards: forwards of the backbone until the answer was complete.
         seconds: time its batch took, encoders included, reading files not.
@@ -132,53 +132,53 @@ def ask(
     kind: str,
     item: Any,
     *,
-    prompt: str | None,
-    length: int | None,
-    strategies: preset.Choice,
-    batch_size: int,
     details: bool,
+    batch_size: int,
     seed: int | None,
+    **chosen: Any,
 ) -> Any:
-    """Answers of a task that gives every item of one kind the same instruction.
+    """Answers of a task that gives every item of one modality the same instruction.
 
     Args:
         model: the model.
         task: name of the task in the checkpoint's preset.
         kind: "image" or "audio".
         item: one item, or a list of them.
-        prompt: see `settings`.
-        length: see `settings`.
-        strategies: see `settings`.
-        batch_size: see `generate`.
         details: see `shown`.
+        batch_size: see `generate`.
         seed: see `generate`.
+        **chosen: prompt, length and strategies, see `settings`.
     """
-    check_kind(model, kind)
-    how = settings(model, task, prompt, length, strategies)
-    canvas = blank(model, how.length)
-    requests = [Request(how.prompt, canvas, ((kind, one),)) for one in listed(item)]
-    answers = generate(model, requests, how.strategies, batch_size=batch_size, seed=seed)
+    model.processor.require(kind)
+    how = settings(model, task, **chosen)
+    examples = [
+        Example((user(Media(kind, one), how.prompt), assistant(Slot(length=how.length))))
+        for one in listed(item)
+    ]
+    answers = generate(model, examples, how.strategies, batch_size=batch_size, seed=seed)
     return shown(answers, isinstance(item, list), details)
 
 
 def generate(
     model: MultimodalDLM,
-    requests: Items[Request],
+    examples: Items[Example],
     strategies: Items[Strategy],
     *,
     batch_size: int = 16,
     seed: int | None = None,
+    chat: bool | None = None,
 ) -> list[Answer]:
-    """The answer of each request, in order, with one warning when canvases were too short.
+    """The answer of each example, in order, with one warning when canvases were too short.
 
     Args:
         model: the model.
-        requests: see `fill`.
+        examples: see `fill`.
         strategies: see `mmdlm.decode`.
         batch_size: see `fill`.
         seed: see `fill`.
+        chat: see `fill`.
     """
-    filled = fill(model, requests, strategies, batch_size=batch_size, seed=seed)
+    filled = fill(model, examples, strategies, batch_size=batch_size, seed=seed, chat=chat)
     answers = [finish(model, each) for each in filled]
     full = [answer for answer in answers if answer.truncated]
     if full:
@@ -194,64 +194,68 @@ def generate(
 @torch.inference_mode()
 def fill(
     model: MultimodalDLM,
-    requests: Items[Request],
+    examples: Items[Example],
     strategies: Items[Strategy],
     *,
     batch_size: int = 16,
     seed: int | None = None,
+    chat: bool | None = None,
 ) -> list[Filled]:
-    """The filled canvas of each request, in order; the batch it is in does not change it.
+    """The filled canvas of each example, in order; the batch it is in does not change it.
 
-    A medium that several requests share is encoded once: the same path or object in the whole
+    A medium that several examples share is encoded once: the same path or object in the whole
     call, equal content at least within a batch.
 
     Args:
         model: the model.
-        requests: canvases of one length share batches.
+        examples: one conversation each; canvases of one length share batches.
         strategies: see `mmdlm.decode`.
-        batch_size: requests per batch.
-        seed: every request draws random numbers from a generator of this seed; None: torch's own.
+        batch_size: examples per batch.
+        seed: every example draws random numbers from a generator of this seed; None: torch's own.
+        chat: see `mmdlm.processor.Processor.prompt`.
     Raises:
-        ValueError: a request cannot be read; a note of the error says which one it was.
+        ValueError: an example cannot be read; a note of the error says which one it was.
     """
-    check_batch_size(batch_size)
-    encoded = Encoded(model, requests)
+    processor, media = model.processor, MediaCache(examples)
+    sizes = [len(processor.canvas(example.messages)) for example in examples]
     done: dict[int, Filled] = {}
-    for batch in _batches(requests, batch_size):
-        group = [requests[i] for i in batch]
-        media = encoded.take(group, batch)
+    for batch in batches(sizes, batch_size):
+        media.numbers = batch
+        packed = processor.pack([examples[i] for i in batch], media, chat=chat)
         begin = time.perf_counter()
-        rows = [
-            Row((*parts, model.prompt(text) if isinstance(text := request.prompt, str) else text))
-            for request, parts in zip(group, media.parts, strict=True)
-        ]
-        canvas = torch.stack([request.canvas for request in group])
-        size = canvas.shape[1]
+        sequence = model.embed(packed.prompts, media.embeddings)
+        media.forget()
+        generators = _generators(model, seed, len(batch))
         decoded = decode(
             model,
-            model.arrange(rows),
-            size,
+            sequence,
+            sizes[batch[0]],
             strategies,
-            generator=_generators(model, seed, len(group)),
-            canvas=canvas,
+            generator=generators,
+            canvas=packed.canvas,
         )
-        seconds = media.seconds + time.perf_counter() - begin
-        history = decoded.history
-        steps = history.step.amax(1) + 1  # [B]
-        shared = max(1, int(steps.max()))
-        for i, tokens, step, sure, own in zip(
-            batch,
+        seconds = time.perf_counter() - begin
+        done |= zip(batch, _filled(decoded, sizes[batch[0]], seconds), strict=True)
+    return [done[i] for i in range(len(examples))]
+
+
+def _filled(decoded: Decoded, size: int, seconds: float) -> list[Filled]:
+    """The canvas of each row of a decode."""
+    history = decoded.history
+    steps = history.step.amax(1) + 1  # [B]
+    shared = max(1, int(steps.max()))
+    return [
+        # A row leaves the batch when it is complete, so it took part in its share of the forwards;
+        # guidance makes several per step.
+        Filled(tokens, step, confidence, -(-decoded.nfe * own // shared), seconds)
+        for tokens, step, confidence, own in zip(
             decoded.tokens[:, -size:].tolist(),
             history.step.tolist(),
             history.confidence.tolist(),
             steps.tolist(),
             strict=True,
-        ):
-            # A row leaves the batch when it is complete, so it took part in so many of the
-            # forwards; guidance makes several per step.
-            forwards = -(-decoded.nfe * own // shared)
-            done[i] = Filled(tokens, step, sure, forwards, seconds)
-    return [done[i] for i in range(len(requests))]
+        )
+    ]
 
 
 def finish(model: MultimodalDLM, filled: Filled) -> Answer:
@@ -259,8 +263,9 @@ def finish(model: MultimodalDLM, filled: Filled) -> Answer:
     ends = end_ids(model)
     tokens, step, confidence = filled.tokens, filled.step, filled.confidence
     size = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+    text = "" if model.tokenizer is None else model.tokenizer.decode(tokens[:size]).strip()
     return Answer(
-        model.tokenizer.decode(tokens[:size]).strip(),
+        text,
         tuple(tokens[:size]),
         filled.forwards,
         filled.seconds,
@@ -276,6 +281,8 @@ def words(
 ) -> tuple[tuple[str, int, float], ...]:
     """(word, step of its last token, lowest confidence of its tokens) of each word."""
     tokenizer = model.tokenizer
+    if tokenizer is None:
+        return ()
     groups: list[list[int]] = []
     for i, token in enumerate(tokens):
         piece = tokenizer.backend.id_to_token(token) or ""
@@ -297,22 +304,8 @@ def blank(model: MultimodalDLM, length: int) -> Tensor:
     return torch.full((length,), model.spec.mask_id)
 
 
-def text_ids(model: MultimodalDLM, text: str) -> Tensor:
-    """Token ids [n] of a text as it stands, without the model's template.
-
-    Raises:
-        ValueError: the text holds the mask token, or see `Tokenizer.encode`.
-    """
-    if model.tokenizer is None:
-        return model.prompt(text)  # says what is missing
-    found = torch.tensor(model.tokenizer.encode(text), dtype=torch.long)
-    if (found == model.spec.mask_id).any():
-        raise ValueError(f"text {text!r} holds the mask token; in infill() write [MASK]")
-    return found
-
-
 def end_ids(model: MultimodalDLM) -> set[int]:
-    """The ids behind which nothing belongs to an answer."""
+    """The ids after which nothing belongs to an answer."""
     return {model.spec.eos_id, *model.spec.stop_ids}
 
 
@@ -339,9 +332,19 @@ def _generators(model: MultimodalDLM, seed: int | None, count: int) -> list[torc
     return [torch.Generator(model.device).manual_seed(seed) for _ in range(count)]
 
 
-def _batches(requests: Items[Request], size: int) -> list[list[int]]:
-    """Indices of requests whose canvases have one length, `size` at a time."""
+def batches(sizes: Items[int], batch_size: int) -> list[list[int]]:
+    """Indices of examples whose canvases have one length, `batch_size` at a time.
+
+    Args:
+        sizes: length of each canvas.
+        batch_size: examples per batch, at least 1.
+    """
+    check_batch_size(batch_size)
     groups: dict[int, list[int]] = {}
-    for i, request in enumerate(requests):
-        groups.setdefault(len(request.canvas), []).append(i)
-    return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
+    for i, size in enumerate(sizes):
+        groups.setdefault(size, []).append(i)
+    return [
+        group[i : i + batch_size]
+        for group in groups.values()
+        for i in range(0, len(group), batch_size)
+    ]

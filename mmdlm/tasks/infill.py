@@ -8,25 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mmdlm.decoding.guidance.suppress import Suppress
 from mmdlm.decoding.preset import Choice
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.messages import RAW, Example, Media, Message, Slot, Text, assistant
 from mmdlm.model import MultimodalDLM
-from mmdlm.tasks.generate import (
-    Answer,
-    Filled,
-    blank,
-    end_ids,
-    fill,
-    settings,
-    shown,
-    text_ids,
-    words,
-)
-from mmdlm.tasks.request import Request, check_kind
-from mmdlm.tasks.scaffold import NOTHING, Form, complete
+from mmdlm.processor import NOTHING
+from mmdlm.tasks.generate import Answer, Filled, blank, end_ids, fill, settings, shown, words
+from mmdlm.tasks.scaffold import Form, complete
 from mmdlm.tasks.schema import STRING
 
 SLOT = re.compile(r"\[MASK(?::(\d+))?\]")
@@ -100,14 +90,14 @@ def infill(
             nothing before it; or a schema asks for what cannot be promised.
     """
     if image is not None:
-        check_kind(model, "image")
+        model.processor.require("image")
     rows = _rows(template, image, prompt)
     is_form = _is_form(rows)
     one = None if isinstance(prompt, list) else prompt
     how = settings(model, "infill", one, length, strategies, needs_prompt=False)
     own = (model.preset.get("infill") or {}).get("length")
     heads = [how.prompt if head is None else head for _, _, head in rows]
-    media = [() if image is None else (("image", seen),) for _, seen, _ in rows]
+    media = [() if image is None else (Media("image", seen),) for _, seen, _ in rows]
     asked = [(given, *rest) for (given, _, _), *rest in zip(rows, heads, media, strict=True)]
     run = {"strategies": how.strategies, "batch_size": batch_size, "seed": seed}
     run |= {"length": length, "own": own}
@@ -133,7 +123,7 @@ def _is_form(rows: list[tuple]) -> bool:
 
 def _texts(
     model: MultimodalDLM,
-    asked: list[tuple[str, str | None, tuple[tuple[str, Any], ...]]],
+    asked: list[tuple[str, str | None, tuple[Media, ...]]],
     strategies: list[Strategy],
     length: int | None,
     own: int | None,
@@ -143,12 +133,12 @@ def _texts(
     """The texts (template, prompt, media) with their slots filled in."""
     parsed = [parse(template) for template, _, _ in asked]
     laid = [
-        _request(model, cut, prompt, media, length, own)
+        _example(model, cut, prompt, media, length, own)
         for cut, (_, prompt, media) in zip(parsed, asked, strict=True)
     ]
     strategies = [*strategies, Suppress(ids=sorted(end_ids(model)))]
-    requests = [request for request, _ in laid]
-    filled = fill(model, requests, strategies, batch_size=batch_size, seed=seed)
+    examples = [example for example, _ in laid]
+    filled = fill(model, examples, strategies, batch_size=batch_size, seed=seed)
     return [
         _finish(model, cut, layout, each)
         for cut, (_, layout), each in zip(parsed, laid, filled, strict=True)
@@ -185,24 +175,25 @@ def parse(text: str) -> Template:
     return Template(tuple(cut[::2]), sizes)
 
 
-def _request(
+def _example(
     model: MultimodalDLM,
     cut: Template,
     prompt: str | None,
-    media: tuple[tuple[str, Any], ...],
+    media: tuple[Media, ...],
     length: int | None,
     own: int | None,
-) -> tuple[Request, Layout]:
-    """The request of a template, and how it lies in the canvas."""
+) -> tuple[Example, Layout]:
+    """The example of a template, and how it lies in the canvas."""
     # The word before a slot ends at its last letter: the space belongs to what fills the slot.
-    texts = [text_ids(model, text.rstrip(" ")) for text in cut.texts]
-    head: str | Tensor = NOTHING if prompt is None else prompt
+    texts = [model.processor.encode(text.rstrip(" ")) for text in cut.texts]
+    head = () if prompt is None else (Text(prompt),)
+    role = "user"
     if prompt is None and not media:
         if not len(texts[0]):
             raise ValueError(
                 "the template begins with a slot and nothing stands before it; pass prompt='...'"
             )
-        head, texts[0] = texts[0], NOTHING
+        role, head, texts[0] = RAW, (Text(texts[0]),), NOTHING
     parts, slots, at = [texts[0]], [], len(texts[0])
     for size, text in zip(cut.sizes, texts[1:], strict=True):
         parts += [blank(model, size), text]
@@ -212,7 +203,8 @@ def _request(
         raise ValueError(f"the template has {at} tokens, the canvas {length}; pass a larger length")
     rest = max(0, (length or own or 0) - at)
     parts.append(torch.full((rest,), model.spec.eos_id))
-    return Request(head, torch.cat(parts), media), Layout(tuple(slots), at)
+    example = Example((Message(role, (*media, *head)), assistant(Slot(value=torch.cat(parts)))))
+    return example, Layout(tuple(slots), at)
 
 
 def _finish(model: MultimodalDLM, cut: Template, layout: Layout, filled: Filled) -> Answer:

@@ -23,13 +23,13 @@ from torch import Tensor
 from mmdlm.decoding.guidance.allowed import Allowed, Choice, Slot
 from mmdlm.decoding.guidance.suppress import Suppress
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.messages import Example, Media, assistant, user
+from mmdlm.messages import Slot as Place
 from mmdlm.model import MultimodalDLM
-from mmdlm.tasks.generate import Answer, Filled, blank, end_ids, fill, text_ids, words
-from mmdlm.tasks.request import Request
+from mmdlm.tasks.generate import Answer, Filled, blank, end_ids, fill, words
 from mmdlm.tasks.schema import NONE, STRING, Array, Fixed, Node, Number, Object, Pick, Text, parse
 from mmdlm.text import Tokenizer
 
-NOTHING = torch.zeros(0, dtype=torch.long)
 INDENT = "  "
 DIGITS = tuple(f"{i:0{n}}" for n in (1, 2, 3) for i in range(10**n))  # as tokenizers cut numbers
 SPACES = (" ", "\n", "  ")  # what may stand between a value and the comma behind it
@@ -68,12 +68,12 @@ class Form:
     Args:
         schema: see `mmdlm.tasks.schema.parse`.
         prompt: the text before the object.
-        media: see `mmdlm.tasks.request.Request`.
+        media: what stands before the prompt.
     """
 
     schema: Mapping[str, Any]
     prompt: str | None
-    media: tuple[tuple[str, Any], ...] = ()
+    media: tuple[Media, ...] = ()
 
 
 def complete(
@@ -114,12 +114,9 @@ def complete(
     for group in groups.values():
         made = scaffold(model, forms[group[0]].schema, slot, fence)
         canvas = _completed(model, made, length, own)
-        requests = [
-            Request(NOTHING if form.prompt is None else form.prompt, canvas, form.media)
-            for form in (forms[i] for i in group)
-        ]
+        examples = [_example(forms[i], canvas) for i in group]
         given = [*strategies, *limits, Allowed(made.slots)]
-        filled = fill(model, requests, given, batch_size=batch_size, seed=seed)
+        filled = fill(model, examples, given, batch_size=batch_size, seed=seed)
         for i, one in zip(group, filled, strict=True):
             found[i], changed = _answer(model, made, one)
             notes += changed
@@ -128,6 +125,12 @@ def complete(
             f"what the model wrote was changed to fit the schema: {'; '.join(notes)}", stacklevel=3
         )
     return [found[i] for i in range(len(forms))]
+
+
+def _example(form: Form, canvas: Tensor) -> Example:
+    """A form with its canvas."""
+    prompt = () if form.prompt is None else (form.prompt,)
+    return Example((user(*form.media, *prompt), assistant(Place(value=canvas))))
 
 
 def _completed(model: MultimodalDLM, made: Scaffold, length: int | None, own: int | None) -> Tensor:
@@ -302,7 +305,7 @@ def _quotes(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def _space(model: MultimodalDLM) -> int:
     """A token of white space, which JSON allows around values."""
-    found = [text_ids(model, text).tolist() for text in SPACES]
+    found = [model.processor.encode(text).tolist() for text in SPACES]
     ids = next((ids for ids in found if len(ids) == 1), None)
     if ids is None:
         raise ValueError("the tokenizer has no token for a space or a line break; JSON needs one")
@@ -311,7 +314,7 @@ def _space(model: MultimodalDLM) -> int:
 
 def _spelt(model: MultimodalDLM, text: str) -> Tensor:
     """Token ids [n] of a text of the schema; special tokens in it are text like any other."""
-    text_ids(model, text)  # refuses the mask token, which may look like text when spelt out
+    model.processor.encode(text)  # refuses the mask token, which may look like text when spelt out
     ids = torch.tensor(model.tokenizer.encode(text, special=False), dtype=torch.long)
     if (ids == model.spec.mask_id).any():
         raise ValueError(f"text {text!r} of the schema holds the mask token; rename it")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import zlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning
 import numpy as np
@@ -15,9 +14,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from mmdlm.data.collate import Collated, collate
 from mmdlm.data.dataset import Dataset
-
-if TYPE_CHECKING:
-    from mmdlm.model import MultimodalDLM
+from mmdlm.processor import Processor
 
 
 class Data(lightning.LightningDataModule):
@@ -73,7 +70,7 @@ class Data(lightning.LightningDataModule):
         """Batches from the trainer's current step to its last, as one epoch."""
         trainer = self.trainer
         steps = Steps(
-            trainer.lightning_module.model,
+            trainer.lightning_module.model.processor,
             self.train,
             self.batch_size,
             self.seed,
@@ -86,9 +83,9 @@ class Data(lightning.LightningDataModule):
         """The first rows of each held-out data set, with fixed noise."""
         if not self.val:
             return []
-        model = self.trainer.lightning_module.model
+        processor = self.trainer.lightning_module.model.processor
         size = {name: min(32, len(d), self.val_rows) for name, d in self.val.items()}
-        steps = Steps(model, self.val, size, seed=0, shuffle=False)
+        steps = Steps(processor, self.val, size, seed=0, shuffle=False)
         return self._loader(steps, list(range(max(1, self.val_rows // max(size.values())))))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, index: int) -> Any:
@@ -147,7 +144,7 @@ class Steps(TorchDataset):
     """Item s is what one process sees at step s: data set name to `Collated`.
 
     Args:
-        model: prepares media and encodes text.
+        processor: preprocesses media and encodes text.
         datasets: by name.
         batch_size: rows per data set and process.
         seed: of order and noise.
@@ -158,7 +155,7 @@ class Steps(TorchDataset):
 
     def __init__(
         self,
-        model: MultimodalDLM,
+        processor: Processor,
         datasets: dict[str, Dataset],
         batch_size: dict[str, int],
         seed: int,
@@ -166,9 +163,13 @@ class Steps(TorchDataset):
         world: int = 1,
         shuffle: bool = True,
     ) -> None:
-        self.model, self.datasets, self.batch_size = model, datasets, batch_size
+        self.processor, self.datasets, self.batch_size = processor, datasets, batch_size
         self.seed, self.rank, self.world, self.shuffle = seed, rank, world, shuffle
-        self.order = functools.lru_cache(maxsize=8)(self._order)
+        self.orders: dict[tuple[str, int], np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out the orders, which each process draws for itself."""
+        return {**vars(self), "orders": {}}
 
     def __len__(self) -> int:
         """Steps after which every data set was seen once."""
@@ -189,17 +190,22 @@ class Steps(TorchDataset):
         samples, seeds = [], []
         for place in step * total + places:
             epoch, at = divmod(int(place), len(dataset))
-            index = int(self.order(name, epoch)[at]) if self.shuffle else at
+            index = int(self._order(name, epoch)[at]) if self.shuffle else at
             rng = np.random.default_rng([self.seed, key, int(place)])
             seeds.append(int(rng.integers(1 << 62)))
             samples.append(dataset.sample(index, rng))
         shared = np.random.default_rng([self.seed, key, step, 1]).random()
         phase = (shared + places / total) % 1
-        return collate(self.model, samples, torch.tensor(seeds), torch.from_numpy(phase))
+        return collate(self.processor, samples, torch.tensor(seeds), torch.from_numpy(phase))
 
     def _order(self, name: str, epoch: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, name_key(name), epoch, 2])
-        return rng.permutation(len(self.datasets[name]))
+        """The rows of a data set in the order of one pass; the latest ones are kept."""
+        if (name, epoch) not in self.orders:
+            rng = np.random.default_rng([self.seed, name_key(name), epoch, 2])
+            while len(self.orders) >= 8:
+                del self.orders[next(iter(self.orders))]
+            self.orders[name, epoch] = rng.permutation(len(self.datasets[name]))
+        return self.orders[name, epoch]
 
 
 def name_key(name: str) -> int:

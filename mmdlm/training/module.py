@@ -18,10 +18,10 @@ from adapters.robot import Robot
 from encoders.encoder import Encoder
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
-from mmdlm.data.collate import Collated, rows
+from mmdlm.data.collate import Collated, batch
 from mmdlm.loading.ckpt import ENTRY, entry
 from mmdlm.model import MultimodalDLM
-from mmdlm.objectives.objective import Batch, Losses, Objective
+from mmdlm.objectives.objective import Losses, Objective
 from mmdlm.text import Tokenizer
 
 
@@ -147,11 +147,7 @@ class Module(lightning.LightningModule):
 
     def losses(self, part: Collated) -> Losses:
         """Sum and count of the loss of one data set's rows."""
-        made, seeds, phase, media = rows(self.model, part)
-        sequence = self.model.arrange(made)
-        seeds, phase = seeds.to(self.device), phase.to(self.device)
-        batch = Batch(sequence, seeds, phase, part.groups, media, part.names)
-        return self.objective.step(self.model, batch)
+        return self.objective.step(self.model, batch(self.model, part))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what `mmdlm export` needs to build the model without this module's arguments."""

@@ -13,6 +13,10 @@ from mmdlm.data.digits import WORDS, Digits
 FIRST_LABELS = [5, 9, 2, 4, 6, 7, 9, 3, 4, 6, 8, 5]
 
 
+def image_of(digits, index, seed=0):
+    return digits.sample(index, np.random.default_rng(seed)).media("image")[0]
+
+
 @pytest.fixture(scope="module")
 def train() -> Digits:
     return Digits("train")
@@ -62,7 +66,7 @@ def test_pictures_are_light_ink_on_dark_ground(size):
     for split in ("train", "held_out"):
         part = Digits(split, size=size)
         for index in range(0, len(part), 101):
-            image = part.sample(index, np.random.default_rng(index)).image
+            image = image_of(part, index, index)
             assert image.shape == (size, size, 3)
             assert image.dtype == np.uint8
             assert image.max() > 120
@@ -72,27 +76,27 @@ def test_pictures_are_light_ink_on_dark_ground(size):
 def test_enlarged_scans_keep_their_orientation(held_out):
     # Averaged back to 8 x 8, a held-out picture is its scan: neither mirrored nor turned.
     for index in range(0, len(held_out), 29):
-        image = held_out.sample(index, np.random.default_rng(0)).image[..., 0].astype(float)
+        image = image_of(held_out, index)[..., 0].astype(float)
         small = image[8:56, 8:56].reshape(8, 6, 8, 6).mean(axis=(1, 3))
         likeness = np.corrcoef(small.ravel(), held_out.scans[index].ravel())[0, 1]
         assert likeness > 0.97
 
 
 def test_training_varies_with_the_generator_and_repeats_with_it(train):
-    first, again, other = (train.sample(3, np.random.default_rng(s)).image for s in (1, 1, 2))
+    first, again, other = (image_of(train, 3, s) for s in (1, 1, 2))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
 
 def test_held_out_never_varies(held_out):
-    first, other = (held_out.sample(3, np.random.default_rng(s)).image for s in (1, 2))
+    first, other = (image_of(held_out, 3, s) for s in (1, 2))
     assert np.array_equal(first, other)
 
 
 def test_augmentation_keeps_the_ink_inside(train):
     rng = np.random.default_rng(0)
     for index in range(200):
-        image = train.sample(index, rng).image.max(axis=-1).astype(float)
+        image = train.sample(index, rng).media("image")[0].max(axis=-1).astype(float)
         ink = np.clip(image - 60, 0, None)
         rim = ink.sum() - ink[2:-2, 2:-2].sum()
         assert rim < 0.12 * ink.sum()

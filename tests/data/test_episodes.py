@@ -99,8 +99,8 @@ def test_samples_hold_picture_state_and_the_next_actions(root):
     for index in (0, 7, len(data) - 1):
         sample = data.sample(index, np.random.default_rng(0))
         frame = source.frame(index)
-        assert np.array_equal(sample.image, frame[IMAGE])
-        assert np.array_equal(sample.state, frame[STATE])
+        assert np.array_equal(sample.media("image")[0], frame[IMAGE])
+        assert np.array_equal(sample.media("state")[0], frame[STATE])
         (turn,) = sample.turns
         assert turn.prompt == sample.group == frame["task"]
         assert turn.answer.shape == (4, 2)
@@ -120,7 +120,8 @@ def test_a_folder_of_data_sets_is_one_dataset(root):
     whole, first, second = (Episodes(root, tasks=tasks) for tasks in (None, ["first"], ["second"]))
     assert len(whole) == len(first) + len(second)
     sample = whole.sample(len(first), np.random.default_rng(0))
-    assert np.array_equal(sample.image, second.sample(0, np.random.default_rng(0)).image)
+    expected = second.sample(0, np.random.default_rng(0))
+    assert np.array_equal(sample.media("image")[0], expected.media("image")[0])
     assert whole.vocabulary() == sorted({"go", "to", "the", "disc", "red", "green", "blue"})
 
 
@@ -142,14 +143,14 @@ def test_augmenting_depends_on_the_generator_only(root):
     data = Episodes(root / "second", size=32, augment=True)
     plain = Episodes(root / "second", size=32)
     first, again, other = (data.sample(5, np.random.default_rng(seed)) for seed in (1, 1, 2))
-    assert np.array_equal(first.image, again.image)
-    assert np.array_equal(first.state, again.state)
-    assert not np.array_equal(first.image, other.image)
+    assert np.array_equal(first.media("image")[0], again.media("image")[0])
+    assert np.array_equal(first.media("state")[0], again.media("state")[0])
+    assert not np.array_equal(first.media("image")[0], other.media("image")[0])
     still = plain.sample(5, np.random.default_rng(1))
-    assert first.state.dtype == np.float32
-    assert 0 < np.abs(first.state - still.state).max() < 0.2
+    assert first.media("state")[0].dtype == np.float32
+    assert 0 < np.abs(first.media("state")[0] - still.media("state")[0]).max() < 0.2
     assert np.array_equal(first.turns[0].answer, still.turns[0].answer)
-    assert np.array_equal(plain.images[5], still.image)  # the store itself is untouched
+    assert np.array_equal(plain.images[5], still.media("image")[0])  # the store itself is untouched
 
 
 def test_jitter_changes_the_light_and_moves_nothing():

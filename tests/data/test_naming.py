@@ -10,9 +10,10 @@ from encoders.whisper import WhisperEncoder
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
 from mmdlm.data.collate import collate
-from mmdlm.data.dataset import Sample, Turn
+from mmdlm.data.dataset import example
 from mmdlm.data.naming import SHARE, cell_words
 from mmdlm.data.scenes import Scene, Scenes, Shape, draw
+from mmdlm.messages import Turn
 from mmdlm.model import MultimodalDLM
 from mmdlm.text import Tokenizer
 
@@ -113,15 +114,16 @@ def test_a_batch_holds_names_as_ids():
     scenes = Scenes(cells=4, size=32)
     model = build([*scenes.vocabulary(), "go", "left"])
     samples = [scenes.sample(i, np.random.default_rng(i)) for i in range(2)]
-    batch = collate(model, samples, torch.arange(2), torch.zeros(2).double())
+    batch = collate(model.processor, samples, torch.arange(2), torch.zeros(2).double())
     assert len(batch.names) == 2
     for sample, cells in zip(samples, batch.names, strict=True):
         assert all(ids.dtype == torch.int64 for ids in cells)
         back = [tuple(model.tokenizer.decode(ids.tolist()).split()) for ids in cells]
         assert tuple(back) == sample.names
         assert () in sample.names
-    spoken = Sample((Turn("go", "left", 2),), audio=WhisperEncoder.example(), names=("go", "left"))
-    batch = collate(model, [spoken], torch.arange(1), torch.zeros(1).double())
+    turns = [Turn("go", "left", 2)]
+    spoken = example(turns, audio=WhisperEncoder.example(), names=("go", "left"))
+    batch = collate(model.processor, [spoken], torch.arange(1), torch.zeros(1).double())
     assert batch.names[0].tolist() == [model.tokenizer.id("go"), model.tokenizer.id("left")]
-    plain = Sample((Turn("go", "left", 2),), image=ViT.example())
-    assert collate(model, [plain], torch.arange(1), torch.zeros(1).double()).names == []
+    plain = example(turns, image=ViT.example())
+    assert collate(model.processor, [plain], torch.arange(1), torch.zeros(1).double()).names == []

@@ -221,14 +221,14 @@ def test_a_scene_depends_on_seed_and_index_only():
         again = a.sample(index, np.random.default_rng(1))
         other = b.sample(index, np.random.default_rng(2))
         assert first.turns == again.turns
-        assert np.array_equal(first.image, again.image)
-        assert np.array_equal(first.image, other.image)
+        assert np.array_equal(first.media("image")[0], again.media("image")[0])
+        assert np.array_equal(first.media("image")[0], other.media("image")[0])
         assert first.turns[0].answer == describe(a.scene(index))
 
 
 def test_another_seed_or_index_is_another_picture():
     pictures = {
-        Scenes(seed=seed).sample(index, np.random.default_rng(0)).image.tobytes()
+        Scenes(seed=seed).sample(index, np.random.default_rng(0)).media("image")[0].tobytes()
         for seed in range(4)
         for index in range(50)
     }
@@ -270,8 +270,8 @@ def test_vocabulary_is_exact_and_answers_fit_their_canvas(options):
 def test_sample_has_the_promised_layout():
     scenes = Scenes(objects=(2,), size=96, questions=3)
     sample = scenes.sample(5, np.random.default_rng(0))
-    assert sample.image.shape == (96, 96, 3)
-    assert sample.image.dtype == np.uint8
+    assert sample.media("image")[0].shape == (96, 96, 3)
+    assert sample.media("image")[0].dtype == np.uint8
     assert sample.group == "scene2"
     assert [turn.length for turn in sample.turns] == [20, 4, 4, 4]
     assert sample.turns[0].prompt == "describe the picture"

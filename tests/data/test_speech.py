@@ -162,7 +162,7 @@ def test_dataset_gives_audio_and_its_words(folder):
     data, rng = Speech(folder), np.random.default_rng(0)
     assert len(data) == 2
     sample = data.sample(0, rng)
-    audio, rate = sample.audio
+    audio, rate = sample.media("audio")[0]
     assert (audio.dtype, audio.shape, rate) == (np.float32, (8000,), 16_000)
     assert np.abs(audio).max() == pytest.approx(0.1, abs=1e-3)
     (turn,) = sample.turns
@@ -175,8 +175,8 @@ def test_dataset_gives_audio_and_its_words(folder):
 @pytest.mark.parametrize("cache", [True, False])
 def test_dataset_draws_depend_on_index_and_generator_only(folder, cache):
     data = Speech(folder, augment=True, cache=cache)
-    plain = Speech(folder).sample(1, np.random.default_rng(0)).audio[0]
-    draws = [data.sample(1, np.random.default_rng(seed)).audio[0] for seed in (3, 3, 4)]
+    plain = Speech(folder).sample(1, np.random.default_rng(0)).media("audio")[0][0]
+    draws = [data.sample(1, np.random.default_rng(seed)).media("audio")[0][0] for seed in (3, 3, 4)]
     assert np.array_equal(draws[0], draws[1])
     assert not np.array_equal(draws[0], draws[2])
     for draw in draws:

@@ -42,8 +42,8 @@ def test_own_folder_holds_everything(
         if kind == "state":
             continue
         with torch.inference_mode():
-            [first] = model.encode(kind, [model.prepare(kind, item)])
-            [second] = again.encode(kind, [again.prepare(kind, item)])
+            [first] = model.encode(kind, [model.processor.prepare(kind, item)])
+            [second] = again.encode(kind, [again.processor.prepare(kind, item)])
         assert torch.equal(first, second)
 
 

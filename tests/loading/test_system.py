@@ -19,6 +19,7 @@ from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Keys, Spec
 from mmdlm.backbones.llada import LLaDA
 from mmdlm.blueprint import Blueprint, describe
+from mmdlm.chat import Template
 from mmdlm.checkpoint import load, save, save_published
 from mmdlm.export import export
 from mmdlm.loading.shards import INDEX, SINGLE
@@ -109,7 +110,7 @@ def make(**spec: Any) -> MultimodalDLM:
     )
     model.backbone.reset(torch.Generator().manual_seed(0))
     model.system = "toy"
-    model.template = {"media": {"image": "{}\n"}, "system": "You see."}
+    model.template = Template(**{"media": {"image": "{}\n"}, "system": "You see."})
     return model.eval()
 
 
@@ -163,7 +164,7 @@ def test_folder_is_read_as_the_model_it_was_written_from(
     assert len(again.report.loaded) == len(stored(folder))
     assert (again.report.ignored, again.report.missing) == ({}, ())
     with torch.inference_mode():
-        item = model.prepare("image", ViT.example(3))
+        item = model.processor.prepare("image", ViT.example(3))
         [first], [second] = (m.encode("image", [item]) for m in (model, again))
     assert torch.equal(first, second)
 
@@ -289,14 +290,14 @@ def test_overrides_and_hints_apply_to_systems(folder: Path) -> None:
 
 def test_model_the_layout_cannot_say_is_not_written(toy: type[System], tmp_path: Path) -> None:
     model = make()
-    model.template = {"media": {"image": "<image>{}"}}
+    model.template = Template(**{"media": {"image": "<image>{}"}})
     with pytest.raises(ValueError, match="layout of toy cannot say .* with other template; use sa"):
         save_published(model, tmp_path / "a")
     model = make(stop_ids=(9,), eos_id=8)
     model.encoders["image"].arguments["mean"] = (0.1, 0.2, 0.3)
     save_published(model, tmp_path / "b")
     assert load(tmp_path / "b").encoders["image"].preprocess.mean == (0.1, 0.2, 0.3)
-    with pytest.raises(ValueError, match="cannot say {'shift'"):
+    with pytest.raises(ValueError, match="cannot express {'shift'"):
         save_published(make(shift=True), tmp_path / "c")
     assert not (tmp_path / "a").exists()
     assert not (tmp_path / "c").exists()

@@ -10,7 +10,7 @@ from adapters.pixel_shuffle import PixelShuffle
 from encoders.vit import ViT
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
-from mmdlm.data.collate import collate, rows
+from mmdlm.data import collate
 from mmdlm.data.scenes import Scenes
 from mmdlm.layout import Row, Turn
 from mmdlm.model import MultimodalDLM
@@ -135,9 +135,8 @@ def test_training_encoders_alone_skips_the_backbone(monkeypatch):
     vit = ViT(size=32, patch=8, dim=16, depth=1, heads=2)
     model = MultimodalDLM(spec, {"image": vit}, {"image": PixelShuffle(16, WIDTH)}, tokenizer)
     samples = [scenes.sample(i, np.random.default_rng(i)) for i in range(3)]
-    collated = collate(model, samples, torch.arange(3), torch.zeros(3).double())
-    made, seeds, phase, media = rows(model, collated)
-    batch = Batch(model.arrange(made), seeds, phase, collated.groups, media, collated.names)
+    made = collate.collate(model.processor, samples, torch.arange(3), torch.zeros(3).double())
+    batch = collate.batch(model, made)
     monkeypatch.setattr(model, "hidden", lambda sequence: pytest.fail("the backbone ran"))
     losses = Grounded(objective=None).step(model, batch)
     assert losses.count.item() == 3 * 4

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
-from mmdlm.layout import ANSWER, GOLDEN, Row, Turn
+from mmdlm.layout import GOLDEN, Row, Turn
 from mmdlm.model import MultimodalDLM
 from mmdlm.objectives.masked import Masked
 from mmdlm.objectives.objective import Batch
@@ -86,7 +86,7 @@ def test_only_answers_are_masked_and_scored():
     model = small()
     batch = batch_of(model, [row([3, 4, 5], [6, 7, 1]), row([3], [8, 1])], torch.tensor([5, 9]))
     masked, p = Masked(full=1.0).corrupt(batch)
-    answer = (batch.sequence.kind == ANSWER) & batch.sequence.mask
+    answer = batch.sequence.is_answer
     assert torch.equal(masked, answer)
     assert (p[answer] == 1).all()
 

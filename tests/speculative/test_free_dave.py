@@ -220,7 +220,7 @@ def test_the_bundled_model_captions_in_fewer_forwards() -> None:
     text = model.prompt("describe the picture")
     rows = []
     for shapes in (1, 3):
-        image = model.prepare("image", draw(random_scene(rng, shapes)))
+        image = model.processor.prepare("image", draw(random_scene(rng, shapes)))
         rows.append(Row((*model.encode("image", [image]), text)))
     prompt = model.arrange(rows)
     plain, got = decode(model, prompt, 20), free_dave(model, prompt, 20)

@@ -5,7 +5,6 @@ import torch
 
 import mmdlm
 from mmdlm.layout import Row
-from mmdlm.tasks.request import prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*filled the canvas")
 QUESTIONS = ["what is it ?", "is it red ?", "is the circle left of the square ?"]
@@ -51,7 +50,7 @@ def test_lists_of_unequal_length_are_refused(model, pictures):
 
 def slow_probabilities(model, question, image, choices, size):
     """One row, one position and one choice at a time, in float64."""
-    media = model.encode("image", [prepare(model, "image", image)])[0]
+    media = model.encode("image", [model.processor.prepare("image", image)])[0]
     prompt = model.prompt(question)
     row = model.arrange([Row((media, prompt))])
     decoded = torch.full((size,), model.spec.mask_id)

@@ -60,11 +60,13 @@ def test_list_gives_what_each_gives_alone(chatty, kind):
 
 def test_length_comes_from_the_caller_or_the_checkpoint(chatty, monkeypatch):
     def size(**options):
-        mmdlm.generate(chatty, "hi", strategies="one_step", **options)
-        return sizes.pop()
+        found = []
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "fill_in", lambda _, given, *__, **___: found.extend(given))
+            patched.setattr(module, "shown", lambda *_: None)
+            mmdlm.generate(chatty, "hi", strategies="one_step", **options)
+        return len(chatty.processor.canvas(found[0].messages))
 
-    sizes, blank = [], module.blank
-    monkeypatch.setattr(module, "blank", lambda m, n: sizes.append(n) or blank(m, n))
     assert size() == 128
     assert size(length=3) == 3
     monkeypatch.setattr(chatty, "preset", {"generate": {"length": 9, "strategies": []}})

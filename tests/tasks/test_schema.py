@@ -211,7 +211,9 @@ def test_pieces_are_cut_where_s3_cuts_them(model, monkeypatch) -> None:
     monkeypatch.setattr(
         model.tokenizer, "encode", lambda t, special=True: special or told.append(t) or encode(t)
     )
-    monkeypatch.setattr("mmdlm.tasks.scaffold.text_ids", lambda model, text: torch.tensor([32]))
+    monkeypatch.setattr(
+        "mmdlm.processor.Processor.encode", lambda processor, text: torch.tensor([32])
+    )
     scaffold(model, {"properties": {"a": {"type": "string"}, "b": {"type": "string"}}})
     assert told == ["```json\n", "{\n", '  "a": "', '",\n', '  "b": "', '"\n', "}", "\n```"]
 

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
-from mmdlm.layout import ANSWER
 
 
 @dataclass(frozen=True)
@@ -31,4 +30,4 @@ class PrefixLM(Strategy):
         attention = state.model.spec.attention
         if attention != "full":
             raise ValueError(f"PrefixLM is for full attention, this model has {attention}; drop it")
-        state.set_levels((state.sequence.kind == ANSWER).long())
+        state.set_levels(state.sequence.is_answer.long())

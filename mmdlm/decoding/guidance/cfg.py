@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
-from mmdlm.layout import TEXT
+from mmdlm.layout import ANSWER
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class CFG(Strategy):
         """[B R V] float32."""
         if self.scale == 0:
             return logits
-        text = state.sequence.kind == TEXT
+        text = ~(state.sequence.is_medium | (state.sequence.role == ANSWER))
         without = state.tokens.masked_fill(text, state.model.spec.mask_id)
         plain = state.forward(without, cache="without text")
         return plain + (self.scale + 1) * (logits - plain)

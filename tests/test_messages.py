@@ -1,0 +1,115 @@
+"""What people write becomes messages."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mmdlm.messages import (
+    Example,
+    Media,
+    Message,
+    Slot,
+    Text,
+    assistant,
+    conversation,
+    is_conversation,
+    merge,
+    user,
+)
+
+IMAGE = np.zeros((4, 4, 3), np.uint8)
+
+
+def test_a_text_is_what_a_user_says():
+    (message,) = conversation("hi")
+    assert (message.role, message.text) == ("user", "hi")
+
+
+def test_content_parts_of_openai_and_transformers_become_parts_in_order():
+    content = [
+        "look at ",
+        {"type": "image", "image": IMAGE},
+        {"type": "text", "text": " and "},
+        {"type": "image_url", "image_url": {"url": "cat.jpg"}},
+        {"type": "image", "path": "dog.jpg"},
+        {"type": "audio", "audio": "a.wav"},
+    ]
+    system, message = conversation(
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
+    )
+    assert (system.role, system.text) == ("system", "Be brief.")
+    kinds = [part.kind if isinstance(part, Media) else part.text for part in message.parts]
+    assert kinds == ["look at ", "image", " and ", "image", "image", "audio"]
+    items = [part.item for part in message.parts if isinstance(part, Media)]
+    assert items[0] is IMAGE
+    assert items[1:] == ["cat.jpg", "dog.jpg", "a.wav"]
+    assert message.text == "look at  and "
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"type": "video", "video": "a.mp4"}], "holds the part"),
+        ([{"type": "image"}], "holds the part"),
+        ([{"type": "text", "text": 3}], "holds the part"),
+        (3, "content of type int"),
+    ],
+)
+def test_unknown_parts_are_named(content, message):
+    with pytest.raises(ValueError, match=message):
+        conversation([{"role": "user", "content": content}])
+
+
+def test_extra_keys_are_named():
+    with pytest.raises(TypeError, match="message 0 is .*expected"):
+        conversation([{"role": "user", "content": "hi", "name": "me"}])
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("hi", False),
+        (["hi", "there"], False),
+        ([{"role": "user", "content": "hi"}], True),
+        ([user("hi")], True),
+        ([[user("hi")]], False),
+        ([], False),
+        (Example((user("hi"),)), True),
+    ],
+)
+def test_conversations_are_told_from_texts_and_lists(given, expected):
+    assert is_conversation(given) is expected
+
+
+def test_branches_continue_the_shared_message():
+    shared = user(Media("image", IMAGE))
+    branches = tuple(
+        (user(question), assistant(Slot("text", 2, answer)))
+        for question, answer in (("what ?", "red"), ("how many ?", "two"))
+    )
+    example = Example((shared,), branches)
+    assert [turn[:2] for turn in example.turns] == [("what ?", "red"), ("how many ?", "two")]
+    first = example.conversations[0]
+    assert [message.role for message in first] == ["user", "assistant"]
+    assert isinstance(first[0].parts[0], Media)
+    assert example.media("image") == [IMAGE]
+    assert example.media("audio") == []
+
+
+def test_neighbours_of_one_role_are_merged():
+    merged = merge((user("a"), user("b"), assistant("c")))
+    assert [(message.role, message.text) for message in merged] == [
+        ("user", "ab"),
+        ("assistant", "c"),
+    ]
+
+
+def test_roles_are_checked():
+    with pytest.raises(ValueError, match="role is 'tool'"):
+        Message("tool", (Text("hi"),))
+
+
+def test_ids_are_no_words():
+    assert user(Text(torch.tensor([1, 2])), "hi").text == "hi"
