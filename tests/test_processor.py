@@ -18,7 +18,10 @@ from mmdlm.messages import RAW, Example, Media, Message, Slot, Text, assistant, 
 from mmdlm.processor import MediaCache, Processor
 
 MARKERS = ["<|im_start|>", "<|im_end|>", "<|vision|>"]
-CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+    "{% endfor %}{{ '<|im_start|>assistant\\n' }}"
+)
 
 
 def image(seed):
@@ -80,9 +83,8 @@ def test_a_default_system_message_is_only_a_default(build):
 
 def test_raw_messages_are_taken_as_they_are(build):
     processor = build(Template(CHATML, {"image": "<|vision|>{}"}, "Be brief."))
-    raw = Message(
-        RAW, (Text(torch.tensor([5, 6])), Media("image", image(0)), Text(torch.tensor([7])))
-    )
+    before, after = (Text(torch.tensor(ids)) for ids in ([5, 6], [7]))
+    raw = Message(RAW, (before, Media("image", image(0)), after))
     first, medium, last = processor.prompt((raw,))
     assert (first.tolist(), last.tolist()) == ([5, 6], [7])
     assert isinstance(medium, Media)
@@ -154,7 +156,7 @@ def test_inputs_may_treat_several_items_differently(build):
 
 def test_errors_name_the_item(build):
     processor = build()
-    bad = np.zeros((4, 4, 2), np.uint8)
+    bad = np.zeros((4, 4, 7), np.uint8)
     examples = [Example((user(Media("image", one), "a"),)) for one in (image(0), bad)]
     with pytest.raises(ValueError, match="image") as caught:
         processor.pack(examples)
@@ -165,9 +167,8 @@ def test_processor_can_be_pickled_without_weights():
     processor = mmdlm.load("tiny").processor
     data = pickle.dumps(processor)
     assert len(data) < 100_000
-    example = Example(
-        (user(Media("image", image(0)), "describe the picture"), assistant(Slot(length=4)))
-    )
+    asked = user(Media("image", image(0)), "describe the picture")
+    example = Example((asked, assistant(Slot(length=4))))
     first, second = (each.pack([example]).rows[0] for each in (processor, pickle.loads(data)))
     assert torch.equal(first.items[0].tensor, second.items[0].tensor)
     assert torch.equal(first.turns[0].answer, second.turns[0].answer)
@@ -186,10 +187,6 @@ def test_several_images_in_one_question_and_in_several_turns():
     single = mmdlm.answer(model, "what colour is the circle ?", pictures[0], details=True)
     both = mmdlm.answer(model, [messages, messages], details=True)
     assert [each.tokens for each in both] == [one.tokens] * 2
-    packed = model.processor.pack(
-        [Example(tuple(user(*[Media("image", p) for p in pictures], "a") for _ in [0]))]
-    )
-    assert len(packed.rows[0].items) == 2
     assert one.confidence != single.confidence  # the second image is seen
     with pytest.raises(ValueError, match="leave image= out"):
         mmdlm.answer(model, messages, pictures[0])
