@@ -156,7 +156,7 @@ def test_inputs_may_treat_several_items_differently(build):
 
 def test_errors_name_the_item(build):
     processor = build()
-    bad = np.zeros((4, 4, 7), np.uint8)
+    bad = np.zeros((5, 6, 7), np.uint8)
     examples = [Example((user(Media("image", one), "a"),)) for one in (image(0), bad)]
     with pytest.raises(ValueError, match="image") as caught:
         processor.pack(examples)
