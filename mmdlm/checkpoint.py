@@ -42,7 +42,7 @@ def load(
     compile: bool = False,
     **overrides: Any,
 ) -> MultimodalDLM:
-    """The model of a checkpoint, ready to use (eval mode); `model.report` says what was read.
+    """The model of a checkpoint, ready to use (eval mode); `model.report` lists what was read.
 
     Weights go from the file straight into the model, converted on the way: memory peaks at the size
     of the model and a few MB, with `quantize` at the size of the quantized model and one block.
@@ -54,7 +54,7 @@ def load(
         dtype: "float32", "bfloat16" or "float16"; "stored" is the checkpoint's, for each encoder,
             adapter and the backbone; "auto" is the backbone's stored type on a GPU and float32 on
             a CPU.
-        family: family or system of a published checkpoint whose config.json does not tell, e.g.
+        family: family or system of a published checkpoint that config.json does not identify, e.g.
             "llada". A family reads the language model of a multimodal checkpoint alone.
         quantize: "int8" or "int4" quantizes the weights of the blocks, see
             `mmdlm.loading.quantize`.
@@ -134,7 +134,7 @@ def save(
         card: text of README.md; None leaves the file alone.
 
     Raises:
-        ValueError: the backbone is not what the spec says; such a folder could not be loaded.
+        ValueError: the backbone does not match its spec; such a folder could not be loaded.
     """
     check_savable(model)
     blueprint = describe(model)

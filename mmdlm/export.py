@@ -44,7 +44,7 @@ def export(
         decoding: YAML file of prompts, lengths and strategies by task.
         card: Markdown file that becomes the folder's README.md; None for the source folder's.
         layout: "own", or the "published" one of the system or family the model is of.
-        family: how to read a published checkpoint whose config.json does not tell; for any other
+        family: how to read a published checkpoint that config.json does not identify; for any other
             source, the family whose published layout is written (None: the model's own).
         shard_bytes: most bytes per file of weights in the published layout.
     Raises:

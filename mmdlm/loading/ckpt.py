@@ -1,4 +1,4 @@
-"""The `.ckpt` files of `mmdlm fit`: the entry that says what the model is, and its weights."""
+"""The `.ckpt` files of `mmdlm fit`: a description of the model, and its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user says about a checkpoint that its config.json leaves out or gets wrong."""
+"""Values a user gives for what a config.json leaves out or gets wrong."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mmdlm.backbones.family import Spec
 from mmdlm.chat import PLAIN, TEMPLATES
 from mmdlm.layout import Attention
 
-# Of the spec: not what the tensors decide. Of the transformer: what changes no shape.
+# Of the spec, all that the tensors do not decide; of the transformer, what changes no shape.
 SPEC = tuple(f.name for f in dataclasses.fields(Spec) if f.name not in ("family", "transformer"))
 TRANSFORMER = ("theta", "theta_scale")
 
@@ -42,7 +42,7 @@ def override(spec: Spec, given: dict[str, Any]) -> Spec:
     """A spec with some of its values replaced.
 
     Args:
-        spec: what the checkpoint says.
+        spec: as read from the checkpoint.
         given: values by name, see `check`.
 
     Raises:

@@ -29,7 +29,7 @@ class Layout:
 
     Args:
         config: config.json.
-        places: published names and the part of the model behind each.
+        places: published names, and where each tensor is in the model.
         fixed: ends of our names that keep their type.
         files: further JSON files by path.
         weights: what is written beside the weights of the folder, see `System.WEIGHTS`.

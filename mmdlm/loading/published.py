@@ -31,7 +31,7 @@ def family_of(config: dict[str, Any], names: set[str], name: str | None) -> type
     Args:
         config: config.json.
         names: the checkpoint's tensors.
-        name: family asked for; None to find it.
+        name: the user's choice; None to find it.
 
     Raises:
         ValueError: no family fits, or more than one.
@@ -51,11 +51,11 @@ def family_of(config: dict[str, Any], names: set[str], name: str | None) -> type
     if fitting:
         both = " and ".join(family.__name__ for family in fitting)
         raise ValueError(f"{both} both fit {seen}; choose with family=, one of {supported}")
-    asked = sorted(_file(family) for family in known.values() if model_type in family.ON_REQUEST)
-    if asked:
+    explicit = sorted(_file(family) for family in known.values() if model_type in family.ON_REQUEST)
+    if explicit:
         near = (
             f"{model_type!r} is the type of an autoregressive model; if this one was trained to "
-            f"denoise, give family={' or family='.join(map(repr, asked))}"
+            f"denoise, give family={' or family='.join(map(repr, explicit))}"
         )
     else:
         near = (
@@ -71,7 +71,7 @@ def system_of(config: dict[str, Any], names: set[str], name: str | None) -> type
     Args:
         config: config.json.
         names: the checkpoint's tensors.
-        name: system or family asked for; None to find it.
+        name: the user's choice, system or family; None to find it.
 
     Raises:
         ValueError: more than one system fits.
@@ -113,7 +113,7 @@ def _plain(name: Any) -> str:
 
 
 def _nearest(config: dict[str, Any], names: set[str], known: Iterable[type[Family]]) -> str:
-    """The family whose name and tensors' names are most like a checkpoint's."""
+    """The family whose name and tensor names are most similar to a checkpoint's."""
     called = [*(config.get("architectures") or ()), config.get("model_type")]
     # Layers and experts are alike, so the first of each stands for all.
     seen = {re.sub(r"(?<=\.)\d+(?=\.)", "0", name) for name in names}
@@ -144,7 +144,8 @@ def read(
     Args:
         folder: the checkpoint.
         config: its config.json.
-        name: family or system asked for; None to find it. A family reads the language model alone.
+        name: the user's choice, family or system; None to find it. A family reads the language
+            model alone.
         mask_id: id of the mask token where the config names none.
 
     Raises:

@@ -98,7 +98,7 @@ def file_types(
 
 
 def check_savable(model: MultimodalDLM) -> None:
-    """Raises unless the backbone has the tensors its spec says, in full precision.
+    """Raises unless the backbone has the tensors of its spec, in full precision.
 
     Raises:
         ValueError: it does not; such a folder could not be loaded.
@@ -114,6 +114,6 @@ def check_savable(model: MultimodalDLM) -> None:
     differ = sorted(n for n in {*has, *expected} if has.get(n) != expected.get(n))
     if differ:
         raise ValueError(
-            f"the backbone's {preview(differ)} differ from what its spec says; merge adapters such "
-            "as LoRA, and save the model itself rather than its compiled form"
+            f"the backbone's {preview(differ)} do not match its spec; merge adapters such as "
+            "LoRA, and save the model itself rather than its compiled form"
         )

@@ -1,4 +1,4 @@
-"""What a published multimodal system says about itself: its parts, settings and tensor names."""
+"""The base of published multimodal systems: their parts, settings and tensor names."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class Beside:
 class System:
     """One published layout with encoders. Subclasses are the system files of this folder.
 
-    A file here translates config.json into a `Blueprint` and says under which names the weights of
-    each part are published; `mmdlm.loading.published` and `publish` do the rest. It holds data
-    only: no tensors, and no import of encoders or adapters, which `table` finds by recipe. The
-    smallest one:
+    A file here translates config.json into a `Blueprint` and gives the names under which the
+    weights of each part are published; `mmdlm.loading.published` and `publish` do the rest. It
+    holds data only: no tensors, and no import of encoders or adapters, which `table` finds by
+    recipe. The smallest one:
 
         class LaViDa(System):
             TYPES = ("llava_llada",)
