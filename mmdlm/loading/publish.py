@@ -91,7 +91,7 @@ def _of_system(model: MultimodalDLM) -> Layout:
     again = replace(system.read(config, {*places, *held}), system=model.system)
     if differ := _differences(ours, again):
         raise ValueError(
-            f"the published layout of {model.system} cannot say what this model is; it would be "
+            f"the published layout of {model.system} cannot express this model; it would be "
             f"read back with other {', '.join(differ)}; use save"
         )
     files = {name: config.pop(name) for name in system.FILES if name in config}

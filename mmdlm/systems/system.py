@@ -135,7 +135,7 @@ class System:
         `read` must take it back: the caller compares.
 
         Raises:
-            ValueError: the published config has no way to say what the model is.
+            ValueError: the published config cannot express the model.
         """
         raise ValueError(f"{cls.__name__} checkpoints are read only; save in our own layout")
 

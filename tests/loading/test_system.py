@@ -288,10 +288,12 @@ def test_overrides_and_hints_apply_to_systems(folder: Path) -> None:
     assert torch.equal(alone.backbone.embed.weight, model.backbone.embed.weight)
 
 
-def test_model_the_layout_cannot_say_is_not_written(toy: type[System], tmp_path: Path) -> None:
+def test_model_the_layout_cannot_express_is_not_written(toy: type[System], tmp_path: Path) -> None:
     model = make()
-    model.template = Template(**{"media": {"image": "<image>{}"}})
-    with pytest.raises(ValueError, match="layout of toy cannot say .* with other template; use sa"):
+    model.template = Template(media={"image": "<image>{}"})
+    with pytest.raises(
+        ValueError, match="layout of toy cannot express .* with other template; use"
+    ):
         save_published(model, tmp_path / "a")
     model = make(stop_ids=(9,), eos_id=8)
     model.encoders["image"].arguments["mean"] = (0.1, 0.2, 0.3)
