@@ -65,7 +65,7 @@ def decoding(tmp_path):
 
 
 def picture():
-    return Scenes(seed=9, size=32).sample(0, np.random.default_rng(0)).image
+    return Scenes(seed=9, size=32).sample(0, np.random.default_rng(0)).media("image")[0]
 
 
 @pytest.mark.filterwarnings("ignore:.*filled the canvas")
