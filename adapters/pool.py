@@ -60,44 +60,58 @@ class Pool(Adapter):
         """
         if self.kind == "concat":
             return self.project(_stack(features, self.factor))
-        if features.grid is None:
-            raise ValueError(
-                f"Pool: kind={self.kind!r} needs a grid and {features.tokens.shape[1]} tokens came "
-                "without one; use kind='concat' for sequences"
-            )
-        if self.kind != "bilinear" and min(features.grid) < self.factor:
-            raise ValueError(
-                f"Pool: grid {features.grid} is smaller than factor={self.factor}; "
-                "use kind='bilinear' or a smaller factor"
-            )
-        return self._pool(self.project(features), features.grid)
+        return pool_grid(self.project(features), self.kind, self.factor)
 
-    def _pool(self, features: Features, grid: tuple[int, int]) -> Features:
-        """Pools projected features on their grid; what stands at mask False never counts."""
-        rows, columns = grid
-        real = rearrange(features.mask, "B (Y X) -> B 1 Y X", Y=rows)
-        tokens = rearrange(features.tokens, "B (Y X) D -> B D Y X", Y=rows)
-        if self.kind == "max":
-            low = torch.finfo(tokens.dtype).min
-            pooled = functional.max_pool2d(torch.where(real, tokens, low), self.factor)
-            weight = functional.max_pool2d(real.to(tokens.dtype), self.factor)
-            pooled = torch.where(weight > 0, pooled, 0)
-        else:
-            # Weighted mean over the real tokens; with none masked the weight is 1.
-            pooled = self._shrink(torch.where(real, tokens, 0), rows, columns)
-            weight = self._shrink(real.to(tokens.dtype), rows, columns)
-            pooled = pooled / weight.clamp_min(torch.finfo(tokens.dtype).tiny)
-        return Features(
-            rearrange(pooled, "B D Y X -> B (Y X) D"),
-            rearrange(weight > 0, "B 1 Y X -> B (Y X)"),
-            (pooled.shape[2], pooled.shape[3]),
+
+def pool_grid(
+    features: Features, kind: Literal["bilinear", "average", "max"], factor: int
+) -> Features:
+    """Tokens pooled on their grid; a pooled token is real if any token it covers is.
+
+    What stands at mask False never counts.
+
+    Args:
+        features: tokens [B N D] on a grid.
+        kind: see `Pool`.
+        factor: sides of the grid shrink by this.
+    Raises:
+        ValueError: no grid, or one smaller than `factor`.
+    """
+    if features.grid is None:
+        raise ValueError(
+            f"Pool: kind={kind!r} needs a grid and {features.tokens.shape[1]} tokens came "
+            "without one; use kind='concat' for sequences"
+        )
+    rows, columns = features.grid
+    if kind != "bilinear" and min(rows, columns) < factor:
+        raise ValueError(
+            f"Pool: grid {features.grid} is smaller than factor={factor}; "
+            "use kind='bilinear' or a smaller factor"
         )
 
-    def _shrink(self, picture: Tensor, rows: int, columns: int) -> Tensor:
-        if self.kind == "average":
-            return functional.avg_pool2d(picture, self.factor)
-        size = (math.ceil(rows / self.factor), math.ceil(columns / self.factor))
-        return functional.interpolate(picture, size, mode="bilinear", align_corners=False)
+    def shrink(image: Tensor) -> Tensor:
+        if kind == "average":
+            return functional.avg_pool2d(image, factor)
+        size = (math.ceil(rows / factor), math.ceil(columns / factor))
+        return functional.interpolate(image, size, mode="bilinear", align_corners=False)
+
+    real = rearrange(features.mask, "B (Y X) -> B 1 Y X", Y=rows)
+    tokens = rearrange(features.tokens, "B (Y X) D -> B D Y X", Y=rows)
+    if kind == "max":
+        low = torch.finfo(tokens.dtype).min
+        pooled = functional.max_pool2d(torch.where(real, tokens, low), factor)
+        weight = functional.max_pool2d(real.to(tokens.dtype), factor)
+        pooled = torch.where(weight > 0, pooled, 0)
+    else:
+        # Weighted mean over the real tokens; with none masked the weight is 1.
+        pooled = shrink(torch.where(real, tokens, 0))
+        weight = shrink(real.to(tokens.dtype))
+        pooled = pooled / weight.clamp_min(torch.finfo(tokens.dtype).tiny)
+    return Features(
+        rearrange(pooled, "B D Y X -> B (Y X) D"),
+        rearrange(weight > 0, "B 1 Y X -> B (Y X)"),
+        (pooled.shape[2], pooled.shape[3]),
+    )
 
 
 def _stack(features: Features, factor: int) -> Features:

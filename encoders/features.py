@@ -24,7 +24,8 @@ class Prepared:
         tensor: pixels [3 Y X], views of one image [V 3 Y X], patches [N C], log-mel frames
             [mels T] or a state [S]; float.
         size: rows and columns of the original image in pixels; () otherwise.
-        grid: patches per axis where the item decides it (native resolution); () otherwise.
+        grid: patches per axis where the item decides it (native resolution), or tiles per axis of
+            an image in several views; () otherwise.
     """
 
     kind: str
