@@ -1,4 +1,4 @@
-"""Whisper's audio front end: mono samples at 16 kHz, then log-mel frames, 100 per second."""
+"""Whisper's audio front end: mono samples at 16 kHz to log-mel frames, 100 per second."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 RATE = 16_000  # Hz
 HOP = 160  # samples per frame
 SHORTEST = 0.025  # seconds, one analysis window of 400 samples
-LOUDEST = 4.0  # decoders overshoot [-1, 1] a little; more than this is another unit
+LOUDEST = 4.0  # audio decoders overshoot [-1, 1] slightly; larger values are in another unit
 
 
 def waveform(item: Any, longest: float | None = None) -> Tensor:
     """Mono samples, float32 [T] at 16 kHz on the CPU, from (samples, rate).
 
-    Channels are averaged. Silence is let through: it gives the features of silence.
+    Channels are averaged. Silence is valid.
 
     Args:
-        item: samples [T], [C T] or [T C] (the shorter side is taken for the channels), float in
-            [-1, 1] or int16, with their rate in Hz.
-        longest: seconds that still fit; None for no limit.
+        item: samples [T], [C T] or [T C] (the shorter axis is the channels), float in [-1, 1] or
+            int16, with their rate in Hz.
+        longest: maximum duration in seconds; None for no limit.
 
     Raises:
         TypeError: not a pair of samples and rate, or integers other than int16.
@@ -42,20 +42,21 @@ def waveform(item: Any, longest: float | None = None) -> Tensor:
         samples, rate = item
     except (TypeError, ValueError):
         raise TypeError(
-            f"audio is {type(item).__name__}, expected (samples, rate), such as "
-            "soundfile.read gives"
+            f"audio is {type(item).__name__}, expected (samples, rate), as returned by "
+            "soundfile.read"
         ) from None
     wave = _mono(samples, rate)
     _check_samples(wave, rate, longest)
     if rate == RATE:
         return wave
-    # The kernel grows with the reduced ratio: 44101 Hz would need gigabytes for 4 parts in 10^6.
+    # The resampling kernel grows with the terms of the ratio; for 44101 Hz it would take
+    # gigabytes. A denominator of at most 1000 changes the rate by 4 parts in 10^6.
     ratio = Fraction(RATE / rate).limit_denominator(1000)
     return import_torchaudio().functional.resample(wave, ratio.denominator, ratio.numerator)
 
 
 def _mono(samples: Any, rate: Any) -> Tensor:
-    """Float32 [T] of samples of any accepted type and number of channels."""
+    """Mono float32 [T] of samples of any accepted type and number of channels."""
     wave = torch.as_tensor(samples).detach().cpu()
     if wave.dtype == torch.int16:
         wave = wave.float() / 32768
@@ -76,7 +77,7 @@ def _mono(samples: Any, rate: Any) -> Tensor:
 
 
 def _check_samples(wave: Tensor, rate: float, longest: float | None) -> None:
-    """Refuses clips of the wrong length or range."""
+    """Raises ValueError for clips of invalid length or range."""
     seconds = len(wave) / rate
     if seconds < SHORTEST:
         raise ValueError(
@@ -85,8 +86,8 @@ def _check_samples(wave: Tensor, rate: float, longest: float | None) -> None:
         )
     if longest is not None and seconds > longest:
         raise ValueError(
-            f"audio lasts {seconds:.2f} s, the encoder takes at most {longest:.2f} s; nothing is "
-            "cut silently: split the clip into windows and join the answers"
+            f"audio lasts {seconds:.2f} s ({len(wave)} samples at {rate} Hz), the encoder takes at "
+            f"most {longest:.2f} s; split the clip into windows and join the answers"
         )
     peak = wave.abs().max().item()  # NaN if any sample is
     if not math.isfinite(peak):
@@ -100,7 +101,7 @@ def _check_samples(wave: Tensor, rate: float, longest: float | None) -> None:
 
 @functools.cache
 def _spectrogram(mels: int) -> MelSpectrogram:
-    # Built at first use: an encoder made on the meta device must still have real filters.
+    # Built on first use, so that an encoder constructed on the meta device has real filters.
     with torch.device("cpu"):
         return import_torchaudio().transforms.MelSpectrogram(
             RATE, n_fft=400, hop_length=HOP, n_mels=mels, norm="slaney", mel_scale="slaney"
@@ -110,13 +111,15 @@ def _spectrogram(mels: int) -> MelSpectrogram:
 class LogMel:
     """Whisper's log-mel frames of one clip.
 
-    A plain callable and no module: its filters stay on the CPU and out of checkpoints.
+    A plain callable, not a module: its filters stay on the CPU and out of checkpoints.
     Constants: openai/whisper: whisper/audio.py.
 
     Args:
         mels: bands between 0 and 8000 Hz; 80, or 128 for large-v3.
-        seconds: window to which clips are filled with zeros, a whole number of frames; None keeps
+        seconds: window to which clips are padded with zeros, a whole number of frames; None keeps
             each clip's length.
+    Raises:
+        ValueError: `seconds` is not a positive whole number of frames.
     """
 
     def __init__(self, mels: int = 80, seconds: float | None = 30.0) -> None:
@@ -126,10 +129,10 @@ class LogMel:
         self.samples = None if seconds is None else round(seconds * RATE)
 
     def __call__(self, wave: Tensor) -> Tensor:
-        """Frames, float32 [mels T], within 2 of their loudest value.
+        """Frames, float32 [mels T], at most 2 below their maximum.
 
         Args:
-            wave: [T] float32 at 16 kHz; without a window it is filled up to whole frames.
+            wave: [T] float32 at 16 kHz; without a window it is padded to whole frames.
 
         Raises:
             ValueError: the clip is longer than the window, or too short for one analysis window.

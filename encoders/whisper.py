@@ -18,21 +18,21 @@ from encoders.encoder import Encoder
 from encoders.features import Features, Prepared
 from encoders.mel import HOP, RATE, LogMel, waveform
 
-# Windowed clips carry this many frames past their end: an analysis window of 400 samples centred
-# there can still reach into the clip, so these frames are not yet silence.
+# Clips with a window keep this many frames after their end: an analysis window of 400 samples
+# centred there still overlaps the clip, so these frames are not silence.
 TAIL = 2
 
 
 @dataclass(frozen=True)
 class AudioInput:
-    """Log-mel frames of one clip.
+    """Preprocessing of a clip: (samples, rate) to log-mel frames, without weights.
 
-    With a window, two frames past the end of the clip come along.
+    With a window, two frames after the end of the clip are included.
 
     Args:
         mels: mel bands.
-        seconds: window that clips are filled to with silence; None keeps each clip's length.
-        longest: seconds a clip may last.
+        seconds: window to which clips are padded with silence; None keeps each clip's length.
+        longest: maximum duration in seconds.
     """
 
     mels: int
@@ -44,9 +44,9 @@ class AudioInput:
 
         Raises:
             TypeError: the item is not a pair of samples and rate.
-            ValueError: see `encoders.mel.waveform`; among others, the clip is longer than fits.
+            ValueError: see `encoders.mel.waveform`; for one, the clip exceeds `longest`.
         """
-        # Resampling rounds the number of samples up, perhaps to one past the window.
+        # Resampling rounds the number of samples up, which may exceed the window by one.
         wave = waveform(item, longest=self.longest)[: round(self.longest * RATE)]
         mel = LogMel(self.mels, self.seconds)(wave)
         if self.seconds is not None:
@@ -56,12 +56,12 @@ class AudioInput:
 
 
 class WhisperEncoder(Encoder):
-    """Tokens of speech or sound, 50 per second, in the architecture of Whisper.
+    """Whisper's encoder: 50 tokens per second of speech or sound.
 
-    With `seconds` every clip is filled with silence to one window and attends to all of it, as the
-    published weights were trained; only afterwards the silence is masked. Without, a clip is
-    encoded at its own length, which is cheaper, and is the choice for training from scratch. Either
-    way a clip in a batch gets the tokens it gets alone.
+    With `seconds`, every clip is padded with silence to one window and attends to all of it, as the
+    published weights were trained; the padding is masked afterwards. Without it, a clip is encoded
+    at its own length, which is cheaper; choose this to train from scratch. In both cases a clip
+    gets the same tokens in a batch as alone.
 
     Args:
         dim: width E; even and divisible by `heads`.
@@ -69,8 +69,13 @@ class WhisperEncoder(Encoder):
         heads: attention heads.
         mels: mel bands of the input.
         seconds: window of the published weights (30), or None.
-        hidden: width inside the feed-forward part; None for four times `dim`.
-        positions: rows of the position table; 50 per second that a clip may last.
+        hidden: width of the feed-forward layer; None for four times `dim`.
+        positions: length of the position table, 50 per second of the longest clip.
+        hidden_layers: layers whose outputs are returned in `Features.hidden`, in this order,
+            numbered as transformers' `hidden_states`: 0 the convolutions with positions, i the
+            output of layer i, `layers` the final norm. Needs `seconds`.
+    Raises:
+        ValueError: sizes that do not fit one another, or a hidden layer outside 0 to `layers`.
     """
 
     kind: ClassVar[str] = "audio"
@@ -108,6 +113,7 @@ class WhisperEncoder(Encoder):
         seconds: float | None = 30.0,
         hidden: int | None = None,
         positions: int = 1500,
+        hidden_layers: Sequence[int] = (),
     ) -> None:
         super().__init__()
         if dim % heads or dim % 2 or dim < 4:
@@ -121,8 +127,15 @@ class WhisperEncoder(Encoder):
                 f"WhisperEncoder: seconds={seconds} needs {math.ceil(self.window / 2)} positions, "
                 f"got positions={positions}"
             )
+        wrong = [i for i in hidden_layers if not 0 <= i <= layers]
+        if wrong or (hidden_layers and seconds is None):
+            raise ValueError(
+                f"WhisperEncoder: hidden_layers={list(hidden_layers)} with layers={layers} and "
+                f"seconds={seconds}; expected numbers from 0 to {layers}, and a window in seconds"
+            )
+        self.hidden_layers = tuple(hidden_layers)
         self.longest = positions * 2 * HOP / RATE if seconds is None else seconds  # seconds
-        LogMel(mels, seconds)  # checks the window
+        LogMel(mels, seconds)  # validates the window
         self.preprocess = AudioInput(mels, seconds, self.longest)
         self.conv1 = nn.Conv1d(mels, dim, 3, padding=1)
         self.conv2 = nn.Conv1d(dim, dim, 3, stride=2, padding=1)
@@ -131,30 +144,37 @@ class WhisperEncoder(Encoder):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, items: Sequence[Prepared]) -> Features:
-        """Features of prepared clips, tokens [B N E], cut to the longest clip of the batch.
+        """Features of prepared clips.
 
         Args:
             items: log-mel frames [mels T] each.
+        Returns:
+            tokens [B N E], cut to the longest clip of the batch; the hidden states [B N' E] of
+            `hidden_layers` over the whole window.
         """
         frames = self._frames(items)
-        for state in self._states(items, frames):
+        hidden = {}
+        for layer, state in enumerate(self._states(items, frames)):
+            if layer in self.hidden_layers:
+                hidden[layer] = state
             last = state
         lengths = (frames - 1) // 2 + 1
         last = last[:, : int(lengths.max())]  # [B N E]
         at = torch.arange(last.shape[1], device=last.device)
-        return Features(last, at < lengths.to(last.device)[:, None])
+        chosen = tuple(hidden[layer] for layer in self.hidden_layers)
+        return Features(last, at < lengths.to(last.device)[:, None], hidden=chosen or None)
 
     def states(self, items: Sequence[Prepared]) -> list[Tensor]:
-        """What each layer gives, [B N E] each: 0 the stem, i layer i, the last one normalised.
+        """Hidden states of all layers, [B N E] each, numbered as `hidden_layers`.
 
         N is the whole window, or the longest clip without one; nothing is cut or masked. Without a
-        window, what stands past the end of a shorter clip must not be read.
+        window, the states after the end of a shorter clip are undefined.
         """
         return list(self._states(items, self._frames(items)))
 
     @classmethod
     def tiny(cls) -> Self:
-        """Two layers of width 64 with random weights, for clips of up to four seconds."""
+        """A random two-layer encoder of width 64 for clips of up to four seconds."""
         return cls(dim=64, layers=2, heads=4, seconds=None, positions=200)
 
     @staticmethod
@@ -167,7 +187,7 @@ class WhisperEncoder(Encoder):
         return (0.2 * np.sum(tones, axis=0) + 0.02 * noise).astype(np.float32), RATE
 
     def _frames(self, items: Sequence[Prepared]) -> Tensor:
-        """Frames of each clip itself, int64 [B]."""
+        """Frames of each clip without padding, int64 [B]."""
         if not items:
             raise ValueError("WhisperEncoder: no clips, expected at least one")
         tail = 0 if self.window is None else TAIL
@@ -177,18 +197,18 @@ class WhisperEncoder(Encoder):
             if mel.ndim != 2 or len(mel) != self.mels or not 0 < mel.shape[1] - tail <= most:
                 raise ValueError(
                     f"WhisperEncoder: clip {index} is {list(mel.shape)}, expected [{self.mels} T] "
-                    f"with {1 + tail} to {most + tail} frames; pass what prepare() gives"
+                    f"with {1 + tail} to {most + tail} frames; pass the output of prepare()"
                 )
         return torch.tensor([mel.shape[1] - tail for mel in mels])
 
     def _batch(self, items: Sequence[Prepared]) -> Tensor:
-        """Frames [B mels T], filled with silence to the window or with zeros to the longest."""
+        """Frames [B mels T], padded with silence to the window or with zeros to the longest."""
         mels = [item.tensor.to(self.conv1.weight) for item in items]
         if self.window is None:
             return rearrange(pad_sequence([mel.T for mel in mels], True), "b t c -> b c t")
         batch = []
         for mel in mels:
-            # Digital silence after the -8 floor and (x + 4) / 4 of the front end.
+            # Value of digital silence after the front end's -8 floor and (x + 4) / 4.
             silence = (mel.max() - 2).clamp(min=-1.5)
             clip = mel[:, : self.window]
             rest = silence.expand(self.mels, self.window - clip.shape[1])
@@ -201,7 +221,7 @@ class WhisperEncoder(Encoder):
         if self.window is None and frames.min() < frames.max():
             frames = frames.to(x.device)[:, None]
             at = torch.arange(x.shape[2], device=x.device)
-            # Alone, the second convolution would see zeros past the end, not conv1's bias.
+            # A clip alone has zeros after its end at the second convolution, not conv1's bias.
             x = x * (at < frames)[:, None]
             keys = (at[::2] < frames)[:, None, None]  # [B 1 1 N]
         x = rearrange(F.gelu(self.conv2(x)), "b e n -> b n e")  # [B N E]
@@ -213,7 +233,7 @@ class WhisperEncoder(Encoder):
 
 
 class _Block(nn.Module):
-    """Pre-norm attention and feed-forward part; keys have no bias, as in Whisper."""
+    """Pre-norm attention and feed-forward layer; keys have no bias, as in Whisper."""
 
     def __init__(self, dim: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -239,7 +259,7 @@ class _Block(nn.Module):
 
 
 def sinusoids(length: int, dim: int) -> Tensor:
-    """Fixed positions, float32 [length dim]: sines, then cosines, periods up to 10000 (Whisper)."""
+    """Fixed position embeddings, float32 [length dim]: sines, then cosines (Whisper)."""
     half = dim // 2
     speeds = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half))
     angles = torch.arange(length)[:, None] * speeds

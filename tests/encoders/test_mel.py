@@ -108,7 +108,7 @@ def test_waveform_says_what_is_wrong(item, error, says):
 
 
 def test_nothing_is_cut_silently():
-    with pytest.raises(ValueError, match=r"3.00 s, the encoder takes at most 2.00 s.*windows"):
+    with pytest.raises(ValueError, match=r"3.00 s .* the encoder takes at most 2.00 s.*windows"):
         waveform((np.zeros(24_000, np.float32), 8000), longest=2)
     with pytest.raises(ValueError, match="window holds 16000"):
         LogMel(80, 1)(torch.zeros(16_001))

@@ -1,4 +1,5 @@
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -23,25 +24,33 @@ def rename(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def golden():
-    return load_file(GOLDEN / "whisper_io.safetensors")
+    return load_file(GOLDEN / "diffa_io.safetensors")
 
 
-@pytest.fixture(scope="module")
-def reference():
-    meta = json.loads((GOLDEN / "diffa_meta.json").read_text())
-    config = meta["whisper"]
+META = json.loads((GOLDEN / "diffa_meta.json").read_text())
+
+
+def published(**options) -> WhisperEncoder:
+    """The golden encoder with its published weights."""
+    config = META["whisper"]
     encoder = WhisperEncoder(
         dim=config["d_model"],
         layers=config["encoder_layers"],
         heads=config["encoder_attention_heads"],
         mels=config["num_mel_bins"],
-        seconds=meta["chunk_length_s"],
+        seconds=META["chunk_length_s"],
         hidden=config["encoder_ffn_dim"],
         positions=config["max_source_positions"],
+        **options,
     )
     weights = load_file(GOLDEN / "whisper_encoder.safetensors")
     encoder.load_state_dict({rename(name): weights[name] for name in weights}, strict=True)
     return encoder.eval()
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return published()
 
 
 @pytest.fixture
@@ -65,6 +74,31 @@ def test_published_weights_give_the_reference_states(reference, golden, mels):
         torch.testing.assert_close(
             states[layer], golden[f"enc.hidden_states.{layer}"], atol=1e-4, rtol=0
         )
+
+
+@torch.no_grad()
+def test_hidden_layers_cover_the_whole_window(golden, mels):
+    features = published(hidden_layers=META["acoustic_target_layer_ids"])(mels)
+    assert features.tokens.shape[1] == 65
+    assert [state.shape for state in features.hidden] == [(2, 100, 16)] * 4
+    for layer, state in zip((2, 5, 8, 11), features.hidden, strict=True):
+        torch.testing.assert_close(state, golden[f"enc.hidden_states.{layer}"], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_hidden_layers_are_numbered_from_the_stem_to_the_final_norm(reference, mels):
+    features = published(hidden_layers=[12, 0])(mels)
+    torch.testing.assert_close(features.hidden[0][:, :65], features.tokens)
+    torch.testing.assert_close(features.hidden[1], reference.states(mels)[0])
+    assert reference(mels).hidden is None
+
+
+@torch.no_grad()
+def test_a_clip_has_the_same_hidden_states_alone_and_in_a_batch(mels):
+    encoder = published(hidden_layers=(2, 12))
+    for row, mel in enumerate(mels):
+        for many, one in zip(encoder(mels).hidden, encoder([mel]).hidden, strict=True):
+            torch.testing.assert_close(many[row], one[0], atol=1e-5, rtol=0)
 
 
 def clip(frames: int, seed: int) -> tuple[np.ndarray, int]:
@@ -145,6 +179,44 @@ def test_silence_and_a_short_click_give_finite_tokens():
     assert encoder(mels).tokens.isfinite().all()
 
 
+@pytest.mark.parametrize("seconds", [None, 2.0])
+def test_preprocessing_is_pickled_without_weights(seconds):
+    encoder = WhisperEncoder(16, 1, 2, seconds=seconds, positions=100)
+    data = pickle.dumps(encoder.preprocess)
+    assert len(data) < 500
+    item = WhisperEncoder.example()
+    assert torch.equal(pickle.loads(data)(item).tensor, encoder.prepare(item).tensor)
+
+
+@pytest.mark.parametrize("seconds", [None, 2.0])
+@pytest.mark.parametrize(
+    ("samples", "error"),
+    [
+        (np.zeros(0), r"audio is empty \[0\]"),
+        (np.zeros((2, 0)), r"audio is empty \[2, 0\]"),
+        (np.zeros(160), r"10.0 ms \(160 samples at 16000 Hz\), expected at least 25 ms"),
+        (np.full(1600, np.nan), "1600 NaN or infinite samples of 1600"),
+        (np.zeros(7200 * 16_000, np.int16), "7200.00 s .*, the encoder takes at most 2.00 s"),
+        (
+            np.zeros(32_001),
+            r"2.00 s \(32001 samples at 16000 Hz\), the encoder takes at most 2.00 s",
+        ),
+    ],
+)
+def test_unusable_clips_are_rejected(seconds, samples, error):
+    encoder = WhisperEncoder(16, 1, 2, seconds=seconds, positions=100)
+    with pytest.raises(ValueError, match=error):
+        encoder.prepare((samples, 16_000))
+
+
+@pytest.mark.parametrize("seconds", [None, 2.0])
+def test_the_shortest_clip_gives_two_tokens(seconds):
+    encoder = WhisperEncoder(16, 1, 2, seconds=seconds, positions=100)
+    features = encoder([encoder.prepare((np.full(400, 0.1, np.float32), 16_000))])
+    assert features.tokens.shape == (1, 2, 16)
+    assert features.tokens.isfinite().all()
+
+
 def test_wrong_input_and_settings_are_named():
     encoder = WhisperEncoder.tiny()
     with pytest.raises(ValueError, match="no clips"):
@@ -155,6 +227,11 @@ def test_wrong_input_and_settings_are_named():
         encoder([Prepared("audio", torch.zeros(80, 401))])
     with pytest.raises(ValueError, match="multiple of heads"):
         WhisperEncoder(dim=100, heads=6)
+    for options in ({"hidden_layers": (5,)}, {"hidden_layers": (-1,)}):
+        with pytest.raises(ValueError, match="expected numbers from 0 to 4"):
+            WhisperEncoder(**options)
+    with pytest.raises(ValueError, match="seconds=None; .* a window"):
+        WhisperEncoder(seconds=None, hidden_layers=(1,))
     with pytest.raises(ValueError, match="needs 1500 positions"):
         WhisperEncoder(seconds=30, positions=200)
 
