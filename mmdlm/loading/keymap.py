@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +53,7 @@ class Report:
         missing: published names that were expected and absent; loading raises when there are any.
         prefix: what stood in front of the published names of the language model.
         held: where the ignored tensors are, for writing them back.
+        files: number of tensors that were read from each file.
     """
 
     loaded: tuple[str, ...]
@@ -58,6 +61,7 @@ class Report:
     missing: tuple[str, ...] = ()
     prefix: str = ""
     held: dict[str, Stored] = field(default_factory=dict, compare=False, repr=False)
+    files: dict[Path, int] = field(default_factory=dict, compare=False, repr=False)
 
 
 Places = Mapping[str, Place]
@@ -259,7 +263,9 @@ def resolve(
             f"{folder}: {'; '.join(problems[:8])}{more}. "
             "Do config.json and the weights belong together?"
         )
-    return Report(tuple(sorted(places)), ignored, held={n: stored[n] for n in ignored})
+    loaded = tuple(sorted(places))
+    files = dict(Counter(stored[name].file for name in loaded))
+    return Report(loaded, ignored, held={n: stored[n] for n in ignored}, files=files)
 
 
 def views(module: nn.Module, places: Mapping[str, Place]) -> dict[str, Tensor]:

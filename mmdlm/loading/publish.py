@@ -87,6 +87,9 @@ def _of_system(model: MultimodalDLM) -> Layout:
     places = locate(shapes(model), system.keys(ours), model.spec.transformer)
     report = getattr(model, "report", None)
     held = {n: s for n, s in report.held.items() if n not in places} if report else {}
+    # Tensors of checkpoints that are merged into this layout are not part of it.
+    inside = [f"{beside.path}/" for beside in system.WEIGHTS]
+    held = {n: s for n, s in held.items() if "/" not in n or n.startswith(tuple(inside))}
     config = system.write(model)
     again = replace(system.read(config, {*places, *held}), system=model.system)
     if differ := _differences(ours, again):

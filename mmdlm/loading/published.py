@@ -16,10 +16,11 @@ from typing import Any
 from mmdlm import discover
 from mmdlm.backbones.family import Family
 from mmdlm.blueprint import Blueprint
+from mmdlm.loading import merged
 from mmdlm.loading.contents import Contents
 from mmdlm.loading.keymap import Table, prefix_of
 from mmdlm.loading.shards import Stored, index, preview, read_json
-from mmdlm.systems.system import System
+from mmdlm.systems.system import Beside, System
 from mmdlm.text import Tokenizer
 
 FAMILIES, SYSTEMS = "mmdlm.backbones", "mmdlm.systems"
@@ -156,16 +157,28 @@ def read(
         raise ValueError("quantized checkpoints are not read; use the bfloat16 one")
     if mask_id is not None:
         config = config | {"mask_token_id": mask_id}
-    system = system_of(config, set(), name) if not _has_weights(folder) else None
-    stored = {} if system is not None and system.WEIGHTS else index(folder)
+    system = system_of(config, set(), name)
+    beside = () if system is None else _places(folder, config, system)
+    own = {file.name for file in folder.glob("*.safetensors*")}
+    stored = {} if beside and own <= {each.path for each in beside} else index(folder)
     system = system or system_of(config, set(stored), name)
     if system is None:
         return _read_family(folder, config, stored, name)
-    stored |= _beside(folder, system, stored)
+    stored |= _beside(folder, beside or _places(folder, config, system), stored)
     files = {f: read_json(folder / f) for f in system.FILES if (folder / f).is_file()}
     blueprint = replace(system.read(config | files, set(stored)), system=_file(system))
     tables = system.keys(blueprint)
-    return Contents(blueprint, Tokenizer.from_folder(folder), stored, tables)
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer is None:  # that of the language model, where it is a checkpoint of its own
+        prefix, _ = tables["backbone"]
+        inside = [folder / each.path for each in beside if each.prefix.startswith(prefix or "/")]
+        tokenizer = next(filter(None, map(Tokenizer.from_folder, inside)), None)
+    return Contents(blueprint, tokenizer, stored, tables)
+
+
+def _places(folder: Path, config: dict[str, Any], system: type[System]) -> tuple[Beside, ...]:
+    """Where weights of a system may be besides the single file or the shards of a folder."""
+    return (*system.WEIGHTS, *merged.find(folder, config, system.PARTS))
 
 
 def _has_weights(folder: Path) -> bool:
@@ -184,14 +197,14 @@ def _read_family(
     return Contents(blueprint, Tokenizer.from_folder(folder), stored, tables, prefix)
 
 
-def _beside(folder: Path, system: type[System], stored: dict[str, Stored]) -> dict[str, Stored]:
-    """The tensors of `System.WEIGHTS`.
+def _beside(folder: Path, places: Iterable[Beside], stored: dict[str, Stored]) -> dict[str, Stored]:
+    """The tensors beside those of the folder itself.
 
     Raises:
         ValueError: a tensor is in the folder itself as well.
     """
     more: dict[str, Stored] = {}
-    for beside in system.WEIGHTS:
+    for beside in places:
         path = folder / beside.path
         if not (path.is_file() or _has_weights(path)):
             continue

@@ -16,6 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+CONVERT = (
+    "download those, or convert the pickle where you trust it: "
+    "tensors = torch.load(file, weights_only=True); safetensors.torch.save_file("
+    "{name: tensor.clone() for name, tensor in tensors.items()}, 'model.safetensors')"
+)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What safetensors calls the types that a model of ours may have.
 TYPES = {
@@ -115,7 +120,8 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     if not names:
         pickled = [f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         hint = f" ({preview(pickled)} are pickles, which are not read)" if pickled else ""
-        raise FileNotFoundError(f"{folder} holds no *.safetensors{hint}; convert or download them")
+        move = CONVERT if pickled else "download them"
+        raise FileNotFoundError(f"{folder} holds no *.safetensors{hint}; {move}")
     return [folder / name for name in names], listed
 
 

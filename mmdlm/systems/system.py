@@ -43,6 +43,21 @@ class Beside:
         return name.removeprefix(foreign) if name.startswith(foreign) else None
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of a system that is also published as a checkpoint of its own.
+
+    Args:
+        prefix: what its tensors begin with in a checkpoint of the system.
+        own: what they begin with in its own checkpoint.
+        config: entry of the system's config.json that describes it.
+    """
+
+    prefix: str
+    own: str
+    config: str
+
+
 class System:
     """One published layout with encoders. Subclasses are the system files of this folder.
 
@@ -87,11 +102,15 @@ class System:
             key becomes that file.
         WEIGHTS: weights beside those of the folder itself. Read where they are there, so a system
             may be published in one file as well; written where they belong.
+        PARTS: parts that may be checkpoints of their own, in sub-folders or files of any name or
+            where config.json says. They are read from there, see `mmdlm.loading.merged`, and
+            written into the checkpoint of the system.
     """
 
     TYPES: ClassVar[tuple[str, ...]] = ()
     FILES: ClassVar[tuple[str, ...]] = ()
     WEIGHTS: ClassVar[tuple[Beside, ...]] = ()
+    PARTS: ClassVar[tuple[Part, ...]] = ()
 
     @classmethod
     def matches(cls, config: dict[str, Any], names: set[str]) -> bool:
