@@ -1,40 +1,124 @@
-"""Matrix products with weights that may also be held in the layout a CPU multiplies fastest."""
+"""Matrix products with weights that a CPU may also hold in oneDNN's blocked layout.
+
+The blocked layout makes products with few rows up to three times as fast and takes as much memory
+again. A packed copy must not outlive a change of its weight, and a weight can change without any
+trace in torch (`weight.data += d`, `weight.numpy()`, fused optimizers). So copies are used only
+within `packed`, which compares a checksum of every weight with that of its copies on entry.
+"""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 SMALLEST = 2**18
-"""Weights with fewer numbers are not packed: the call costs more than the product saves."""
+"""Weights with fewer elements are not packed: the call costs more than the product saves."""
 
 MOST = 4
-"""Packed copies per weight: of all its rows, and of the parts that were asked for last."""
+"""Packed copies per weight: of all its rows, and of the slices used last."""
+
+SEGMENT = 128
+"""Elements per sum of a checksum."""
 
 
-class Packs(dict):
-    """Packed copies of a weight by the rows they hold; a pickled or copied weight comes without."""
+class Checksum(NamedTuple):
+    """Version counter of a weight and sums of its bit patterns.
+
+    A change goes unseen only if it bypasses the version counter and also keeps every sum, that is,
+    if it only swaps elements within segments.
+
+    Args:
+        version: number of tracked in-place changes; 0 if torch tracks none.
+        sums: int64, the sum of the 64-bit words of each `SEGMENT` consecutive elements.
+        rest: int32, the bits of the remaining elements.
+    """
+
+    version: int
+    sums: Tensor
+    rest: Tensor
+
+    def equals(self, other: Checksum | None) -> bool:
+        """Whether the weights were equal."""
+        if other is None or self.version != other.version:
+            return False
+        return torch.equal(self.sums, other.sums) and torch.equal(self.rest, other.rest)
+
+
+class Packs:
+    """Packed copies of one weight; a copied or pickled weight has none.
+
+    Attributes:
+        copies: packed copies by the (start, stop) of their rows; None: all rows.
+        checksum: of the weight they were made from.
+    """
+
+    def __init__(self) -> None:
+        self.copies: dict[tuple[int, int] | None, Tensor] = {}
+        self.checksum: Checksum | None = None
 
     def __reduce__(self) -> tuple[type[Packs], tuple[()]]:
-        """Leaves out the copies, which oneDNN cannot write."""
+        """Leaves out the copies, which oneDNN cannot serialize."""
         return Packs, ()
 
 
-def pack(module: nn.Module) -> None:
-    """Lets the large float32 weights of a module on a CPU be packed when they are next used.
+_ACTIVE: ContextVar[frozenset[Packs]] = ContextVar("packed weights", default=frozenset())
+"""Packs that `packed` has checked in this context."""
 
-    oneDNN's blocked layout makes products with few rows up to three times as fast and takes as much
-    memory again. A copy is made at the first product in inference mode, and made anew after the
-    weight was changed in place (by `load_state_dict`, `copy_`) or used with a gradient, as not
-    every optimizer says that it changes weights; a change through `weight.data` goes unseen, call
-    `pack` again after it. A deep copy of a module is not packed.
+
+def pack(module: nn.Module) -> None:
+    """Allows `packed` to pack the large float32 weights of a module on a CPU.
+
+    A copy is made at the first product in inference mode. A deep copy of a module is not packed.
     """
     for weight in module.parameters():
-        is_plain = type(weight) is nn.Parameter and weight.device.type == "cpu"
-        if is_plain and weight.ndim == 2 and weight.dtype == torch.float32:
+        is_plain = type(weight) is nn.Parameter and _can_pack(weight)
+        if is_plain and weight.ndim == 2 and weight.numel() >= SMALLEST:
             weight.packs = Packs()
+
+
+@contextmanager
+def packed(module: nn.Module) -> Iterator[None]:
+    """Uses packed weights within the context, in this thread.
+
+    On entry, copies of weights that changed since are dropped. This reads every packed weight once,
+    a few percent of the time of a decode. Within the context weights must not change.
+
+    Args:
+        module: the module that computes; a nested context of the same module checks nothing.
+    """
+    active = set(_ACTIVE.get())
+    for weight in module.parameters():
+        packs = getattr(weight, "packs", None)
+        if packs is None or packs in active:
+            continue
+        checksum = _checksum(weight) if _can_pack(weight) else None
+        if checksum is None or not checksum.equals(packs.checksum):
+            packs.copies, packs.checksum = {}, checksum
+        if checksum is not None:
+            active.add(packs)
+    token = _ACTIVE.set(frozenset(active))
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+def uses_packed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: runs a function whose first argument is a model within `packed`."""
+
+    @functools.wraps(function)
+    def call(model: Any, *args: Any, **kwargs: Any) -> Any:
+        with packed(model.backbone):
+            return function(model, *args, **kwargs)
+
+    return call
 
 
 def linear(
@@ -46,37 +130,43 @@ def linear(
         x: [... K].
         weight: [N K].
         bias: [N].
-        rows: only these rows of weight and bias.
+        rows: use only these rows of weight and bias.
     """
-    cut = weight if rows is None else weight[rows]
+    part = weight if rows is None else weight[rows]
     if bias is not None and rows is not None:
         bias = bias[rows]
-    if torch.compiler.is_compiling():
-        return F.linear(x, cut, bias)
+    if torch.compiler.is_compiling() or part.numel() < SMALLEST:
+        return F.linear(x, part, bias)
     packs = getattr(weight, "packs", None)
-    is_trained = torch.is_grad_enabled() and weight.requires_grad
-    if packs and (is_trained or weight.device.type != "cpu"):
-        packs.clear()  # fused optimizers change weights without a trace
-    # Nor does a weight that was made in inference mode tell when it changes.
-    if packs is None or cut.numel() < SMALLEST or not _takes(x) or weight.is_inference():
-        return F.linear(x, cut, bias)
+    if packs is None or packs not in _ACTIVE.get() or not _is_inference(x):
+        return F.linear(x, part, bias)
     key = None if rows is None else (rows.start, rows.stop)
-    storage = weight.untyped_storage()
-    now = (weight._version, weight.data_ptr(), storage._cdata)
-    known, packed, _ = packs.get(key, (None, None, None))
-    if known != now:
-        packed = torch.ops.mkldnn._reorder_linear_weight(cut.detach())
-        packs.pop(key, None)
-        for old in list(packs)[: max(0, len(packs) + 1 - MOST)]:
-            packs.pop(old, None)
-        # The weak reference keeps the number of a storage from being given to another one, as it
-        # else is when a module changes its type and back.
-        packs[key] = now, packed, StorageWeakRef(storage)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    copy = packs.copies.pop(key, None)
+    if copy is None:
+        copy = torch.ops.mkldnn._reorder_linear_weight(part.detach())
+        for old in list(packs.copies)[: max(0, len(packs.copies) + 1 - MOST)]:
+            packs.copies.pop(old, None)
+    packs.copies[key] = copy  # the most recent one is last
+    return torch.ops.mkldnn._linear_pointwise(x, copy, bias, "none", [], "")
 
 
-def _takes(x: Tensor) -> bool:
-    """Whether a packed weight may be used: in inference only, as it has no gradient."""
+def _can_pack(weight: Tensor) -> bool:
+    """Whether a weight has the type and layout of a packed copy's source."""
+    is_float32 = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return is_float32 and weight.is_contiguous() and weight.storage_offset() % 2 == 0
+
+
+def _checksum(weight: Tensor) -> Checksum:
+    """Reads a weight once, as fast as memory allows."""
+    bits = weight.detach().view(-1)
+    whole = bits.numel() // SEGMENT * SEGMENT
+    sums = bits[:whole].view(torch.int64).view(-1, SEGMENT // 2).sum(1)
+    version = 0 if weight.is_inference() else weight._version
+    return Checksum(version, sums, bits[whole:].view(torch.int32).clone())
+
+
+def _is_inference(x: Tensor) -> bool:
+    """Whether a product with x may use a packed weight, which has no gradient."""
     return (
         torch.is_inference_mode_enabled()
         and x.device.type == "cpu"
@@ -90,5 +180,5 @@ class Linear(nn.Linear):
     """`nn.Linear` whose weight may be packed."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[... N] for x [... K]."""
+        """[... K] -> [... N]."""
         return linear(x, self.weight, self.bias)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmdlm.backbones.linear import uses_packed
 from mmdlm.decoding import preset
 from mmdlm.decoding.active_positions import reading
 from mmdlm.decoding.dispatch import Owners, assign
@@ -52,6 +53,7 @@ class Decoded:
 
 
 @torch.inference_mode()
+@uses_packed
 def decode(
     model: MultimodalDLM,
     prompt: Tensor | Sequence,
