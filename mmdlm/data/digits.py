@@ -1,7 +1,7 @@
-"""Real handwritten digits, 1797 scans of 8 x 8 pixels that come with scikit-learn.
+"""Handwritten digits: 1797 scans of 8 x 8 pixels that come with scikit-learn.
 
 The scans are the test part of the UCI set "Optical Recognition of Handwritten Digits" (Alpaydin and
-Kaynak, 1998), 43 writers, values 0 to 16. They need no download.
+Kaynak, 1998), 43 writers, values 0 to 16. No download is needed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CAPTION_LENGTH = 20
 HELD_OUT = 0.2
 
 SCAN = 8  # side of a scan in pixels
-PAD = 2  # empty pixels around a scan: bicubic interpolation needs neighbours to fade out
+PAD = 2  # empty pixels around a scan, for bicubic interpolation
 SIDE = (40, 48, 56)  # smallest, held-out and largest side of an enlarged scan, of 64 pixels
 TURN = 12.0  # largest rotation in degrees
 
@@ -41,7 +41,7 @@ def _load() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _is_held_out(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Which scans are held out, bool [1797]: the same share of every digit."""
+    """Which scans are held out, bool [1797], with an equal share of every digit."""
     rng = np.random.default_rng(seed)
     chosen = np.zeros(len(labels), dtype=bool)
     for label in range(10):
@@ -51,12 +51,12 @@ def _is_held_out(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _place(scan: np.ndarray, size: int, side: float, degrees: float, shift: tuple) -> np.ndarray:
-    """The scan enlarged to `side` pixels, turned and moved: uint8 [Y X] with Y = X = `size`."""
-    step = SCAN / side  # scan pixels per picture pixel
+    """Scales a scan to `side` pixels, rotates and shifts it: uint8 [Y X] with Y = X = `size`."""
+    step = SCAN / side  # scan pixels per image pixel
     cos, sin = step * math.cos(math.radians(degrees)), step * math.sin(math.radians(degrees))
     middle = SCAN / 2 + PAD
     x, y = size / 2 + shift[0], size / 2 + shift[1]
-    # Pillow maps a point of the result to a point of the source.
+    # Pillow maps output coordinates to source coordinates.
     matrix = (cos, sin, middle - cos * x - sin * y, -sin, cos, middle + sin * x - cos * y)
     source = Image.fromarray(np.pad(scan, PAD))
     return np.asarray(
@@ -65,16 +65,16 @@ def _place(scan: np.ndarray, size: int, side: float, degrees: float, shift: tupl
 
 
 class Digits(Dataset):
-    """Handwritten digits on a dark ground, each with a question and a caption.
+    """Handwritten digits on a dark background, each with a question and a caption.
 
-    Training scans are moved, scaled, turned and tinted at every draw; held-out scans are centred,
-    white and always the same. Both splits must be given the same seed to be disjoint.
+    Training scans are randomly shifted, scaled, rotated and tinted; held-out scans are centred,
+    white and deterministic. The two splits are disjoint only with the same seed.
 
     Args:
         split: "train" (80 % of every digit) or "held_out" (the other 20 %).
-        size: side of the pictures in pixels, at least 32.
-        seed: chooses which scans are held out.
-        cells: cells per side for which a sample names what they show; 0 for none.
+        size: side of the images in pixels, at least 32.
+        seed: seed of the split.
+        cells: cells per side that samples have names for (see `mmdlm.data.naming`); 0 for none.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Digits(Dataset):
         return len(self.labels)
 
     def sample(self, index: int, rng: np.random.Generator) -> Example:
-        """The digit at `index`; `rng` drives the augmentation of the training split only.
+        """The digit at `index`; `rng` is used only for the augmentation of the training split.
 
         Raises:
             IndexError: the index is outside [0, length).
@@ -131,7 +131,7 @@ class Digits(Dataset):
         return _ink(share, ground, ink, noise)
 
     def vocabulary(self) -> list[str]:
-        """Every word that prompts and answers can hold, sorted."""
+        """Every word of prompts and answers, sorted."""
         texts = (*WORDS, QUESTION, CAPTION_PROMPT, "the handwritten digit")
         return sorted(set(" ".join(texts).split()))
 
@@ -139,9 +139,9 @@ class Digits(Dataset):
 def _ink(
     share: np.ndarray, ground: np.ndarray, ink: np.ndarray, noise: np.ndarray | None = None
 ) -> np.ndarray:
-    """Ink laid over ground: uint8 [Y X 3]; `share` is uint8 [Y X], the colours are in [0, 255]."""
+    """Blends ink and background: uint8 [Y X 3]; `share` uint8 [Y X], colours in [0, 255]."""
     weight = share[..., None] * np.float32(1 / 255)  # [Y X 1]
-    picture = weight * (ink - ground).astype(np.float32) + ground.astype(np.float32)
+    image = weight * (ink - ground).astype(np.float32) + ground.astype(np.float32)
     if noise is not None:
-        picture += noise
-    return np.minimum(picture + 0.5, 255, out=picture).astype(np.uint8)
+        image += noise
+    return np.minimum(image + 0.5, 255, out=image).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Robot episodes: recording a scripted expert, and the dataset a policy is trained on."""
+"""Robot episodes: recording a scripted expert, and the dataset for training a policy."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from mmdlm.messages import Example, Turn
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-FIRST_SEED = 1000  # evaluation uses seeds from 0 upward, so training starts well above
+FIRST_SEED = 1000  # evaluation uses seeds from 0
 IMAGE, STATE, ACTION = "observation.image", "observation.state", "action"
-AFTER_SUCCESS = 5  # frames kept after the goal: without them a policy learns to stop early
+AFTER_SUCCESS = 5  # frames kept after the goal; without them a policy stops early
 
 
 class World(Protocol):
-    """What recording needs of a simulator; `mmdlm.simulators.simulator.Simulator` has it."""
+    """Protocol of a simulator; `mmdlm.simulators.simulator.Simulator` implements it."""
 
     instruction: str
     horizon: int
@@ -36,12 +36,12 @@ class World(Protocol):
         """Observation, reward, success so far, done."""
 
     def expert(self) -> np.ndarray:
-        """The expert's action for the present state."""
+        """The expert's action in the current state."""
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What `collect` did: episodes kept and failed, frames written, first unused seed."""
+    """Result of `collect`: episodes kept and failed, frames written, first unused seed."""
 
     episodes: int
     failed: int
@@ -58,29 +58,28 @@ def collect(
     scale: float = 0.7,
     on_episode: Callable[[int, int, int], None] | None = None,
 ) -> Collected:
-    """Records a scripted expert as a LeRobot data set and says what was recorded.
+    """Records a scripted expert as a LeRobot data set.
 
-    The share `noise` of the executed actions is pushed off course, in bursts of a fixed direction
-    of one to seven steps, while the recorded action stays the expert's own: so the data shows how
-    to come back (DART, arXiv 1703.09327, where the noise is independent per step; bursts leave the
-    expert's path further). Episodes without success are skipped. Run one process per task to use
-    more cores.
+    A share `noise` of the executed actions is disturbed, in bursts of one to seven steps with a
+    fixed direction, while the recorded actions are those of the expert: the data contains
+    recoveries (DART, arXiv 1703.09327, with independent noise per step; bursts deviate further).
+    Episodes without success are skipped. Run one process per task to use more cores.
 
     Args:
-        simulator: an open simulator that has an expert.
+        simulator: an open simulator with an expert.
         out: folder to write; must not hold a data set.
-        episodes: successful episodes to record.
-        seed: seed of the first episode, counted up by one for each try. Evaluation uses seeds from
+        episodes: number of successful episodes to record.
+        seed: seed of the first attempt; each attempt uses the next one. Evaluation uses seeds from
             0, so stay at 1000 or above.
         noise: share of the executed actions that are disturbed, in [0, 1).
         scale: standard deviation of a disturbance in units of half the action range.
-        on_episode: called after each try with (kept, failed, length).
+        on_episode: called after each attempt with (kept, failed, length).
     Raises:
-        ValueError: the arguments are out of range, or three in four of the tries fail.
+        ValueError: the arguments are out of range, or three of four attempts fail.
     """
     if not 0 <= noise < 1 or episodes < 1:
         raise ValueError(
-            f"collect: noise {noise} must be in [0, 1) and episodes {episodes} at least 1"
+            f"collect: noise is {noise} and episodes {episodes}, expected [0, 1) and at least 1"
         )
     kept = failed = frames = 0
     writer: Writer | None = None
@@ -91,8 +90,8 @@ def collect(
             failed += 1
             if failed >= 20 and failed > 3 * kept:
                 raise ValueError(
-                    f"collect: the expert failed {failed} of {kept + failed} tries; give a longer "
-                    f"horizon (now {simulator.horizon}) or less noise (now {noise})"
+                    f"collect: the expert failed {failed} of {kept + failed} attempts; give a "
+                    f"longer horizon (now {simulator.horizon}) or less noise (now {noise})"
                 )
         else:
             if writer is None:
@@ -107,17 +106,19 @@ def collect(
 
 
 def record(simulator: World, seed: int, noise: float, scale: float) -> dict[str, np.ndarray] | None:
-    """Frames of one expert episode, or None when the goal was not reached.
+    """Frames of one expert episode; None if the goal was not reached.
 
     Args:
-        simulator: an open simulator that has an expert.
-        seed: of the episode and of its disturbances.
+        simulator: an open simulator with an expert.
+        seed: seed of the episode and of its disturbances.
         noise: share of disturbed actions, in [0, 1).
         scale: standard deviation of a disturbance in units of half the action range.
     Returns:
         image uint8 [T Y X 3], state float32 [T S], action float32 [T A] under their LeRobot names.
     """
-    rng = np.random.default_rng([seed, 7919])  # its own stream: the world also draws from `seed`
+    rng = np.random.default_rng(
+        [seed, 7919]
+    )  # differs from the simulator's stream of the same seed
     begin = noise / (4 * (1 - noise) + noise)  # bursts last 4 steps on average: share = noise
     obs, success, left, offset = simulator.reset(seed), False, 0, None
     frames: dict[str, list[np.ndarray]] = {IMAGE: [], STATE: [], ACTION: []}
@@ -139,25 +140,25 @@ def record(simulator: World, seed: int, noise: float, scale: float) -> dict[str,
 
 
 class Episodes(Dataset):
-    """Frames of robot episodes, each with the chunk of actions the expert took next.
+    """Frames of robot episodes, each with the chunk of actions that follows.
 
-    A sample's answer is the next `chunk` actions, float32 [K A] in robot units; after the last
-    frame of an episode its last action is repeated, so that a policy also learns the end. `group`
-    is the instruction. All pictures are decoded once and kept in memory (12 kB each at 64 pixels).
+    The answer of a sample is the next `chunk` actions, float32 [K A] in robot units; beyond the end
+    of an episode its last action is repeated. `group` is the instruction. All images are decoded
+    once and kept in memory (12 kB each at 64 pixels).
 
     Args:
         root: a LeRobot data set, or a folder of data sets.
         chunk: K, actions per answer.
-        size: rows and columns of the picture in pixels; pictures of another size are resized.
-        augment: change the brightness of pictures by up to a tenth, and add noise of 2 % of its
-            spread to the state. Pictures are not shifted: the state says where the hand is in the
-            room, so in a shifted picture the goal would be elsewhere than the actions say.
-        tasks: names of the folders to use; all when not given.
-        part: "train" leaves out the last tenth of the episodes of each folder, "val" is that tenth.
-        camera: image feature to use; needed when a data set has several.
+        size: rows and columns of the image in pixels; images of another size are resized.
+        augment: change the brightness of images by up to 10 %, and add noise of 2 % of its standard
+            deviation to the state. Images are not shifted, since state and actions are absolute
+            positions.
+        tasks: names of the folders to use; None: all.
+        part: "train" excludes the last tenth of the episodes of each folder, "val" is that tenth.
+        camera: image feature to use; required if a data set has several.
     Raises:
-        FileNotFoundError: there is no data set at `root`, or no folder of a given task.
-        ValueError: the data sets do not fit together, or the camera is not clear.
+        FileNotFoundError: there is no data set at `root`, or no folder of a task.
+        ValueError: the data sets have different sizes, or the camera is ambiguous.
     """
 
     def __init__(
@@ -171,7 +172,7 @@ class Episodes(Dataset):
         camera: str | None = None,
     ) -> None:
         if chunk < 1 or size < 1:
-            raise ValueError(f"Episodes: chunk is {chunk} and size {size}, expected 1 or more")
+            raise ValueError(f"Episodes: chunk is {chunk} and size {size}, expected at least 1")
         if part not in ("all", "train", "val"):
             raise ValueError(f"Episodes: part is {part!r}, expected 'all', 'train' or 'val'")
         self.chunk, self.size, self.augment = chunk, size, augment
@@ -185,7 +186,9 @@ class Episodes(Dataset):
         self.states = np.concatenate([one.states for one in loaded])
         self.actions = np.concatenate([one.actions for one in loaded])
         lengths = np.concatenate([one.lengths for one in loaded])
-        self.ends = np.repeat(np.cumsum(lengths), lengths)  # [frames], where its episode stops
+        self.ends = np.repeat(
+            np.cumsum(lengths), lengths
+        )  # [frames], end of the episode of each frame
         self.instructions = [text for one in loaded for text in one.instructions]
         self._spread = self.states.std(0)
 
@@ -193,7 +196,7 @@ class Episodes(Dataset):
         return len(self.actions)
 
     def sample(self, index: int, rng: np.random.Generator) -> Example:
-        """The frame at `index` with the next actions; `rng` is used only when augmenting."""
+        """The frame at `index` with the next actions; `rng` is used only for augmentation."""
         if not 0 <= index < len(self):
             raise IndexError(f"frame {index} is outside the {len(self)} frames")
         ahead = np.minimum(np.arange(index, index + self.chunk), self.ends[index] - 1)
@@ -210,9 +213,9 @@ class Episodes(Dataset):
         return sorted({word for text in set(self.instructions) for word in text.split()})
 
     def statistics(self) -> dict[str, dict[str, list[float]]]:
-        """Mean, std, min, max, q01 and q99 of "action" and "state", a list per dimension.
+        """Mean, std, min, max, q01 and q99 of "action" and "state", as lists over dimensions.
 
-        These are what `adapters.normalize.Normalizer` takes and what travels in statistics.json.
+        The format of `adapters.normalize.Normalizer` and statistics.json.
         """
         return {"action": describe(self.actions), "state": describe(self.states)}
 
@@ -232,7 +235,7 @@ def describe(values: np.ndarray) -> dict[str, list[float]]:
 
 
 def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The picture [Y X 3] up to a tenth lighter or darker, uint8 as the one given."""
+    """Changes the brightness of an image, uint8 [Y X 3], by up to 10 %."""
     return np.clip(image * np.float32(rng.uniform(0.9, 1.1)) + 0.5, 0, 255).astype(np.uint8)
 
 
@@ -265,14 +268,14 @@ def _folders(root: Path, tasks: list[str] | None) -> list[Path]:
 
 def _load(source: LeRobot, size: int, part: str, camera: str | None) -> _Loaded:
     if camera is None and len(source.cameras) != 1:
-        raise ValueError(f"{source.root} has cameras {source.cameras}; choose one with camera=...")
+        raise ValueError(f"{source.root} has cameras {source.cameras}; select one with camera=...")
     key = source.cameras[0] if camera is None else camera
     first = len(source.episodes) - max(1, len(source.episodes) // 10)
     kept = {"all": source.episodes, "train": source.episodes[:first]}.get(
         part, source.episodes[first:]
     )
     if not kept:
-        raise ValueError(f"{source.root} has one episode only: nothing is left for part={part!r}")
+        raise ValueError(f"{source.root} has only one episode, so part={part!r} is empty")
     start, stop = kept[0].start, kept[-1].stop
     numbers = source.column("task_index")[start:stop]
     images = [_resized(image, size) for image in source.images(key, start, stop)]

@@ -1,7 +1,7 @@
-"""LeRobotDataset v3.0 on disk, read without the `lerobot` package.
+"""Reader of LeRobotDataset v3.0 folders, without the `lerobot` package.
 
-Parquet goes through pyarrow, mp4 through PyAV. Format: huggingface/lerobot: src/lerobot/datasets.
-Writing is in `lerobot_writer`.
+Parquet files are read with pyarrow, mp4 with PyAV. `lerobot_writer` writes. Format:
+huggingface/lerobot: src/lerobot/datasets.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Episode:
-    """Where one episode lies: frames `start` to `stop` (half-open) of the whole data set."""
+    """Location of one episode: frames `start` to `stop` (half-open) of the data set."""
 
     index: int
     start: int
@@ -36,13 +36,13 @@ class Episode:
 class LeRobot:
     """A LeRobotDataset v3.0 folder, read frame by frame or column by column.
 
-    Numbers come back as float32 or int64 as they were stored, images as uint8 [Y X 3] RGB.
+    Numbers are returned in their stored dtype, images as uint8 [Y X 3] RGB.
 
     Args:
         root: folder that holds `meta/info.json`.
-        tolerance_s: largest distance between a frame's time and the video picture taken for it.
+        tolerance_s: largest difference between the time stamps of a frame and its video frame.
     Raises:
-        FileNotFoundError: this is no LeRobot data set.
+        FileNotFoundError: the folder is not a LeRobot data set.
         ValueError: the data set has another version.
     """
 
@@ -50,7 +50,7 @@ class LeRobot:
         self.root, self.tolerance_s = Path(root), tolerance_s
         path = self.root / "meta" / "info.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{self.root} is no LeRobot data set: {path} is missing")
+            raise FileNotFoundError(f"{self.root} is not a LeRobot data set: {path} is missing")
         self.info = json.loads(path.read_text())
         version = self.info.get("codebase_version")
         if version != "v3.0":
@@ -78,7 +78,7 @@ class LeRobot:
         return json.loads((self.root / "meta" / "stats.json").read_text())
 
     def column(self, key: str) -> np.ndarray:
-        """A numeric feature of every frame: [frames ...], a feature of shape [1] as [frames]."""
+        """A numeric feature of all frames, [frames ...]; a feature of shape [1] as [frames]."""
         if key not in self.features or key in self.cameras:
             numeric = sorted(set(self.features) - set(self.cameras))
             raise KeyError(f"{self.root} has no numeric feature {key!r}; it has {numeric}")
@@ -105,15 +105,15 @@ class LeRobot:
         return {**found, "task": self.tasks[int(found["task_index"])]}
 
     def window(self, key: str, index: int, offsets: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """A numeric feature at `index + offsets`, and where that left the episode.
+        """A numeric feature at `index + offsets`, and which offsets are outside the episode.
 
         Args:
             key: feature name.
             index: frame.
             offsets: steps relative to the frame, for example range(8) for the next eight actions.
         Returns:
-            [H ...] values, the first or last of the episode standing in beyond its ends; [H] bool,
-            True where they stand in.
+            values [H ...], clamped to the first and last frame of the episode; bool [H], True for
+            offsets outside the episode.
         """
         episode = self.episode_of(index)
         wanted = index + np.asarray(offsets)
@@ -121,15 +121,15 @@ class LeRobot:
         return self.column(key)[within], within != wanted
 
     def image(self, key: str, index: int) -> np.ndarray:
-        """The picture of one frame, uint8 [Y X 3] RGB."""
+        """The image of one frame, uint8 [Y X 3] RGB."""
         return next(self.images(key, index, index + 1))
 
     def images(self, key: str, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        """Pictures of frames `start` to `stop` (half-open), uint8 [Y X 3] RGB, in order.
+        """Images of frames `start` to `stop` (half-open), uint8 [Y X 3] RGB, in order.
 
         Raises:
             KeyError: there is no such camera.
-            ValueError: a video holds no picture near enough to a frame's time.
+            ValueError: a video has no frame within the tolerance.
         """
         if key not in self.cameras:
             raise KeyError(f"{self.root} has no camera {key!r}; it has {self.cameras}")
@@ -181,7 +181,7 @@ class LeRobot:
         rows: list[dict[str, Any]] = []
         for path in sorted((self.root / "meta" / "episodes").glob("*/*.parquet")):
             file = parquet().ParquetFile(path)
-            # The statistics of each episode are most of the file and not needed to find frames.
+            # Most of the file are statistics of each episode, which are not needed.
             wanted = [c for c in file.schema_arrow.names if not c.startswith("stats/")]
             rows += file.read(columns=wanted).to_pylist()
         rows.sort(key=lambda row: row["episode_index"])
@@ -200,17 +200,17 @@ class LeRobot:
 def decode_video(
     path: str | Path, times: np.ndarray, tolerance_s: float = 1e-4
 ) -> Iterator[np.ndarray]:
-    """The pictures of a video at the given times, uint8 [Y X 3] RGB.
+    """Frames of a video at the given times, uint8 [Y X 3] RGB.
 
-    The picture whose own time stamp is nearest is taken. Counting `time x rate` instead goes wrong
-    deep inside long files (huggingface/lerobot PR 3696).
+    Selects the frame with the nearest time stamp. Computing its index as `time * rate` is wrong in
+    long files (huggingface/lerobot PR 3696).
 
     Args:
         path: video file.
         times: seconds from its start, ascending.
-        tolerance_s: largest accepted distance to a picture.
+        tolerance_s: largest accepted difference of time stamps.
     Raises:
-        ValueError: no picture lies within the tolerance.
+        ValueError: no frame is within the tolerance.
     """
     try:
         import av
@@ -221,18 +221,16 @@ def decode_video(
         stream.thread_type = "AUTO"
         if times[0] > 0:
             container.seek(int(max(times[0] - tolerance_s, 0) / stream.time_base), stream=stream)
-        pictures = (
-            (float(picture.pts * stream.time_base), picture) for picture in container.decode(stream)
-        )
-        here, ahead = next(pictures, None), next(pictures, None)
+        frames = ((float(f.pts * stream.time_base), f) for f in container.decode(stream))
+        here, ahead = next(frames, None), next(frames, None)
         for time in times:
             while ahead is not None and abs(ahead[0] - time) <= abs(here[0] - time):
-                here, ahead = ahead, next(pictures, None)
+                here, ahead = ahead, next(frames, None)
             if here is None or abs(here[0] - time) > tolerance_s:
-                seen = "no picture" if here is None else f"{here[0]:.6f} s"
+                seen = "no frame" if here is None else f"{here[0]:.6f} s"
                 raise ValueError(
                     f"{path}: nearest to {time:.6f} s is {seen}, more than {tolerance_s} s away; "
-                    "the video does not belong to these time stamps (or pass a larger tolerance_s)"
+                    "the video does not match the time stamps (or pass a larger tolerance_s)"
                 )
             yield here[1].to_ndarray(format="rgb24")
 
@@ -247,7 +245,7 @@ def _numpy(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def parquet() -> Any:
-    """The module pyarrow.parquet, or an ImportError that names the extra."""
+    """The module pyarrow.parquet; its ImportError names the extra."""
     try:
         import pyarrow.parquet
     except ImportError as error:

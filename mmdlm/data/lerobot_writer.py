@@ -1,6 +1,6 @@
-"""Writing a LeRobotDataset v3.0 whose cameras are PNG images, without the `lerobot` package.
+"""Writer of LeRobotDataset v3.0 folders with PNG images, without the `lerobot` package.
 
-Format: huggingface/lerobot: src/lerobot/datasets. Read it back with `lerobot.LeRobot`.
+Format: huggingface/lerobot: src/lerobot/datasets. `lerobot.LeRobot` reads it.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
 class Writer:
     """Writes a LeRobotDataset v3.0 folder, one whole episode at a time, images as PNG.
 
-    Use it as a context manager: the description in `meta/` is written at the end, so a folder whose
-    writing failed cannot be mistaken for a data set.
+    Use it as a context manager. `meta/` is written at the end, so that an incomplete folder is not
+    a valid data set.
 
     Args:
-        root: folder to make; must not hold a data set yet.
+        root: folder to create; must not hold a data set.
         features: shapes of one frame by name, for example {"observation.image": (64, 64, 3),
-            "action": (4,)}; three sizes mean an image, one size a float32 vector.
+            "action": (4,)}; three sizes: an image, one size: a float32 vector.
         fps: frames per second.
-        robot_type: what the robot is called in info.json.
-        file_mb: size at which the next data file is begun, megabytes.
+        robot_type: name of the robot in info.json.
+        file_mb: size in megabytes at which a new data file is started.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Writer:
         """Appends one episode.
 
         Args:
-            task: its instruction.
+            task: instruction of the episode.
             frames: one array per feature: uint8 [T Y X 3] for images, float [T S] for vectors.
         Raises:
             ValueError: a feature is missing, unknown, of another shape or length, or not finite.
@@ -89,7 +89,11 @@ class Writer:
         self._rows.append(row)
 
     def close(self) -> None:
-        """Finishes the data file and writes the description; an empty data set is refused."""
+        """Closes the data file and writes `meta/`.
+
+        Raises:
+            ValueError: no episode was added.
+        """
         if not self._rows:
             raise ValueError(f"{self.root}: no episode was added; nothing is written")
         self._file.close()
@@ -129,7 +133,7 @@ class Writer:
             if feature["dtype"] == "image" and values.dtype != np.uint8:
                 raise ValueError(f"{key} is {values.dtype}, expected uint8 images")
             if feature["dtype"] == "float32" and not np.isfinite(values).all():
-                raise ValueError(f"{key} holds NaN or infinity; drop the episode")
+                raise ValueError(f"{key} contains NaN or infinity; drop the episode")
         return next(iter(lengths.values()))
 
     def _write(self, frames: dict[str, np.ndarray]) -> None:
@@ -197,7 +201,7 @@ def _feature(shape: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _summary(values: np.ndarray) -> np.ndarray:
-    """What statistics need: the values themselves [T S], or for images counts [3 256]."""
+    """Sufficient data for statistics: values [T S], or for images histograms [3 256]."""
     if values.ndim == 4:
         return np.stack([np.bincount(values[..., c].ravel(), minlength=256) for c in range(3)])
     return values.reshape(len(values), -1).astype(np.float64)
@@ -230,7 +234,7 @@ def _statistics(parts: list[np.ndarray]) -> dict[str, Any]:
 
 
 def _task_table(tasks: dict[str, int]) -> pa.Table:
-    """tasks.parquet: readers with pandas expect the text as the index, which is metadata."""
+    """tasks.parquet with metadata that makes the text the index in pandas, as readers expect."""
     import pyarrow as pa
 
     def described(name: str, kind: str, stored: str) -> dict[str, Any]:

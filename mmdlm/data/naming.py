@@ -1,4 +1,4 @@
-"""Which words each token of a picture shows: dense labels that only drawn scenes can give."""
+"""Dense labels of synthetic scenes: the words that each image token shows."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ import numpy as np
 if TYPE_CHECKING:
     from mmdlm.data.scenes import Scene
 
-SHARE = 0.06  # of a cell's pixels that a shape must cover to name it
+SHARE = 0.06  # smallest covered share of a cell for which it has names
 
 
 def cell_words(scene: Scene, cells: int, grid: int) -> tuple[tuple[str, ...], ...]:
-    """Size, colour and kind of the shape that covers most of each cell, () for ground; row-major.
+    """Size, colour and kind of the shape that covers most of each cell, row-major; () if empty.
 
     Args:
-        scene: what is drawn.
+        scene: the scene.
         cells: cells per side.
-        grid: side of the picture in pixels of the scene's own coordinates.
+        grid: side of the image in pixels of the scene's coordinates.
     Raises:
         ValueError: the cells do not divide the grid.
     """
     if cells < 1 or grid % cells:
-        raise ValueError(f"cells is {cells}, expected a divisor of {grid}, the picture's side")
+        raise ValueError(f"cells is {cells}, expected a divisor of {grid}, the image's side")
     at = np.arange(grid) + 0.5
     covered = np.stack(
         [
             (at[None] - shape.x) ** 2 + (at[:, None] - shape.y) ** 2 <= shape.radius**2
             for shape in scene.shapes
         ]
-    )  # [shapes Y X], the disc around each shape
+    )  # [shapes Y X], a disc around each shape
     side = grid // cells
     counts = covered.reshape(len(covered), cells, side, cells, side).mean((2, 4))
     best = counts.argmax(0).flatten()

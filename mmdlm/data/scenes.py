@@ -1,8 +1,8 @@
-"""Drawn scenes of coloured shapes with exact captions and questions: what `tiny` learns from.
+"""Synthetic scenes of coloured shapes with captions and questions, the training data of `tiny`.
 
-Every scene has one right caption and every question one right answer: a masked model predicts the
-words of a step independently, so two right captions would teach it a mixture (CLEVR: 1612.06890).
-Positions and radii are pixels of a 64 x 64 picture (`GRID`), y downwards; `draw` scales them.
+Every scene has one correct caption and every question one correct answer. A masked model predicts
+the words of a step independently, so two correct captions would be mixed (CLEVR: 1612.06890).
+Positions and radii are pixels of a 64 x 64 image (`GRID`), y downwards; `draw` scales them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mmdlm.data.naming import cell_words
 from mmdlm.messages import Example, Turn
 
 GRID = 64
-SMALLEST = 32  # side of a picture in pixels; below, shapes look alike
+SMALLEST = 32  # side of an image in pixels; below, shapes are indistinguishable
 KINDS = ("circle", "square", "triangle", "star", "cross")
 COLOURS = {
     "red": (225, 40, 40),
@@ -35,13 +35,13 @@ COLOURS = {
 RADII = {"small": (5.0, 5.5), "large": (9.5, 10.0)}
 NUMBERS = ("zero", "one", "two", "three")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-MARGIN = 8  # pixels by which two centres differ before a relation between them is stated
-COLUMN_GAP = 6  # pixels in x between neighbours of three, so that "left to right" is visible
-CLEARANCE = 2  # pixels between two bounding boxes, and between one and the border
+MARGIN = 8  # smallest distance of two centres in pixels for a relation between them
+COLUMN_GAP = 6  # smallest distance in x of neighbours among three shapes, pixels
+CLEARANCE = 2  # pixels between two bounding boxes, and to the border
 CAPTION_PROMPT = "describe the picture"
 CAPTION_LENGTH = 20  # the longest caption has 14 words
 ANSWER_LENGTH = 4  # every answer is one word
-_STREAM = 0x5CE7E  # part of every seed: callers who seed with (seed, index) get other numbers
+_STREAM = 0x5CE7E  # part of every seed, so that it differs from a caller's (seed, index)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Shape:
 
     @property
     def words(self) -> str:
-        """The noun phrase that names it: "a large red circle"."""
+        """Noun phrase of the shape: "a large red circle"."""
         return f"a {self.size} {self.colour} {self.kind}"
 
 
@@ -77,9 +77,9 @@ class Scene:
     """One to three shapes that all differ in kind and in colour, on a dark background.
 
     Args:
-        shapes: in no particular order.
+        shapes: in any order.
         background: darkest RGB value of the background, each in [0, 60].
-        grain: seed of the background's noise.
+        grain: seed of the background noise.
     """
 
     shapes: tuple[Shape, ...]
@@ -88,13 +88,13 @@ class Scene:
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.shapes) <= 3:
-            raise ValueError(f"Scene: shapes has {len(self.shapes)} entries, expected 1 to 3")
+            raise ValueError(f"Scene.shapes has {len(self.shapes)} entries, expected 1 to 3")
         for what, known in (("kind", KINDS), ("colour", COLOURS), ("size", RADII)):
             seen = [getattr(shape, what) for shape in self.shapes]
             if not set(seen) <= set(known):
-                raise ValueError(f"Scene: {what}s are {seen}, expected some of {list(known)}")
+                raise ValueError(f"Scene: {what}s are {seen}, expected values of {list(known)}")
             if what != "size" and len(set(seen)) < len(seen):
-                raise ValueError(f"Scene: {what}s are {seen}, expected different ones")
+                raise ValueError(f"Scene: {what}s are {seen}, expected distinct values")
 
 
 def _spikes(count: int, inner: float, outer: float) -> np.ndarray:
@@ -105,8 +105,8 @@ def _spikes(count: int, inner: float, outer: float) -> np.ndarray:
 
 
 _STEPS = (1, 1, 3, 3, 1, 1, -1, -1, -3, -3, -1, -1)  # x of a cross's corners; y lags by 3
-# Outlines for radius 1. They reach beyond 1 where a shape is thin, so that all kinds of one size
-# look about equally large.
+# Outlines for radius 1. Thin shapes extend beyond 1, so that all kinds of one size have a similar
+# area.
 _OUTLINES = {
     "circle": _spikes(32, 1.0, 1.0),
     "square": np.array([(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)]),
@@ -114,13 +114,13 @@ _OUTLINES = {
     "star": _spikes(5, 0.5, 1.25),
     "cross": 0.35 * np.array([_STEPS, np.roll(_STEPS, 3)]).T,
 }
-# Half of the width and height of a box around each, centred on the shape.
+# Half the width and height of the bounding boxes, centred on the shape.
 _BOXES = {kind: np.abs(outline).max(axis=0) for kind, outline in _OUTLINES.items()}
 
 
 @lru_cache(maxsize=512)
 def _coverage(kind: str, radius: float) -> np.ndarray:
-    """Share of every pixel the shape covers: float32 [2h+1 2h+1 1], centre in the middle pixel."""
+    """Share of each pixel that the shape covers, float32 [2h+1 2h+1 1], centred."""
     half = math.ceil(radius * _BOXES[kind].max()) + 1
     side, fine = 2 * half + 1, 4  # 4 x 4 samples per pixel
     ticks = ((np.arange(side * fine) + 0.5) / fine - half - 0.5) / radius
@@ -131,40 +131,40 @@ def _coverage(kind: str, radius: float) -> np.ndarray:
         if y0 != y1:  # even-odd rule: count the edges to the right of a point
             inside ^= ((y0 <= y) != (y1 <= y)) & (x < x0 + (y - y0) * (x1 - x0) / (y1 - y0))
     share = inside.reshape(side, fine, side, fine).mean(axis=(1, 3), dtype=np.float32)[..., None]
-    share.flags.writeable = False  # it is shared by every caller
+    share.flags.writeable = False  # cached: all callers share it
     return share
 
 
 def draw(scene: Scene, size: int = GRID) -> np.ndarray:
-    """The picture of a scene, uint8 [Y X 3] RGB with Y = X = `size`.
+    """Renders a scene: uint8 [Y X 3] RGB with Y = X = `size`.
 
     Args:
-        scene: what to draw; the same scene always gives the same pixels.
-        size: side of the picture in pixels, at least 32.
+        scene: the scene; equal scenes give equal pixels.
+        size: side of the image in pixels, at least 32.
     """
     if size < SMALLEST:
         raise ValueError(f"draw: size is {size} px, expected at least {SMALLEST}")
     noise = np.random.default_rng(scene.grain).integers(0, 14, (size, size, 3), dtype=np.uint8)
-    picture = noise + np.array(scene.background, dtype=np.uint8)
+    image = noise + np.array(scene.background, dtype=np.uint8)
     scale = size / GRID
     for shape in scene.shapes:
         share = _coverage(shape.kind, shape.radius * scale)
         side = len(share)
         left, top = (round((at + 0.5) * scale - 0.5) - side // 2 for at in (shape.x, shape.y))
-        patch = picture[max(top, 0) : top + side, max(left, 0) : left + side]
+        patch = image[max(top, 0) : top + side, max(left, 0) : left + side]
         share = share[max(-top, 0) :, max(-left, 0) :][: len(patch), : patch.shape[1]]
         ink = np.array(COLOURS[shape.colour], dtype=np.float32) * shape.brightness
         patch[...] = patch + share * (ink - patch) + 0.5
-    return picture
+    return image
 
 
 def random_scene(rng: np.random.Generator, n: int) -> Scene:
-    """A scene of `n` shapes that fit, keep apart, and have one right caption.
+    """Draws a scene of `n` shapes that do not overlap and have one correct caption.
 
-    Only positions are drawn again until they fit: large shapes are as frequent as small ones.
+    Only positions are redrawn until they fit, so that large shapes are as frequent as small ones.
 
     Args:
-        rng: every choice comes from it.
+        rng: source of all random choices.
         n: number of shapes, 1 to 3.
     """
     if n not in (1, 2, 3):
@@ -182,9 +182,9 @@ def random_scene(rng: np.random.Generator, n: int) -> Scene:
 
 
 def _places(rng: np.random.Generator, boxes: np.ndarray) -> list[list[int]]:
-    """Centres [x, y] for boxes of half width and height [n 2], drawn until all margins hold."""
+    """Centres [x, y] for boxes of half width and height [n 2], redrawn until all margins hold."""
     n = len(boxes)
-    tries = (1, 16, 192)[n - 1]  # so many at once that a second round is rare
+    tries = (1, 16, 192)[n - 1]  # enough at once that a second round is rare
     low = np.ceil(boxes) + CLEARANCE  # [n 2]
     while True:
         spots = (low + rng.random((tries, n, 2)) * (GRID - 2 * low)).astype(np.int64)
@@ -200,12 +200,13 @@ def _places(rng: np.random.Generator, boxes: np.ndarray) -> list[list[int]]:
 
 
 def describe(scene: Scene) -> str:
-    """The one right caption of a scene.
+    """The caption of a scene.
 
-    One shape is named, two are related along the axis on which they lie farther apart (the left or
-    upper one first), three are listed from left to right.
+    One shape: its noun phrase. Two: their relation along the axis of the larger distance, the left
+    or upper one first. Three: a list from left to right.
+
     Raises:
-        ValueError: the shapes lie so that two captions would be equally right.
+        ValueError: the positions allow two correct captions.
     """
     ordered = sorted(scene.shapes, key=lambda shape: shape.x)
     words = [shape.words for shape in ordered]
@@ -221,13 +222,13 @@ def describe(scene: Scene) -> str:
         return " above ".join(words if down > 0 else words[::-1])
     raise ValueError(
         f"describe: centres are {[(shape.x, shape.y) for shape in ordered]}, so two captions are "
-        f"right; move one: |dx| and |dy| of two shapes must differ by {MARGIN} px, neighbours of "
-        f"three must be {COLUMN_GAP} px apart in x"
+        f"correct; move one: |dx| and |dy| of two shapes must differ by {MARGIN} px, neighbours "
+        f"of three must be {COLUMN_GAP} px apart in x"
     )
 
 
 def _facts(scene: Scene) -> list[tuple[Shape, str, Shape]]:
-    """Every relation between two shapes that holds by a clear margin, in both directions."""
+    """All relations between two shapes that hold by `MARGIN`, in both directions."""
     facts = []
     for a, b in permutations(scene.shapes, 2):
         if b.x - a.x >= MARGIN:
@@ -241,8 +242,8 @@ def _pick(rng: np.random.Generator, options: list | tuple) -> Any:
     return options[int(rng.integers(len(options)))]
 
 
-def _ask(kind: str, scene: Scene, rng: np.random.Generator, facts: list) -> tuple[str, str]:
-    """Prompt and answer of one question of the given kind (a key of `_ASKED`)."""
+def _question(kind: str, scene: Scene, rng: np.random.Generator, facts: list) -> tuple[str, str]:
+    """Prompt and answer of one question of the given kind (a key of `_QUESTIONS`)."""
     shape, truth = _pick(rng, scene.shapes), bool(rng.integers(2))
     answer = "yes" if truth else "no"
     if kind == "colour":
@@ -255,7 +256,7 @@ def _ask(kind: str, scene: Scene, rng: np.random.Generator, facts: list) -> tupl
         return "how many shapes are there ?", NUMBERS[len(scene.shapes)]
     if kind == "presence":
         colour, name = shape.colour, shape.kind
-        # A wrong pair keeps one right word, so that neither word alone gives the answer away.
+        # A wrong pair keeps one correct word, so that neither word alone determines the answer.
         if not truth and rng.integers(2):
             name = _pick(rng, [other for other in KINDS if other != name])
         elif not truth:
@@ -267,8 +268,8 @@ def _ask(kind: str, scene: Scene, rng: np.random.Generator, facts: list) -> tupl
     return f"is the {a.kind} {relation if truth else OPPOSITE[relation]} the {b.kind} ?", answer
 
 
-# Every kind of question: the numbers of shapes it is asked about, and the fixed words it uses.
-_ASKED = {
+# Each kind of question: the numbers of shapes it applies to, and its fixed words.
+_QUESTIONS = {
     "colour": ((1, 2, 3), "what colour is the ?"),
     "shape": ((1, 2, 3), "what shape is ?"),
     "size": ((1, 2, 3), "how large is the ?"),
@@ -280,39 +281,39 @@ _ASKED = {
 
 
 def questions(scene: Scene, rng: np.random.Generator, n: int) -> tuple[Turn, ...]:
-    """`n` questions about a scene with their answers, of kinds as different as possible.
+    """Draws `n` questions about a scene with their answers.
 
-    No kind comes twice before all that apply came once; yes and no are equally likely.
+    No kind is repeated before every applicable kind was used; yes and no are equally likely.
 
     Args:
-        scene: what is asked about.
-        rng: chooses the kinds, the shapes and whether the answer is yes or no.
+        scene: the scene.
+        rng: selects the kinds, the shapes and whether the answer is yes or no.
         n: number of questions, 0 or more.
     """
     if n < 0:
         raise ValueError(f"questions: n is {n}, expected 0 or more")
     facts, turns = _facts(scene), []
-    kinds = [kind for kind, (numbers, _) in _ASKED.items() if len(scene.shapes) in numbers]
+    kinds = [kind for kind, (numbers, _) in _QUESTIONS.items() if len(scene.shapes) in numbers]
     while len(turns) < n:
         for choice in rng.permutation(len(kinds))[: n - len(turns)]:
-            turns.append(Turn(*_ask(kinds[choice], scene, rng, facts), ANSWER_LENGTH))
+            turns.append(Turn(*_question(kinds[choice], scene, rng, facts), ANSWER_LENGTH))
     return tuple(turns)
 
 
 class Scenes(Dataset):
-    """Scenes drawn on demand, each with its caption first and then questions about it.
+    """Scenes rendered on demand, each with its caption first and then questions about it.
 
-    The scene at an index depends on `seed` and the index only. Every seed is another stream of
-    pictures, so train on `Scenes(seed=0)` and score on `Scenes(seed=1)`.
+    The scene at an index depends only on `seed` and the index. Seeds give different images, so
+    train on `Scenes(seed=0)` and score on `Scenes(seed=1)`.
 
     Args:
         objects: possible numbers of shapes in a scene, each 1 to 3, equally likely.
-        size: side of the pictures in pixels, at least 32.
-        count: length of the dataset; scenes are drawn, not stored, so it may be large.
-        seed: names the stream of scenes, 0 to 2**32 - 1.
+        size: side of the images in pixels, at least 32.
+        count: length of the dataset; scenes are not stored, so it may be large.
+        seed: seed of the scenes, 0 to 2**32 - 1.
         questions: number of questions per scene.
         caption: whether the first turn asks for the caption.
-        cells: cells per side for which a sample names what they show; 0 for none.
+        cells: cells per side that samples have names for (see `mmdlm.data.naming`); 0 for none.
     """
 
     def __init__(
@@ -332,7 +333,9 @@ class Scenes(Dataset):
             if not low <= value < 2**32:
                 raise ValueError(f"Scenes: {name} is {value}, expected {low} to 2**32 - 1")
         if not caption and questions == 0:
-            raise ValueError("Scenes: caption is false and questions is 0, so nothing is asked")
+            raise ValueError(
+                "Scenes: caption is False and questions is 0, expected at least one turn"
+            )
         self.objects, self.size, self.count, self.seed = tuple(objects), size, count, seed
         self.questions, self.caption, self.cells = questions, caption, cells
 
@@ -340,14 +343,14 @@ class Scenes(Dataset):
         return self.count
 
     def scene(self, index: int) -> Scene:
-        """The scene at `index`, in [0, count); the same in every process."""
+        """The scene at `index` in [0, count), equal in every process."""
         if not 0 <= index < self.count:
             raise IndexError(f"Scenes: index {index} is outside [0, {self.count})")
         rng = np.random.default_rng((_STREAM, self.seed, index))
         return random_scene(rng, _pick(rng, self.objects))
 
     def sample(self, index: int, rng: np.random.Generator) -> Example:
-        """The picture at `index` with its turns; `rng` chooses the questions only."""
+        """The image at `index` with its turns; `rng` selects only the questions."""
         scene = self.scene(index)
         turns = questions(scene, rng, self.questions)
         if self.caption:
@@ -357,28 +360,30 @@ class Scenes(Dataset):
         return example(turns, group=group, names=names, image=draw(scene, self.size))
 
     def vocabulary(self) -> list[str]:
-        """Every word that these prompts and answers can hold, sorted."""
+        """Every word of these prompts and answers, sorted."""
         texts = [*KINDS, *COLOURS, *RADII]
         if self.caption:
-            used = ("", "a", "a left of above", "a , and")  # by the number of shapes
+            used = ("", "a", "a left of above", "a , and")  # by number of shapes
             texts += [CAPTION_PROMPT, *(used[n] for n in self.objects)]
         if self.questions:
             texts += [NUMBERS[n] for n in self.objects]
-            texts += [words for numbers, words in _ASKED.values() if {*numbers} & {*self.objects}]
+            texts += [
+                words for numbers, words in _QUESTIONS.values() if {*numbers} & {*self.objects}
+            ]
         return sorted(set(" ".join(texts).split()))
 
 
 def make(out: Path, count: int = 1000, seed: int = 0, size: int = GRID, asked: int = 4) -> Path:
-    """The path of a written `metadata.jsonl`, beside the PNG pictures it describes.
+    """Writes PNG images and their `metadata.jsonl`, and returns the path of the latter.
 
-    One line per picture, as in Hugging Face's `imagefolder`: `file_name`, `text`, `questions`.
+    One line per image, as in Hugging Face's `imagefolder`: `file_name`, `text`, `questions`.
 
     Args:
-        out: folder to write; made if missing, must be empty.
-        count: number of pictures.
-        seed: stream of scenes, as in `Scenes`; also chooses the questions.
-        size: side of the pictures in pixels.
-        asked: number of questions per picture.
+        out: folder to write; created if missing, must be empty.
+        count: number of images.
+        seed: seed of the scenes, as in `Scenes`, and of the questions.
+        size: side of the images in pixels.
+        asked: number of questions per image.
     """
     from PIL import Image
     from tqdm import tqdm
@@ -387,10 +392,10 @@ def make(out: Path, count: int = 1000, seed: int = 0, size: int = GRID, asked: i
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
-        raise FileExistsError(f"make: {out} is not empty; name a new folder or remove it first")
+        raise FileExistsError(f"make: {out} is not empty; give a new folder or remove it first")
     path = out / "metadata.jsonl"
     with path.open("w", encoding="utf-8") as lines:
-        for index in tqdm(range(count), desc="drawing scenes", unit="picture"):
+        for index in tqdm(range(count), desc="drawing scenes", unit="image"):
             sample = scenes.sample(index, np.random.default_rng((seed, index)))
             pairs = [{"prompt": turn.prompt, "answer": turn.answer} for turn in sample.turns]
             name = f"{index:07d}.png"

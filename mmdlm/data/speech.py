@@ -1,12 +1,11 @@
-"""Spoken phrases: made anywhere by the espeak-ng synthesiser, and read back as a dataset.
+"""Spoken phrases: synthesised with espeak-ng, and read as a dataset.
 
 The phrases follow one sentence pattern, as in the GRID corpus (Cooke et al. 2006, "An audio-visual
-corpus for speech perception and automatic speech recognition"): every slot has words of its own, so
-a phrase is read slot by slot, and each slot can be scored alone. The two optional slots give
-answers of unequal length.
+corpus for speech perception and automatic speech recognition"). Every slot has a separate word
+list, so each slot can be scored alone. Two optional slots give answers of unequal length.
 
-espeak-ng is GPL-3.0 software and comes with the optional package `espeakng_loader`; nothing of it
-is part of this package, and reading finished clips does not need it.
+espeak-ng is GPL-3.0 software in the optional package `espeakng_loader`; no part of it is in this
+package, and reading existing clips does not need it.
 """
 
 from __future__ import annotations
@@ -35,11 +34,11 @@ if TYPE_CHECKING:
     from torchaudio.transforms import Resample
 
 PROMPT = "transcribe the speech"
-RATE = 16_000  # Hz, what Whisper-like encoders take
-MAX_SECONDS = 3.2  # of a whole clip, silence included
+RATE = 16_000  # Hz, as in Whisper-like encoders
+MAX_SECONDS = 3.2  # of a whole clip, including silence
 CANVAS = 12  # tokens of an answer; the longest phrase has nine words
 
-# Slot by slot; "" leaves an optional slot out. Within a slot, words differ in vowel or in length.
+# One tuple per slot; "" omits an optional slot. Words of a slot differ in vowel or length.
 GRAMMAR: tuple[tuple[str, ...], ...] = (
     ("", "please"),
     ("bring", "drop", "find", "move", "place", "push", "take", "wash"),
@@ -57,24 +56,24 @@ VOICES = (
     *("en-us", "en-us+m1", "en-us+m3", "en-us+f2", "en-us+f5"),
     *("en", "en+m6", "en+f3", "en-gb-scotland+m2", "en-gb-x-gbclan+f1"),
 )
-NEW_VOICES = ("en-us+f4", "en-gb-x-rp+m5")  # never in training
+NEW_VOICES = ("en-us+f4", "en-gb-x-rp+m5")  # not in training
 SPLITS = {"train": VOICES, "held_out": VOICES, "new_voice": NEW_VOICES}
 NOISES = ("white", "pink", "hum")
 
 
 class Espeak:
-    """The synthesiser; it keeps its state per process, so take it from `espeak()`, not by hand."""
+    """The espeak-ng synthesiser; its state is global to the process, so use `espeak()`."""
 
     rate = 22_050  # Hz, fixed by the voice data
 
     def __init__(self) -> None:
         loader = _loader()
         data, self._copy = Path(loader.get_data_path()), None
-        if len(str(data).encode()) > 120:  # espeak-ng keeps this path in a buffer of 160 bytes
+        if len(str(data).encode()) > 120:  # espeak-ng stores this path in a buffer of 160 bytes
             self._copy = tempfile.TemporaryDirectory(prefix="espeak")
             data = Path(shutil.copytree(data, Path(self._copy.name) / "espeak-ng-data"))
         self._lib = ctypes.CDLL(loader.get_library_path())
-        # 2: synchronous, samples to the callback only; 0x8000: report failure instead of exit().
+        # 2: synchronous, samples only to the callback; 0x8000: return an error instead of exit().
         if self._lib.espeak_Initialize(2, 0, str(data).encode(), 0x8000) != self.rate:
             raise RuntimeError(
                 f"espeak-ng did not start with its data at {data}; reinstall espeakng_loader"
@@ -84,7 +83,9 @@ class Espeak:
         signature = ctypes.CFUNCTYPE(
             ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
         )
-        self._callback = signature(self._collect)  # kept: the library holds only its address
+        self._callback = signature(
+            self._collect
+        )  # keep a reference: the library has only the address
         self._lib.espeak_SetSynthCallback(self._callback)
 
     def _collect(self, samples: ctypes._Pointer, count: int, events: int) -> int:
@@ -95,38 +96,40 @@ class Espeak:
     def speak(
         self, text: str, voice: str = "en-us", rate: int = 170, pitch: int = 50
     ) -> np.ndarray:
-        """Speech of the text, float32 [T] in [-1, 1] at 22050 Hz.
+        """Synthesises a text: float32 [T] in [-1, 1] at 22050 Hz.
 
-        Two calls with equal arguments differ slightly: the voice model carries a noise state.
+        Calls with equal arguments differ slightly, since the voice model has a noise state.
 
         Args:
             text: plain words.
-            voice: language, "+", variant, such as "en-us+f2".
+            voice: language, "+", variant, for example "en-us+f2".
             rate: words per minute, 80 to 450.
             pitch: 0 to 99.
 
         Raises:
-            ValueError: the voice does not exist, a number is out of range or nothing was spoken.
+            ValueError: the voice does not exist, a number is out of range or there is no sound.
         """
         if not (80 <= rate <= 450 and 0 <= pitch <= 99):
-            raise ValueError(f"espeak: rate {rate}, pitch {pitch}; expected 80..450 and 0..99")
+            raise ValueError(
+                f"espeak: rate is {rate} and pitch {pitch}, expected 80 to 450 and 0 to 99"
+            )
         failed = self._lib.espeak_SetVoiceByName(voice.encode())
-        # An unknown variant is not an error for espeak-ng: it would speak with the plain voice.
+        # For an unknown variant espeak-ng uses the plain voice without an error.
         used = self._lib.espeak_GetCurrentVoice().contents.identifier.decode()
         if failed or used.partition("+")[2] != voice.partition("+")[2]:
-            raise ValueError(f"espeak: no voice {voice!r}; known are for example {list(VOICES)}")
+            raise ValueError(f"espeak: no voice {voice!r}; known: for example {list(VOICES)}")
         self._lib.espeak_SetParameter(1, rate, 0)
         self._lib.espeak_SetParameter(3, pitch, 0)
         self._chunks.clear()
         data = text.encode()
         failed = self._lib.espeak_Synth(data, len(data) + 1, 0, 1, 0, 1, None, None)  # 1: UTF-8
         if failed or not any(chunk.any() for chunk in self._chunks):
-            raise ValueError(f"espeak: nothing was spoken for {text!r} (status {failed})")
+            raise ValueError(f"espeak: no sound for {text!r} (status {failed})")
         return np.concatenate(self._chunks).astype(np.float32) / 32768
 
 
 class _Voice(ctypes.Structure):
-    # The head of espeak_VOICE in espeak-ng/espeak-ng: src/include/espeak-ng/speak_lib.h.
+    # First fields of espeak_VOICE in espeak-ng/espeak-ng: src/include/espeak-ng/speak_lib.h.
     _fields_ = [(name, ctypes.c_char_p) for name in ("name", "languages", "identifier")]
 
 
@@ -142,24 +145,24 @@ def _loader() -> ModuleType:
 
 @functools.cache
 def espeak() -> Espeak:
-    """The one synthesiser of this process."""
+    """The synthesiser of this process."""
     return Espeak()
 
 
 def words() -> list[str]:
-    """Every word of the phrases and of their prompt, sorted."""
+    """Every word of the phrases and the prompt, sorted."""
     return sorted({word for slot in GRAMMAR for word in slot if word} | set(PROMPT.split()))
 
 
 def is_held_out(phrase: str) -> bool:
-    """Whether a phrase is kept from training, with and without its optional words."""
+    """Whether a phrase is excluded from training, independent of its optional words."""
     optional = {*GRAMMAR[0], *GRAMMAR[-1]}
     core = " ".join(word for word in phrase.split() if word not in optional)
     return zlib.crc32(core.encode()) % 10 == 0
 
 
 def draw_phrase(rng: np.random.Generator, held_out: bool = False) -> str:
-    """A random phrase of the grammar from one side of the train/held-out border."""
+    """Draws a phrase of the grammar from the training or the held-out set."""
     while True:
         phrase = " ".join(filter(None, (str(rng.choice(slot)) for slot in GRAMMAR)))
         if is_held_out(phrase) == held_out:
@@ -167,7 +170,7 @@ def draw_phrase(rng: np.random.Generator, held_out: bool = False) -> str:
 
 
 def noise(kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Background of unit power, float32 [T]: "white", "pink" (1/f) or "hum" (mains, harmonics)."""
+    """Noise of unit power, float32 [T]: "white", "pink" (1/f) or "hum" (mains, harmonics)."""
     if kind == "hum":
         time = np.arange(size) / RATE
         tones = [
@@ -182,19 +185,19 @@ def noise(kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
             spectrum = np.fft.rfft(out)
             out = np.fft.irfft(spectrum / np.sqrt(np.arange(1, spectrum.size + 1)), size)
     else:
-        raise ValueError(f"noise {kind!r}; expected one of {list(NOISES)}")
+        raise ValueError(f"noise: kind is {kind!r}, expected one of {list(NOISES)}")
     return (out / np.sqrt(np.mean(out**2) + 1e-12)).astype(np.float32)
 
 
 def add_noise(audio: np.ndarray, kind: str, snr: float, rng: np.random.Generator) -> np.ndarray:
-    """The audio with a background `snr` decibels below its mean power."""
+    """Adds noise `snr` decibels below the mean power of the audio."""
     level = np.sqrt(np.mean(audio**2)) * 10 ** (-snr / 20)
     return audio + np.float32(level) * noise(kind, audio.size, rng)
 
 
 @dataclass(frozen=True)
 class _Recipe:
-    """All random choices of one clip, so that clip i never depends on the clips before it."""
+    """All random choices of one clip, independent of the other clips."""
 
     text: str
     voice: str
@@ -233,13 +236,13 @@ def _to_16k() -> Resample:
 
 
 def _synthesise(recipe: _Recipe, rng: np.random.Generator) -> tuple[np.ndarray, int]:
-    """One clip, float32 [T] at 16 kHz, and the rate it was spoken at."""
+    """One clip, float32 [T] at 16 kHz, and its speaking rate."""
     room, rate = MAX_SECONDS - sum(recipe.silence), recipe.rate
     while True:
         audio = _trimmed(espeak().speak(recipe.text, recipe.voice, rate, recipe.pitch))
         if audio.size <= room * Espeak.rate:
             break
-        rate += 10  # slow voice, long phrase: speak faster rather than cut
+        rate += 10  # too long: increase the rate instead of truncating
     audio = _to_16k()(torch.from_numpy(audio)).numpy()
     audio = np.pad(audio, [int(seconds * RATE) for seconds in recipe.silence])
     if recipe.noise is not None and recipe.snr is not None:
@@ -248,29 +251,29 @@ def _synthesise(recipe: _Recipe, rng: np.random.Generator) -> tuple[np.ndarray, 
 
 
 def make(out: Path, count: int, split: str = "train", seed: int = 0) -> Path:
-    """The folder `out` with `count` clips (16 kHz FLAC) and their metadata.jsonl.
+    """Writes `count` clips (16 kHz FLAC) with their metadata.jsonl and returns the folder.
 
-    Called again, it goes on where it was stopped. The folder is a Hugging Face audiofolder, which
-    `datasets.load_dataset("audiofolder", data_dir=out)` reads.
+    A second call resumes. The folder is a Hugging Face audiofolder:
+    `datasets.load_dataset("audiofolder", data_dir=out)` reads it.
 
     Args:
-        out: folder to write; clips that are already there are kept.
-        count: clips in the finished folder.
-        split: "train"; "held_out", phrases that training never has; "new_voice", such phrases
-            spoken by voices that training never has.
-        seed: of all choices; clip i depends on the seed, the split and i only.
+        out: folder to write; existing clips are kept.
+        count: total number of clips.
+        split: "train"; "held_out", phrases not in training; "new_voice", such phrases by voices not
+            in training.
+        seed: seed of all choices; clip i depends only on the seed, the split and i.
 
     Raises:
-        ValueError: unknown split, or the folder was begun with another split or seed.
+        ValueError: unknown split, or the folder was started with another split or seed.
     """
     if split not in SPLITS:
-        raise ValueError(f"make: split {split!r}; expected one of {list(SPLITS)}")
+        raise ValueError(f"make: split is {split!r}, expected one of {list(SPLITS)}")
     out = Path(out)
     (out / "clips").mkdir(parents=True, exist_ok=True)
     done = _finished(out / "metadata.jsonl")
     if done and _recipe(split, seed, len(done) - 1)[0].text != done[-1]["text"]:
         raise ValueError(
-            f"make: {out} was begun with another split or seed than {split!r}, {seed}; "
+            f"make: {out} was started with another split or seed than {split!r}, {seed}; "
             "give the same ones or another folder"
         )
     with (out / "metadata.jsonl").open("a") as table:
@@ -289,7 +292,7 @@ def make(out: Path, count: int, split: str = "train", seed: int = 0) -> Path:
 
 
 def _finished(table: Path) -> list[dict]:
-    """Rows of an earlier run; a last line that was cut short is taken off the file."""
+    """Rows of an earlier run; removes an incomplete last line from the file."""
     if not table.exists():
         return []
     lines = table.read_text().splitlines(keepends=True)
@@ -300,14 +303,14 @@ def _finished(table: Path) -> list[dict]:
 
 
 class Speech(Dataset):
-    """Clips with their transcripts from a folder written by `make`, or any folder of that layout.
+    """Clips with transcripts from a folder written by `make`, or of the same layout.
 
     Args:
-        root: folder with metadata.jsonl; each line has file_name, text and perhaps voice.
-        augment: random gain, background noise (every second draw) and up to 0.1 s of leading
-            silence; for training.
+        root: folder with metadata.jsonl; each line has file_name, text and optionally voice.
+        augment: random gain, noise (with probability 0.5) and up to 0.1 s of leading silence; for
+            training.
         length: canvas of the answer in tokens.
-        cache: keep clips in memory as int16 once read (32 kB per second of speech).
+        cache: keep clips that were read in memory as int16 (32 kB per second).
     """
 
     def __init__(
@@ -317,7 +320,7 @@ class Speech(Dataset):
         table = self.root / "metadata.jsonl"
         if not table.exists():
             raise FileNotFoundError(
-                f"Speech: no {table}; make the folder with mmdlm.data.speech.make(root, count)"
+                f"Speech: {table} does not exist; write it with mmdlm.data.speech.make(root, count)"
             )
         self.rows = [json.loads(line) for line in table.read_text().splitlines() if line.strip()]
         self._cache: dict[int, tuple[np.ndarray, int]] | None = {} if cache else None
@@ -330,7 +333,9 @@ class Speech(Dataset):
             return self._cache[index]
         path = self.root / self.rows[index]["file_name"]
         if not path.exists():
-            raise FileNotFoundError(f"Speech: {path} is named in metadata.jsonl but is not there")
+            raise FileNotFoundError(
+                f"Speech: {path} is listed in metadata.jsonl but does not exist"
+            )
         clip, rate = soundfile.read(path, dtype="int16", always_2d=True)  # [T C]
         clip = clip[:, 0] if clip.shape[1] == 1 else clip.mean(axis=1).astype(np.int16)
         if self._cache is not None:
@@ -338,7 +343,7 @@ class Speech(Dataset):
         return clip, rate
 
     def sample(self, index: int, rng: np.random.Generator) -> Example:
-        """The clip at `index` with the turn that asks for its words; grouped by voice."""
+        """The clip at `index` with a turn for its transcript; grouped by voice."""
         row, (clip, rate) = self.rows[index], self._read(index)
         audio = clip.astype(np.float32) / 32768
         if self.augment:
@@ -351,6 +356,6 @@ class Speech(Dataset):
         return example((turn,), group=group, names=names, audio=(audio, rate))
 
     def vocabulary(self) -> list[str]:
-        """Every word of the grammar and the prompt, or of the texts where they are other ones."""
+        """Every word of the grammar and the prompt, or of the texts if they have other words."""
         used = {word for row in self.rows for word in row["text"].split()} | set(PROMPT.split())
         return words() if used <= set(words()) else sorted(used)

@@ -27,7 +27,7 @@ def held_out() -> Digits:
     return Digits("held_out")
 
 
-def test_splits_share_no_scan_and_lose_none(train, held_out):
+def test_splits_are_disjoint_and_complete(train, held_out):
     parts = [[scan.tobytes() for scan in part.scans] for part in (train, held_out)]
     everything = [scan.tobytes() for scan in np.round(load_digits().images * 255 / 16).astype("u1")]
     assert sorted(parts[0] + parts[1]) == sorted(everything)
@@ -35,7 +35,7 @@ def test_splits_share_no_scan_and_lose_none(train, held_out):
     assert not set(parts[0]) & set(parts[1])
 
 
-def test_every_digit_is_held_out_to_the_same_share(train, held_out):
+def test_held_out_share_is_equal_for_every_digit(train, held_out):
     for digit in range(10):
         out, kept = (int((part.labels == digit).sum()) for part in (held_out, train))
         assert abs(out / (out + kept) - 0.2) < 0.01
@@ -62,7 +62,7 @@ def test_turns_name_the_label(train, held_out):
 
 
 @pytest.mark.parametrize("size", [64, 48, 128])
-def test_pictures_are_light_ink_on_dark_ground(size):
+def test_images_are_light_ink_on_a_dark_background(size):
     for split in ("train", "held_out"):
         part = Digits(split, size=size)
         for index in range(0, len(part), 101):
@@ -74,7 +74,7 @@ def test_pictures_are_light_ink_on_dark_ground(size):
 
 
 def test_enlarged_scans_keep_their_orientation(held_out):
-    # Averaged back to 8 x 8, a held-out picture is its scan: neither mirrored nor turned.
+    # Averaged back to 8 x 8, a held-out image is its scan: neither mirrored nor rotated.
     for index in range(0, len(held_out), 29):
         image = image_of(held_out, index)[..., 0].astype(float)
         small = image[8:56, 8:56].reshape(8, 6, 8, 6).mean(axis=(1, 3))
@@ -82,13 +82,13 @@ def test_enlarged_scans_keep_their_orientation(held_out):
         assert likeness > 0.97
 
 
-def test_training_varies_with_the_generator_and_repeats_with_it(train):
+def test_training_images_depend_only_on_the_generator(train):
     first, again, other = (image_of(train, 3, s) for s in (1, 1, 2))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
 
-def test_held_out_never_varies(held_out):
+def test_held_out_images_are_deterministic(held_out):
     first, other = (image_of(held_out, 3, s) for s in (1, 2))
     assert np.array_equal(first, other)
 
@@ -115,18 +115,18 @@ def test_vocabulary_of_digits_is_exact(train):
     ("options", "name"),
     [({"split": "test"}, "split"), ({"size": 8}, "size"), ({"seed": -1}, "seed")],
 )
-def test_broken_options_of_digits_are_named(options, name):
+def test_error_names_the_invalid_option(options, name):
     with pytest.raises(ValueError, match=name):
         Digits(**options)
 
 
-def test_digits_refuse_an_index_outside(train):
+def test_index_out_of_range_is_rejected(train):
     for index in (-1, len(train)):
         with pytest.raises(IndexError, match=f"index {index}"):
             train.sample(index, np.random.default_rng(0))
 
 
-def test_missing_package_names_the_extra(monkeypatch):
+def test_error_for_a_missing_package_names_the_extra(monkeypatch):
     real = builtins.__import__
 
     def refuse(name, *args, **kwargs):

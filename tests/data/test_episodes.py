@@ -40,7 +40,7 @@ class Follower(Toy):
         return super().step(action)
 
 
-def test_labels_are_clean_while_executed_actions_are_disturbed():
+def test_recorded_actions_are_undisturbed():
     world, disturbed, steps = Follower(), 0, 0
     for seed in range(200):
         episode = record(world, seed, noise=0.3, scale=0.7)
@@ -66,7 +66,7 @@ def test_without_noise_the_expert_is_executed_and_five_steps_follow_success():
     assert len(episode[ACTION]) == to_success + AFTER_SUCCESS
 
 
-def test_recording_is_reproducible_and_failures_are_none():
+def test_recording_is_reproducible_and_returns_none_for_failures():
     first, again = (record(Toy(), 11, 0.3, 0.7) for _ in range(2))
     assert all(np.array_equal(first[key], again[key]) for key in (IMAGE, STATE, ACTION))
     assert record(Toy(horizon=1), 11, 0.3, 0.7) is None
@@ -85,14 +85,14 @@ def test_collecting_skips_failures_and_counts_them(tmp_path):
     assert source.stats()[ACTION]["count"] == [done.frames]
 
 
-def test_collecting_gives_up_on_a_hopeless_expert(tmp_path):
+def test_collecting_raises_if_most_attempts_fail(tmp_path):
     with pytest.raises(ValueError, match="failed 20 of 20.*longer horizon"):
         collect(Toy(horizon=1), tmp_path, 1)
     with pytest.raises(ValueError, match="noise"):
         collect(Toy(), tmp_path, 1, noise=1.0)
 
 
-def test_samples_hold_picture_state_and_the_next_actions(root):
+def test_samples_hold_image_state_and_the_next_actions(root):
     data = Episodes(root / "first", chunk=4, size=32)
     source = LeRobot(root / "first")
     assert len(data) == len(source)
@@ -134,12 +134,12 @@ def test_train_and_val_share_no_episode(root):
     )
 
 
-def test_pictures_of_another_size_are_resized(root):
+def test_images_of_another_size_are_resized(root):
     data = Episodes(root / "second", size=16)
     assert data.images.shape[1:] == (16, 16, 3)
 
 
-def test_augmenting_depends_on_the_generator_only(root):
+def test_augmentation_depends_only_on_the_generator(root):
     data = Episodes(root / "second", size=32, augment=True)
     plain = Episodes(root / "second", size=32)
     first, again, other = (data.sample(5, np.random.default_rng(seed)) for seed in (1, 1, 2))
@@ -153,7 +153,7 @@ def test_augmenting_depends_on_the_generator_only(root):
     assert np.array_equal(plain.images[5], still.media("image")[0])  # the store itself is untouched
 
 
-def test_jitter_changes_the_light_and_moves_nothing():
+def test_jitter_changes_only_the_brightness():
     image = np.random.default_rng(0).integers(20, 200, (64, 64, 3), np.uint8)
     factors = []
     for seed in range(40):
@@ -177,7 +177,7 @@ def test_statistics_describe_the_frames(root):
     np.testing.assert_allclose(found["state"]["std"], data.states.std(0), rtol=1e-4)
 
 
-def test_statistics_feed_the_normaliser(root):
+def test_normalizer_accepts_the_statistics(root):
     import torch
 
     from adapters.normalize import Normalizer
@@ -188,7 +188,7 @@ def test_statistics_feed_the_normaliser(root):
     assert normal.max() == pytest.approx(1, abs=1e-5)
 
 
-def test_missing_data_says_what_to_do(root, tmp_path):
+def test_error_for_missing_data_names_the_next_step(root, tmp_path):
     with pytest.raises(FileNotFoundError, match="collect"):
         Episodes(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"\['third'\]; it has \['first', 'second'\]"):

@@ -41,7 +41,7 @@ def test_numbers_of_a_published_data_set_are_exact(published, expected):
         assert padded.tolist() == sample["action_is_pad"]["values"]
 
 
-def test_frames_of_a_published_video_are_the_right_ones(published, expected):
+def test_frames_of_a_published_video_are_correct(published, expected):
     pytest.importorskip("av", reason='pip install "mmdlm[data]"')
     for sample in expected:
         frame = published.frame(sample["index"]["values"])
@@ -62,12 +62,12 @@ def test_streaming_a_video_gives_the_frames_of_random_access(published):
     assert len({image.tobytes() for image in streamed}) == 8
 
 
-def test_times_that_are_not_in_the_video_are_refused(published):
+def test_times_that_are_not_in_the_video_are_rejected(published):
     pytest.importorskip("av", reason='pip install "mmdlm[data]"')
     path = next((GOLDEN / "v3_video" / "videos").rglob("*.mp4"))
     with pytest.raises(ValueError, match="nearest to 0.250000 s is 0.[23]"):
         next(decode_video(path, np.array([0.25])))
-    with pytest.raises(ValueError, match="does not belong"):
+    with pytest.raises(ValueError, match="does not match"):
         next(decode_video(path, np.array([1e3])))
 
 
@@ -81,14 +81,14 @@ def test_windows_stay_inside_the_episode(published):
     assert padded.tolist() == [True, False]
 
 
-def test_unknown_names_and_versions_are_refused(published, tmp_path):
+def test_unknown_names_and_versions_are_rejected(published, tmp_path):
     with pytest.raises(KeyError, match=r"no numeric feature 'state'.*observation.state"):
         published.column("state")
     with pytest.raises(KeyError, match="no camera 'wrist'.*front"):
         published.image("wrist", 0)
     with pytest.raises(IndexError, match="frame 60 is outside"):
         published.frame(60)
-    with pytest.raises(FileNotFoundError, match="no LeRobot data set"):
+    with pytest.raises(FileNotFoundError, match="not a LeRobot data set"):
         LeRobot(tmp_path)
     (tmp_path / "meta").mkdir()
     (tmp_path / "meta" / "info.json").write_text('{"codebase_version": "v2.1"}')
@@ -170,7 +170,7 @@ def test_written_folder_has_the_layout_of_version_3(tmp_path):
     assert json.loads(tasks.metadata[b"pandas"])["index_columns"] == ["task"]
 
 
-def test_writer_refuses_what_does_not_fit(tmp_path):
+def test_writer_rejects_invalid_frames(tmp_path):
     writer = Writer(tmp_path, SHAPES, fps=20)
     with pytest.raises(ValueError, match="no episode"):
         writer.close()

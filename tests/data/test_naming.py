@@ -1,4 +1,4 @@
-"""Names of a picture's cells, and how samples and batches carry them."""
+"""Names of the cells of an image, in samples and batches."""
 
 import numpy as np
 import pytest
@@ -42,11 +42,11 @@ def of_cell(scene, row, column, side):
 
 def ink(scene, shape):
     """Pixels that a shape colours, bool [Y X]: where it differs from itself in another colour."""
-    pictures = [
+    images = [
         draw(Scene((Shape(shape.kind, colour, shape.size, shape.x, shape.y, shape.radius),)))
         for colour in ("red", "green")
     ]
-    return (pictures[0] != pictures[1]).any(-1)
+    return (images[0] != images[1]).any(-1)
 
 
 @pytest.mark.parametrize("cells", [4, 8])
@@ -57,7 +57,7 @@ def test_cells_equal_counting_pixels(cells):
         assert list(cell_words(scene, cells, 64)) == want
 
 
-def test_cells_agree_with_the_drawn_picture():
+def test_cells_agree_with_the_drawn_image():
     same = total = 0
     for scene in scenes_of(120):
         drawn = np.stack([ink(scene, shape) for shape in scene.shapes])
@@ -71,19 +71,19 @@ def test_cells_agree_with_the_drawn_picture():
     assert same / total > 0.9
 
 
-def test_ground_is_empty():
+def test_empty_cells_have_no_names():
     scene = Scene((Shape("circle", "red", "small", 8, 8, 5.0),))
     words = cell_words(scene, 4, 64)
     assert words == (("small", "red", "circle"), *[()] * 15)
 
 
 @pytest.mark.parametrize("cells", [0, 5, -4])
-def test_cells_that_do_not_divide_the_picture_are_refused(cells):
+def test_cells_that_do_not_divide_the_image_are_rejected(cells):
     with pytest.raises(ValueError, match=f"cells is {cells}, expected a divisor of 64"):
         cell_words(scenes_of(1)[0], cells, 64)
 
 
-def test_scenes_carry_names_of_every_cell():
+def test_samples_of_scenes_have_names_of_every_cell():
     scenes = Scenes(cells=4, size=32)
     sample = scenes.sample(5, np.random.default_rng(0))
     assert sample.names == cell_words(scenes.scene(5), 4, 64)
@@ -92,7 +92,7 @@ def test_scenes_carry_names_of_every_cell():
     assert Scenes().sample(5, np.random.default_rng(0)).names is None
 
 
-def test_digits_carry_names_of_every_cell():
+def test_samples_of_digits_have_names_of_every_cell():
     pytest.importorskip("sklearn", reason='needs scikit-learn: pip install "mmdlm[data]"')
     from mmdlm.data.digits import Digits
 

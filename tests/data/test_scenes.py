@@ -56,7 +56,7 @@ def centroid(mask: np.ndarray) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_caption_agrees_with_where_the_pixels_are(n):
+def test_caption_agrees_with_the_pixels(n):
     for scene in scenes_of(n, 250):
         caption = describe(scene)
         found = [(m[2], m[3], m[1]) for m in re.finditer(PHRASE, caption)]
@@ -101,7 +101,7 @@ def test_captions_read_as_documented():
 @pytest.mark.parametrize(
     "places", [((10, 10), (30, 32)), ((10, 10), (13, 40), (50, 30))], ids=["diagonal", "column"]
 )
-def test_describe_refuses_a_scene_with_two_right_captions(places):
+def test_describe_rejects_a_scene_with_two_correct_captions(places):
     shapes = [shape(KINDS[i], list(COLOURS)[i], *place) for i, place in enumerate(places)]
     with pytest.raises(ValueError, match="move one"):
         describe(Scene(tuple(shapes)))
@@ -109,7 +109,7 @@ def test_describe_refuses_a_scene_with_two_right_captions(places):
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("size", [64, 50, 128])
-def test_shapes_lie_inside_and_apart(n, size):
+def test_shapes_are_inside_and_do_not_overlap(n, size):
     for scene in scenes_of(n, 40, seed=7):
         masks = [footprint(scene, s, size) for s in scene.shapes]
         assert np.sum(masks, axis=0).max() == 1
@@ -120,9 +120,9 @@ def test_shapes_lie_inside_and_apart(n, size):
 def test_every_shape_is_drawn_in_its_colour_and_sizes_are_far_apart():
     areas = {(kind, size): set() for kind in KINDS for size in RADII}
     for scene in scenes_of(3, 120, seed=3):
-        picture = draw(scene).astype(int)
+        image = draw(scene).astype(int)
         for one in scene.shapes:
-            seen = picture[one.y, one.x]
+            seen = image[one.y, one.x]
             distances = {c: np.abs(seen - rgb).sum() for c, rgb in COLOURS.items()}
             assert min(distances, key=distances.get) == one.colour
             areas[one.kind, one.size].add(int(footprint(scene, one).sum()))
@@ -171,14 +171,14 @@ def truth(scene: Scene, prompt: str) -> str:
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_answers_are_right(n):
+def test_answers_are_correct(n):
     rng = np.random.default_rng(0)
     for scene in scenes_of(n, 400, seed=1):
         for turn in questions(scene, rng, 9):
             assert turn.answer == truth(scene, turn.prompt), turn.prompt
 
 
-def test_yes_and_no_are_balanced_and_negatives_are_half_right():
+def test_yes_and_no_are_balanced_and_negatives_share_one_word():
     rng = np.random.default_rng(0)
     answers = {"presence": Counter(), "relation": Counter()}
     halves = Counter()
@@ -214,7 +214,7 @@ def test_kinds_of_questions_are_equally_likely_and_spread():
     assert questions(scene, rng, 0) == ()
 
 
-def test_a_scene_depends_on_seed_and_index_only():
+def test_scene_depends_only_on_seed_and_index():
     a, b = Scenes(count=50), Scenes(count=50, questions=2, caption=False)
     for index in (0, 7, 49):
         first = a.sample(index, np.random.default_rng(1))
@@ -226,13 +226,13 @@ def test_a_scene_depends_on_seed_and_index_only():
         assert first.turns[0].answer == describe(a.scene(index))
 
 
-def test_another_seed_or_index_is_another_picture():
-    pictures = {
+def test_another_seed_or_index_is_another_image():
+    images = {
         Scenes(seed=seed).sample(index, np.random.default_rng(0)).media("image")[0].tobytes()
         for seed in range(4)
         for index in range(50)
     }
-    assert len(pictures) == 200
+    assert len(images) == 200
 
 
 def test_a_scene_stays_the_same_across_releases():
@@ -267,7 +267,7 @@ def test_vocabulary_is_exact_and_answers_fit_their_canvas(options):
     assert sorted(words) == scenes.vocabulary()
 
 
-def test_sample_has_the_promised_layout():
+def test_sample_has_the_documented_layout():
     scenes = Scenes(objects=(2,), size=96, questions=3)
     sample = scenes.sample(5, np.random.default_rng(0))
     assert sample.media("image")[0].shape == (96, 96, 3)
@@ -293,15 +293,15 @@ def test_sample_has_the_promised_layout():
         ({"seed": -1}, "seed"),
         ({"seed": 2**32}, "seed"),
         ({"questions": -1}, "questions"),
-        ({"questions": 0, "caption": False}, "nothing is asked"),
+        ({"questions": 0, "caption": False}, "expected at least one turn"),
     ],
 )
-def test_broken_options_of_scenes_are_named(options, name):
+def test_error_names_the_invalid_option(options, name):
     with pytest.raises(ValueError, match=name):
         Scenes(**options)
 
 
-def test_broken_calls_are_refused():
+def test_invalid_calls_are_rejected():
     rng = np.random.default_rng(0)
     red, blue = shape("circle", "red", 15, 15), shape("circle", "blue", 40, 40)
     with pytest.raises(IndexError, match="index 9"):
@@ -336,8 +336,8 @@ def test_make_writes_a_folder_that_reads_back(tmp_path):
     scenes = Scenes(seed=3)
     for index, entry in enumerate(entries):
         scene = scenes.scene(index)
-        with Image.open(path.parent / entry["file_name"]) as picture:
-            assert np.array_equal(np.asarray(picture), draw(scene))
+        with Image.open(path.parent / entry["file_name"]) as image:
+            assert np.array_equal(np.asarray(image), draw(scene))
         assert entry["text"] == describe(scene)
         assert len(entry["questions"]) == 2
         assert all(truth(scene, q["prompt"]) == q["answer"] for q in entry["questions"])
@@ -345,7 +345,7 @@ def test_make_writes_a_folder_that_reads_back(tmp_path):
     assert again.read_text() == path.read_text()
 
 
-def test_make_leaves_a_used_folder_alone(tmp_path):
+def test_make_rejects_a_folder_that_is_not_empty(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="not empty"):
         make(tmp_path, count=1)
