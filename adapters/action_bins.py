@@ -1,4 +1,4 @@
-"""Uniform bins between continuous robot actions and token ids (RT-2, OpenVLA, Dream-VLA)."""
+"""Uniform binning of continuous robot actions to token ids (RT-2, OpenVLA, Dream-VLA)."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from torch import Tensor
 
 
 class ActionBins:
-    """Turns normalised actions into one token id per number, and back to bin centres.
+    """Encodes normalized actions as one token id per number, and decodes ids to bin centres.
 
-    `bins` edges are spread evenly from `low` to `high`; a number becomes the count d of edges at or
-    below it, 1 to `bins`. Between edges lie `bins - 1` centres, so the last two ids (d = bins - 1
-    and d = bins, the number `high` itself) decode to the same centre. Ids are contiguous; the
-    published models count downwards, `last_id` being the lowest number.
+    `bins` edges are evenly spaced from `low` to `high`; a number is encoded as the count d of edges
+    at or below it, 1 to `bins`. There are `bins - 1` centres between the edges, so the last two ids
+    (d = bins - 1 and d = bins, for `high` itself) decode to the same centre. Ids are contiguous; in
+    the published models they decrease with the number, and `last_id` is the lowest number.
 
     Source: DreamLM/Dream-VLX: vla/prismatic/vla/action_tokenizer.py (as in moojink/openvla-oft).
     There id = N - d, hence last_id = N - 1: 151922 for Dream-VLA, 31999 for OpenVLA.
 
     Args:
         bins: number of ids.
-        low: smallest number; what is below is clipped.
-        high: largest number; what is above is clipped.
-        last_id: largest id; `bins - 1` when not given, so that ids start at 0.
-        reverse: whether ids fall as numbers rise, as in the published models.
+        low: smallest number; smaller ones are clipped.
+        high: largest number; larger ones are clipped.
+        last_id: largest id; None: `bins - 1`, so that ids start at 0.
+        reverse: ids decrease as numbers increase, as in the published models.
     """
 
     def __init__(
@@ -37,17 +37,19 @@ class ActionBins:
         last_id = bins - 1 if last_id is None else last_id
         if bins < 2 or not low < high:
             raise ValueError(
-                f"ActionBins: {bins} bins from {low} to {high}; expected 2+, low < high"
+                f"ActionBins: {bins} bins from {low} to {high}, expected at least 2 and low < high"
             )
         if last_id < bins - 1:
-            raise ValueError(f"ActionBins: last_id {last_id} leaves no room for {bins} ids from 0")
+            raise ValueError(
+                f"ActionBins: last_id is {last_id}, expected at least bins - 1 ({bins - 1})"
+            )
         self.bins, self.low, self.high, self.reverse = bins, float(low), float(high), reverse
         self._edges = np.linspace(low, high, bins)
         self.centers = (self._edges[:-1] + self._edges[1:]) / 2  # [bins - 1] float64, ascending
         self.ids = range(last_id - bins + 1, last_id + 1)
 
     def encode(self, actions: Tensor | np.ndarray) -> Tensor | np.ndarray:
-        """Token ids of normalised actions, row after row.
+        """Token ids of normalized actions, in row-major order.
 
         Args:
             actions: float [... K A]; numbers outside [low, high] are clipped.
@@ -60,10 +62,12 @@ class ActionBins:
             raise ValueError(
                 f"ActionBins: actions have shape {list(actions.shape)}, expected [... K A]"
             )
-        values = torch.as_tensor(actions).to(torch.float64)  # float32 edges move numbers by a bin
+        values = torch.as_tensor(actions).to(
+            torch.float64
+        )  # in float32, numbers at edges change bins
         if not bool(values.isfinite().all()):
             raise ValueError(
-                "ActionBins: actions hold NaN or infinity; drop the frame or repair it"
+                "ActionBins: actions contain NaN or infinity; drop or repair the frame"
             )
         edges = torch.as_tensor(self._edges, device=values.device)
         digits = torch.bucketize(values.clamp(self.low, self.high), edges, right=True)
@@ -79,8 +83,8 @@ class ActionBins:
             ids: [... K*A] int64.
             K: actions per chunk.
             A: action size.
-            strict: raise for an id that is no action. Otherwise it is clipped to the nearest end
-                as in the published models: a wrong token then becomes an extreme action.
+            strict: raise for ids that are not actions. Otherwise they are clipped to the nearest
+                end, as in the published models: a wrong token decodes to an extreme action.
         Returns:
             [... K A] float32 in (low, high), a tensor for a tensor and an array for an array.
         Raises:
@@ -96,7 +100,7 @@ class ActionBins:
             outside = tokens[(tokens < self.ids.start) | (tokens >= self.ids.stop)]
             if outside.numel():
                 raise ValueError(
-                    f"ActionBins: {outside.numel()} ids are no actions, the first is "
+                    f"ActionBins: {outside.numel()} ids are not actions, the first is "
                     f"{int(outside[0])}; actions are {self.ids.start} to {self.ids.stop - 1}; "
                     "restrict the logits to these columns while decoding"
                 )

@@ -1,4 +1,4 @@
-"""Brings actions and robot state to a common range and back, with statistics of the data."""
+"""Normalization of actions and robot state with statistics of the data, and its inverse."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NEEDS = {
 
 
 class Normalizer:
-    """Normalises vectors of one feature and takes them back to robot units.
+    """Normalizes vectors of one feature, and converts them back to robot units.
 
     With low, high = q01, q99 ("quantile") or min, max ("bounds") and range = high - low + 1e-8:
     y = clip(2 (x - low) / range - 1, -1, 1), and back x = (y + 1) / 2 range + low, not clipped.

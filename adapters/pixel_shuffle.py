@@ -1,4 +1,4 @@
-"""Fewer picture tokens without losing any: neighbours are joined along the width."""
+"""Pixel shuffle: concatenates neighbouring image tokens along the feature axis."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from encoders.features import Features
 
 
 class PixelShuffle(Adapter):
-    """Joins factor x factor neighbours of the grid into one token, then projects.
+    """Concatenates factor x factor neighbours of the grid into one token, then projects.
 
     Source: space-to-depth of OpenGVLab/InternVL: internvl_chat (there with a factor of 2).
 
     Args:
         in_dim: encoder width E.
         out_dim: backbone width D.
-        factor: the grid's sides shrink by this.
+        factor: factor by which the sides of the grid shrink.
         layers: linear layers of the projector.
     """
 
@@ -30,10 +30,10 @@ class PixelShuffle(Adapter):
         self.project = MLP(in_dim * factor**2, out_dim, layers)
 
     def forward(self, features: Features) -> Features:
-        """Tokens [B N/factor^2 D]; a joined token is real if any of its parts is.
+        """Tokens [B N/factor^2 D]; a joined token is valid if any of its parts is.
 
         Args:
-            features: tokens [B N E] with a grid whose sides the factor divides.
+            features: tokens [B N E] with a grid whose sides are multiples of the factor.
         Raises:
             ValueError: there is no such grid.
         """
@@ -41,10 +41,10 @@ class PixelShuffle(Adapter):
         if grid is None or grid[0] % f or grid[1] % f:
             raise ValueError(
                 f"PixelShuffle: grid is {grid}, expected sides divisible by factor={f}; "
-                "choose a patch size that gives one"
+                "choose another patch size"
             )
         size = {"y": grid[0] // f, "x": grid[1] // f, "a": f, "b": f}
-        # What stands at False may be anything, and a joined token can be real in part.
+        # Masked tokens may be anything, and a joined token can be partly valid.
         tokens = torch.where(features.mask[:, :, None], features.tokens, 0)
         tokens = rearrange(tokens, "n (y a x b) e -> n (y x) (a b e)", **size)
         mask = rearrange(features.mask, "n (y a x b) -> n (y x) (a b)", **size).any(-1)

@@ -1,4 +1,4 @@
-"""Fewer tokens by pooling: 2-D on a picture's grid, or stacked neighbours of a sequence."""
+"""Pooling of tokens: 2-D on the grid of an image, or concatenated neighbours of a sequence."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ from encoders.features import Features
 class Pool(Adapter):
     """Projects with an `MLP` and pools, so that about 1 in factor**2 (grid) or factor tokens stays.
 
-    bilinear, average and max work on the grid AFTER the projector; average and max drop a
-    remainder at the edge (27 -> 13). bilinear resizes to ceil(side / factor) (27 -> 14) and is
-    what LaViDa's released code runs as "2x2 average pooling" (jacklishufan/LaViDa:
-    llava/model/llava_arch.py). concat joins `factor` neighbours along the width BEFORE the
-    projector, for sequences without a grid such as audio.
+    bilinear, average and max pool the grid AFTER the projector; average and max drop a remainder at
+    the edge (27 -> 13). bilinear resizes to ceil(side / factor) (27 -> 14); LaViDa's released code
+    uses it as "2x2 average pooling" (jacklishufan/LaViDa: llava/model/llava_arch.py). concat
+    concatenates `factor` neighbours BEFORE the projector, for sequences without a grid (audio).
 
     Args:
         in_dim: encoder width E.
         out_dim: backbone width D.
         kind: bilinear, average, max or concat.
-        factor: grid sides, or the length, shrink by this.
+        factor: factor by which the sides of the grid, or the length, shrink.
         layers: linear layers of the projector.
     """
 
@@ -51,10 +50,10 @@ class Pool(Adapter):
         self.project = MLP(in_dim * factor if kind == "concat" else in_dim, out_dim, layers)
 
     def forward(self, features: Features) -> Features:
-        """Pooled tokens of width D; a pooled token is real if any token it covers is.
+        """Pooled tokens of width D; a pooled token is valid if any of its tokens is.
 
         Args:
-            features: tokens [B N E]; every kind but concat needs their grid.
+            features: tokens [B N E]; all kinds except concat need a grid.
         Raises:
             ValueError: no grid, or one smaller than `factor`.
         """
@@ -118,7 +117,7 @@ def _stack(features: Features, factor: int) -> Features:
     """Each `factor` neighbours joined along the width, [B ceil(N/factor) factor*E]."""
     extra = -features.tokens.shape[1] % factor
     real = functional.pad(features.mask, (0, extra))
-    # Zeros where nothing is real, so that a row does not depend on how far its batch pads it.
+    # Zeros at masked tokens, so that a row does not depend on the padding of its batch.
     tokens = torch.where(features.mask[:, :, None], features.tokens, 0)
     tokens = functional.pad(tokens, (0, 0, 0, extra))
     return Features(

@@ -1,4 +1,4 @@
-"""DivPrune: keep the tokens that differ most from one another."""
+"""DivPrune: keep a maximally diverse subset of the tokens."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from encoders.features import Features
 class DivPrune(Adapter):
     """Projects with an inner adapter, then keeps a maximally diverse share of the tokens.
 
-    The first token kept is the one farthest from its nearest other token; then each time the one
-    whose nearest kept token is farthest, by cosine distance. Needs no training. It acts on the
-    projected features, where the published code does; kept tokens are renumbered.
+    Max-min selection by cosine distance: first the token farthest from its nearest other token,
+    then repeatedly the token whose nearest kept token is farthest. No training is needed. As in
+    the published code, it runs on the projected features, and kept tokens are renumbered.
 
     Source: DivPrune (arXiv 2503.02175; vbdi/divprune: LLaVA/llava/model/llava_arch.py).
 
     Args:
         in_dim: encoder width E.
         out_dim: backbone width D.
-        inner: the adapter that projects, or a class or function that makes it, called as
+        inner: the projecting adapter, or a class or function that creates it, called as
             inner(in_dim, out_dim).
-        keep: a share of the real tokens in (0, 1] when a float (the paper's LLaVA runs use
-            0.098), a count when an int. At least one token of a non-empty row is kept.
-        order: original keeps the tokens' order, picked gives them in the order of choice.
+        keep: float: share of the valid tokens in (0, 1] (0.098 in the paper's LLaVA runs); int:
+            number of tokens. At least one token of a non-empty row is kept.
+        order: order of the kept tokens: "original", or "picked" for the order of selection.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class DivPrune(Adapter):
         if order not in ("original", "picked"):
             raise ValueError(f"DivPrune: order={order!r}; expected 'original' or 'picked'")
         self.inner = inner if isinstance(inner, Adapter) else inner(in_dim, out_dim)
-        self.arguments["inner"] = self.inner  # a function could not be written to a checkpoint
+        self.arguments["inner"] = self.inner  # a function cannot be serialized
         self.keep, self.order = keep, order
 
     def forward(self, features: Features) -> Features:
-        """The kept tokens at width D, without a grid; everything as it came if all are kept.
+        """The kept tokens [B K D], without a grid; all projected features if all are kept.
 
         Args:
             features: tokens [B N E].
@@ -69,24 +69,24 @@ class DivPrune(Adapter):
 
     @torch.no_grad()
     def select(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices of the kept tokens, and which of them count.
+        """Indices of the kept tokens, and which of them are valid.
 
         Args:
             tokens: [B N D].
-            mask: [B N] bool; what stands at False is never kept.
+            mask: [B N] bool; tokens at False are never kept.
         Returns:
-            [B K] int64 indices into N and [B K] bool; K is what a row of N real tokens keeps, and
-            rows with fewer end in entries that do not count.
+            [B K] int64 indices into N and [B K] bool; K is the number for N valid tokens, and rows
+            with fewer end in invalid entries.
         """
         count = tokens.shape[1]
         width = int(self._counts(torch.tensor(count, device="cpu")))
         far, near = float("inf"), float("-inf")
-        # Cleared first: what stands at False may be anything, also NaN.
+        # Masked tokens may be anything, including NaN.
         clean = torch.where(mask[:, :, None], tokens.float(), 0)
         unit = functional.normalize(clean, dim=-1)
         distance = 1 - unit @ unit.mT  # [B N N]
         distance = torch.where(mask[:, :, None] & mask[:, None, :], distance, far)
-        # The smallest entry of a column is the token itself, the second its nearest other token.
+        # The smallest entry of a column is the token itself, the second its nearest neighbour.
         nearest = distance.topk(min(2, count), dim=1, largest=False).values[:, -1]  # [B N]
         nearest = torch.where(mask, nearest, near)
         best = nearest.argmax(1)  # [B]
@@ -105,7 +105,7 @@ class DivPrune(Adapter):
         return picked.masked_fill(~kept, 0), kept
 
     def _counts(self, real: Tensor) -> Tensor:
-        """How many of `real` tokens stay; rounds half to even as the published code does."""
+        """Number of kept tokens; rounds half to even, as in the published code."""
         if isinstance(self.keep, int):
             return real.clamp(max=self.keep)
         return (real.double() * self.keep).round().long().clamp_min(1).minimum(real)

@@ -1,4 +1,4 @@
-"""Action bins against the published tokenizer, round trips, and input that must be refused."""
+"""Action bins against the published tokenizer, round trips and invalid input."""
 
 import json
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_round_trip_is_within_half_a_bin(reverse, last_id):
     assert torch.equal(bins.decode(bins.encode(back), 8, 4), back)  # centres stay where they are
 
 
-def test_rising_order_is_the_mirror_of_falling_order():
+def test_increasing_ids_mirror_decreasing_ids():
     values = torch.linspace(-1, 1, 40).reshape(1, 10, 4)
     falling, rising = ActionBins().encode(values), ActionBins(reverse=False).encode(values)
     assert torch.equal(falling, 255 - rising)
@@ -83,23 +83,23 @@ def test_values_beyond_the_limits_are_clipped():
     assert ids.tolist() == [255, 0]
 
 
-def test_ids_that_are_no_actions_clip_or_raise_when_strict():
+def test_ids_that_are_not_actions_are_clipped_or_raise_if_strict():
     bins = ActionBins(last_id=999)
     ids = torch.tensor([0, 743, 1000, 5000])
     assert bins.decode(ids, 4, 1).flatten().tolist() == pytest.approx(
         [0.9960784] * 2 + [-0.9960784] * 2
     )
-    with pytest.raises(ValueError, match="4 ids are no actions.*744 to 999"):
+    with pytest.raises(ValueError, match="4 ids are not actions.*744 to 999"):
         bins.decode(ids, 4, 1, strict=True)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_numbers_that_are_not_finite_are_refused(bad):
+def test_numbers_that_are_not_finite_are_rejected(bad):
     with pytest.raises(ValueError, match="NaN or infinity"):
         ActionBins().encode(torch.tensor([[0.0, bad]]))
 
 
-def test_wrong_shapes_and_settings_are_refused():
+def test_wrong_shapes_and_settings_are_rejected():
     bins = ActionBins()
     with pytest.raises(ValueError, match=r"\[7\].*\[\.\.\. 8\]"):
         bins.decode(torch.zeros(7, dtype=torch.int64), 4, 2)
@@ -109,5 +109,5 @@ def test_wrong_shapes_and_settings_are_refused():
         bins.encode(torch.zeros(8))
     with pytest.raises(ValueError, match="low < high"):
         ActionBins(low=1, high=-1)
-    with pytest.raises(ValueError, match="no room"):
+    with pytest.raises(ValueError, match="expected at least bins - 1"):
         ActionBins(last_id=100)

@@ -1,4 +1,4 @@
-"""Pixel shuffle: which neighbours are joined, and what masked tokens must not do."""
+"""Pixel shuffle: order of joined neighbours, and independence of masked tokens."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from encoders.features import Features
 
 
 def transparent(width, factor):
-    """An adapter whose projector gives back what was joined."""
+    """An adapter with an identity projector."""
     adapter = PixelShuffle(width, width * factor**2, factor, layers=1)
     with torch.no_grad():
         linear = adapter.project.layers[0]
@@ -49,7 +49,7 @@ def test_masked_tokens_are_never_read():
 
 
 @pytest.mark.parametrize("grid", [None, (1, 6), (2, 3)])
-def test_grids_that_do_not_divide_are_refused(grid):
+def test_grids_that_do_not_divide_are_rejected(grid):
     features = Features(torch.zeros(1, 6, 3), torch.ones(1, 6, dtype=torch.bool), grid)
     with pytest.raises(ValueError, match="expected sides divisible by factor=2.*patch size"):
         PixelShuffle(3, 4)(features)

@@ -12,7 +12,7 @@ from encoders.features import Features
 
 
 def plain(kind: str, width: int, factor: int = 2) -> Pool:
-    """A pool whose projector changes nothing."""
+    """A pool with an identity projector."""
     pool = Pool(width, width, kind=kind, factor=factor, layers=1)
     if kind == "concat":
         pool = Pool(width, width * factor, kind=kind, factor=factor, layers=1)
@@ -72,7 +72,7 @@ def test_window_pooling_equals_a_loop(kind, masked, rows, columns, factor):
 
 
 def bilinear(picture: Tensor, rows: int, columns: int) -> Tensor:
-    """[y x D] of a [Y X D] picture, half-pixel centres, clamped at the border."""
+    """[y x D] of a [Y X D] image, half-pixel centres, clamped at the border."""
     height, width = picture.shape[:2]
     out = torch.zeros(rows, columns, picture.shape[2])
     for y in range(rows):
@@ -160,7 +160,7 @@ def test_pool_row_alone_equals_row_in_a_batch(kind):
 
 
 @pytest.mark.parametrize("kind", ["bilinear", "average", "max", "concat"])
-def test_pool_by_one_only_projects(kind):
+def test_pool_with_factor_1_only_projects(kind):
     pool, given = Pool(3, 5, kind=kind, factor=1), features(3, 4)
     torch.testing.assert_close(pool(given).tokens, pool.project(given).tokens)
 
@@ -176,7 +176,7 @@ def test_pool_gradients_are_finite_with_a_fully_masked_row(kind):
     assert all(weight.grad.isfinite().all() for weight in pool.parameters())
 
 
-def test_pool_refuses_what_it_cannot_do():
+def test_pool_rejects_invalid_arguments():
     with pytest.raises(ValueError, match="kind='mean'"):
         Pool(3, 5, kind="mean")
     with pytest.raises(ValueError, match="factor=0"):

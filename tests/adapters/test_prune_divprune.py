@@ -20,7 +20,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "vision" / "divprune.safetensors
 
 
 class Same(Adapter):
-    """An adapter that changes nothing."""
+    """The identity adapter."""
 
     def forward(self, features: Features, query: Tensor | None = None) -> Features:
         return features
@@ -31,7 +31,7 @@ def full(tokens: Tensor) -> Tensor:
 
 
 def oracle(tokens: Tensor, count: int) -> list[int]:
-    """Picks of one row [N D], in the order picked."""
+    """Selected indices of one row [N D], in the order of selection."""
     distance = [[1 - float(functional.cosine_similarity(a, b, 0)) for b in tokens] for a in tokens]
     places = range(len(tokens))
     first = max(places, key=lambda i: min([distance[i][j] for j in places if j != i] or [0]))
@@ -120,11 +120,11 @@ def test_divprune_wraps_any_adapter_and_passes_gradients():
 
 
 @pytest.mark.parametrize("keep", [0, 0.0, -1, 1.5])
-def test_divprune_refuses_other_budgets(keep):
+def test_divprune_rejects_invalid_budgets(keep):
     with pytest.raises(ValueError, match="keep="):
         DivPrune(3, 5, keep=keep)
 
 
-def test_divprune_refuses_other_orders():
+def test_divprune_rejects_invalid_orders():
     with pytest.raises(ValueError, match="order='random'"):
         DivPrune(3, 5, order="random")

@@ -70,7 +70,7 @@ def test_ids_that_are_no_actions_are_refused():
     with pytest.raises(ValueError, match=r"expected integers \[\.\.\. 15\]"):
         made.decode(ids[:-1])
     ids[3] = made.ids.stop
-    with pytest.raises(ValueError, match="1 ids are no actions, the first is 201"):
+    with pytest.raises(ValueError, match="1 ids are not actions, the first is 201"):
         made.decode(ids)
 
 
