@@ -1,4 +1,4 @@
-"""Images and audio from files and arrays, each bad input refused with one clear error."""
+"""Reads images and audio from files and arrays; invalid input raises one clear error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AUDIO_EXTENSIONS = frozenset((
     ".aac", ".aif", ".aiff", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".wav", ".wma",
 ))
 # fmt: on
-# Pillow's own limit, a quarter of a gigabyte as RGB; beyond it a small file may fill the memory.
+# Pillow's limit, 256 MB as RGB: protects against decompression bombs.
 MAX_PIXELS = 89_478_485
 SOURCES = (str, Path, bytes, bytearray, memoryview)
 EXIF_ORIENTATION = 0x0112
@@ -34,11 +34,11 @@ MAX_CHANNELS = 64
 
 
 class _UnreadableError(Exception):
-    """One audio reader gave up; the next may do."""
+    """An audio reader cannot read the file; the next one is tried."""
 
 
 def media_kind(path: str | Path) -> Literal["image", "audio"] | None:
-    """The modality a file name's extension stands for, or None."""
+    """The modality of a file name by its extension, or None."""
     extension = Path(path).suffix.lower()
     if extension in IMAGE_EXTENSIONS:
         return "image"
@@ -48,15 +48,15 @@ def media_kind(path: str | Path) -> Literal["image", "audio"] | None:
 def find_media(
     paths: str | Path | Iterable[str | Path], kind: Literal["image", "audio"]
 ) -> list[Path]:
-    """The files of one kind among `paths`, each once, in the order given.
+    """Lists the files of one kind in `paths`, without duplicates, in the given order.
 
     Args:
-        paths: files, taken as they are unless the extension says another kind, and folders, walked
-            recursively in sorted order; hidden files and folders and linked folders are skipped.
-        kind: what to look for.
+        paths: files and folders. Folders are searched recursively in sorted order; hidden files,
+            hidden folders and linked folders are skipped.
+        kind: the kind to list.
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: a file is of the other kind, or a folder holds no file of this kind.
+        ValueError: a file has an extension of the other kind, or a folder has no file of this kind.
     """
     if kind not in ("image", "audio"):
         raise ValueError(f"find_media: kind={kind!r}, expected 'image' or 'audio'")
@@ -67,7 +67,9 @@ def find_media(
             inside = _walk(path, kind)
             if not inside:
                 known = " ".join(sorted(IMAGE_EXTENSIONS if kind == "image" else AUDIO_EXTENSIONS))
-                raise ValueError(f"find_media: no {kind} in folder {path}; looked for {known}")
+                raise ValueError(
+                    f"find_media: no {kind} in folder {path}; expected a file with {known}"
+                )
             found.update(dict.fromkeys(inside))
             continue
         _check_exists(path)
@@ -90,17 +92,17 @@ def _check_exists(path: Path) -> None:
     if path.exists():
         return
     if str(path).startswith(("http:", "https:")):
-        raise FileNotFoundError(f"{path} is an address, expected a local file; download it first")
+        raise FileNotFoundError(f"{path} is a URL, expected a local file; download it first")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no such file: {path}; its folder does not exist either")
     near = difflib.get_close_matches(path.name, os.listdir(path.parent), n=3)
     raise FileNotFoundError(
-        f"no such file: {path}" + (f"; near: {', '.join(near)}" if near else "")
+        f"no such file: {path}" + (f"; did you mean {' or '.join(near)}?" if near else "")
     )
 
 
 def _open(source: str | Path | bytes | bytearray | memoryview, what: str) -> tuple[BinaryIO, str]:
-    """An open binary file and what to call it in errors."""
+    """An open binary file and its name for errors."""
     if isinstance(source, bytes | bytearray | memoryview):
         if len(source) == 0:
             raise ValueError(f"{what}: the bytes are empty")
@@ -115,19 +117,19 @@ def _open(source: str | Path | bytes | bytearray | memoryview, what: str) -> tup
 
 
 def read_image(item: Any) -> Image.Image:
-    """An upright 8-bit RGB image.
+    """Reads an image as 8-bit RGB with its EXIF orientation applied.
 
-    EXIF orientation is applied; transparency is shown on white; 16 bits are scaled to 8; CMYK,
-    palette and grey are converted; of an animation the first frame is taken, with a warning.
+    Transparency is composited on white, 16 bits are scaled to 8, and CMYK, palette and grey are
+    converted. The first frame of an animation is used, with a warning.
 
     Args:
         item: path, file bytes, PIL image, or an array or tensor [Y X], [Y X 1|3|4] or
             [1|3|4 Y X]: uint8, uint16 over their whole range, or float in 0..1.
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not an image, damaged, cut off, larger than 89 megapixels, or values that are
+        ValueError: not an image, damaged, truncated, larger than 89 megapixels, or values that are
             not finite or out of range.
-        TypeError: another kind of item.
+        TypeError: unsupported type of item.
     """
     if isinstance(item, np.ndarray | Tensor):
         return _rgb(_array_image(item), "the array")
@@ -144,13 +146,13 @@ def read_image(item: Any) -> Image.Image:
             image = Image.open(file)
         except Image.DecompressionBombError as error:
             raise ValueError(f"read_image: {name} is too large: {error}") from error
-        except Exception as error:  # decoders of damaged files raise of every kind
+        except Exception as error:  # decoders raise many types for damaged files
             raise ValueError(f"read_image: {name} is not a readable image ({error})") from error
         return _decoded(image, name)
 
 
 def _decoded(image: Image.Image, name: str) -> Image.Image:
-    """Reads the pixels of an opened image."""
+    """Decodes the pixels of an opened image."""
     columns, rows = image.size
     if columns * rows > MAX_PIXELS:
         size = f"{columns}x{rows}, more than {MAX_PIXELS} pixels"
@@ -158,25 +160,25 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
     if columns * rows == 0:
         raise ValueError(f"read_image: {name} is {columns}x{rows}, expected at least one pixel")
     try:
-        # A phone's MPO file holds the same scene again, not an animation.
+        # The frames of an MPO file (phones) are not an animation.
         frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
         image.load()
         if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
             image = ImageOps.exif_transpose(image)
     except Exception as error:  # as above
-        raise ValueError(f"read_image: {name} is damaged or cut off ({error})") from error
+        raise ValueError(f"read_image: {name} is damaged or truncated ({error})") from error
     if frames > 1:
         warnings.warn(f"{name} has {frames} frames; only the first is read", stacklevel=3)
     return _rgb(image, name)
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
-    """8-bit RGB of an image of any mode."""
+    """Converts an image of any mode to 8-bit RGB."""
     if image.mode.startswith(("I", "F")):
         array = np.asarray(image)
         low, high = float(array.min()), float(array.max())
         top = 1 if image.mode == "F" else 65535
-        if not (low >= 0 and high <= top):  # written so that NaN fails too
+        if not (low >= 0 and high <= top):  # also rejects NaN
             raise ValueError(
                 f"read_image: {name} spans {low:g} to {high:g}, expected 0 to {top} in mode "
                 f"{image.mode}; scale it first"
@@ -189,7 +191,7 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _array_image(item: np.ndarray | Tensor) -> Image.Image:
-    """An 8-bit grey, RGB or RGBA image of an array in either channel order."""
+    """8-bit grey, RGB or RGBA image of an array, channels first or last."""
     array = item.detach().cpu().numpy() if isinstance(item, Tensor) else item
     if array.ndim == 2:
         array = array[:, :, None]  # [Y X C]
@@ -207,7 +209,7 @@ def _array_image(item: np.ndarray | Tensor) -> Image.Image:
         if not (low >= 0 and high <= 1):
             raise ValueError(
                 f"read_image: float array spans {low:g} to {high:g}, expected 0 to 1; "
-                "divide by 255 first?"
+                "divide by 255?"
             )
         array = np.rint(array * 255).astype(np.uint8)
     elif array.dtype != np.uint8:
@@ -219,23 +221,23 @@ def _array_image(item: np.ndarray | Tensor) -> Image.Image:
 
 
 def read_audio(item: Any, max_seconds: float | None = 1800) -> tuple[np.ndarray, int]:
-    """Mono samples and their rate, as recorded: nothing is resampled.
+    """Reads audio as mono samples at the recorded rate.
 
-    Channels are averaged. Integers are scaled by their range. Peaks a little over 1, which lossy
-    decoders give, are clipped. Silence is returned with a warning. That a file is cut off is
-    noticed except in Ogg, which gives what is left.
+    Channels are averaged, integers are scaled by their range, and peaks slightly above 1 (lossy
+    decoders) are clipped. Silence gives a warning. Truncated files raise, except Ogg, of which the
+    remaining part is returned.
 
     Args:
         item: path, file bytes, or (samples, rate); samples [T], [T C] or [C T] (the shorter axis
             is the channels), float in [-1, 1], int16, int32 or uint8; rate in Hz.
-        max_seconds: longest duration taken, in seconds; None for no limit.
+        max_seconds: longest accepted duration in seconds; None: no limit.
     Returns:
         [T] float32 in [-1, 1], and the rate in Hz.
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not audio, damaged, cut off, empty, too long, not finite, out of range, or an
-            impossible rate.
-        TypeError: another kind of item.
+        ValueError: not audio, damaged, truncated, empty, too long, not finite, out of range, or an
+            invalid rate.
+        TypeError: unsupported type of item.
     """
     if isinstance(item, tuple):
         if len(item) != 2 or isinstance(item[0], int | float):
@@ -281,12 +283,12 @@ def _check_length(seconds: float, max_seconds: float | None, name: str) -> None:
     if max_seconds is not None and seconds > max_seconds:
         raise ValueError(
             f"read_audio: {name} lasts {seconds:.6g} s, more than max_seconds={max_seconds:g}; "
-            "cut it, or pass a larger max_seconds"
+            "shorten it, or pass a larger max_seconds"
         )
 
 
 def _mono(samples: np.ndarray, name: str) -> np.ndarray:
-    """[T] float32 in [-1, 1] of [T] or [T C] numbers of any supported dtype."""
+    """Converts samples [T] or [T C] of any supported dtype to mono float32 [T] in [-1, 1]."""
     scales = {"int16": 2.0**-15, "int32": 2.0**-31, "uint8": 2.0**-7}
     if samples.dtype.kind == "f":
         samples = samples.astype(np.float32)
@@ -317,22 +319,22 @@ def _mono(samples: np.ndarray, name: str) -> np.ndarray:
 
 
 def _check_complete(file: BinaryIO, name: str) -> None:
-    """Refuses a WAV or AIFF file shorter than it says, which readers would cut without a word."""
+    """Rejects a WAV or AIFF file shorter than its header states; readers do not report it."""
     head = file.read(12)
     size = file.seek(0, io.SEEK_END)
     order = {b"RIFF": "<I", b"FORM": ">I"}.get(head[:4])
     if order is None or head[8:] not in (b"WAVE", b"AIFF", b"AIFC"):
         return
-    promised = struct.unpack(order, head[4:8])[0] + 8
-    # Written to a pipe, the length is unknown and stands as 0 or as the largest number.
-    if size < promised < 2**31:
+    stated = struct.unpack(order, head[4:8])[0] + 8
+    # Files written to a pipe state 0 or the largest number as their length.
+    if size < stated < 2**31:
         raise ValueError(
-            f"read_audio: {name}: cut off, has {size} of the {promised} bytes its header promises"
+            f"read_audio: {name}: truncated, {size} of the {stated} bytes of its header"
         )
 
 
 def _read_file(file: BinaryIO, name: str, limit: float | None) -> tuple[np.ndarray, int]:
-    """[T C] samples and rate by the first reader that can."""
+    """Samples [T C] and rate, from the first reader that supports the file."""
     tried = []
     for reader in (_by_soundfile, _by_torchcodec, _by_wave):
         file.seek(0)
@@ -341,7 +343,7 @@ def _read_file(file: BinaryIO, name: str, limit: float | None) -> tuple[np.ndarr
         except _UnreadableError as error:
             tried.append(f"{reader.__name__.removeprefix('_by_')}: {error}")
     raise ValueError(
-        f"read_audio: {name}: not audio that can be read; tried {'; '.join(tried)}. "
+        f"read_audio: {name} is not readable audio; tried {'; '.join(tried)}. "
         "Convert it to WAV or FLAC"
     )
 
@@ -354,14 +356,14 @@ def _by_soundfile(file: BinaryIO, name: str, limit: float | None) -> tuple[np.nd
     try:
         with soundfile.SoundFile(file) as sound:
             rate, frames = sound.samplerate, sound.frames
-            # Before decoding: two hours would not fit into memory twice.
+            # Before decoding, which may exceed the memory.
             _check_length(frames / rate, limit, name)
             samples = sound.read(dtype="float32", always_2d=True)  # [T C]
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise _UnreadableError(str(error)) from error
-    # A stream of unknown length claims the largest number; an MP3's length may be an estimate.
+    # A stream of unknown length states the largest number; the length of an MP3 is an estimate.
     if len(samples) < frames * (0.9 if sound.format == "MP3" else 1) and frames < 2**62:
-        raise ValueError(f"read_audio: {name}: cut off, {len(samples)} of {frames} frames remain")
+        raise ValueError(f"read_audio: {name}: truncated, {len(samples)} of {frames} frames")
     return samples, rate
 
 
@@ -387,9 +389,9 @@ def _by_wave(file: BinaryIO, name: str, limit: float | None) -> tuple[np.ndarray
             _check_length(sound.getnframes() / max(rate, 1), limit, name)
             data = sound.readframes(sound.getnframes())
     except (wave.Error, EOFError) as error:
-        raise _UnreadableError(str(error) or "ends too early") from error
+        raise _UnreadableError(str(error) or "unexpected end of file") from error
     if width == 3:
-        # 24 bits become the upper three bytes of 32.
+        # 24 bits are the upper three bytes of 32.
         padded = np.zeros((len(data) // 3, 4), np.uint8)
         padded[:, 1:] = np.frombuffer(data, np.uint8).reshape(-1, 3)
         samples = padded.view("<i4")[:, 0]

@@ -1,4 +1,4 @@
-"""Text to token ids and back, from a checkpoint's own tokenizer files."""
+"""Tokenizer of a checkpoint: text to token ids and back."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     import tokenizers
 
 PAD, END, MASK = "<pad>", "<eos>", "<mask>"
-# What chat templates know special tokens by.
+# Names of special tokens in chat templates.
 NAMES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-# Byte-level BPE with Qwen2's way of cutting text; Dream re-uses it under a name of its own.
+# Byte-level BPE with Qwen2's pre-tokenizer; Dream uses it under another name.
 # huggingface/transformers: models/qwen2/tokenization_qwen2.py
 BYTE_LEVEL = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "DreamTokenizer", "DreamTokenizerFast")
-CUT = (
+PRETOKENIZE = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SIDECAR_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 CHAT = "chat_template.jinja"
-# Whether special tokens are read as such is a switch of the backend, so one thread at a time.
-_SWITCH = threading.Lock()
+# Guards `encode_special_tokens`, a mutable setting of the backend.
+_LOCK = threading.Lock()
 
 
 class Tokenizer:
@@ -33,8 +33,8 @@ class Tokenizer:
 
     Args:
         backend: the loaded tokenizer.
-        template: the checkpoint's own chat template (Jinja); None when it has none.
-        names: special tokens by what templates call them, see `NAMES`.
+        template: chat template of the checkpoint (Jinja), or None.
+        names: special tokens by their names in templates, see `NAMES`.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class Tokenizer:
         self.backend = backend
         self.template = template
         self.names = dict(names or {})
-        # A word-level vocabulary has no way to spell a new word, so it must be refused.
+        # A word-level vocabulary cannot encode unknown words, so they raise.
         self.words = backend.get_vocab() if _is_word_level(backend) else None
 
     @classmethod
     def from_words(cls, words: Sequence[str], actions: int = 0) -> Tokenizer:
-        """A word-level tokenizer: pad, end, mask, the words, then the action ids.
+        """Creates a word-level tokenizer: pad, end, mask, the words, then the action ids.
 
         Args:
             words: distinct lower-case words and punctuation marks.
@@ -69,10 +69,10 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer | None:
-        """The tokenizer of a checkpoint folder, or None when it holds none.
+        """Loads the tokenizer of a checkpoint folder; None if it has none.
 
-        It is `tokenizer.json`, else `vocab.json` with `merges.txt` (Qwen2 and Dream); further
-        special tokens and the chat template come from the files beside. No code is run.
+        Reads `tokenizer.json`, else `vocab.json` with `merges.txt` (Qwen2 and Dream). Further
+        special tokens and the chat template come from `SIDECAR_FILES`. No code is executed.
 
         Raises:
             ValueError: a file is damaged, the files contradict each other, or a `vocab.json`
@@ -82,14 +82,16 @@ class Tokenizer:
         if not whole.exists() and not parts.exists():
             return None
         config = {
-            key: v for name in reversed(BESIDE[:2]) for key, v in _read(folder / name).items()
+            key: v
+            for name in reversed(SIDECAR_FILES[:2])
+            for key, v in _read(folder / name).items()
         }
         added = _added(folder, config)
         if whole.exists():
             from tokenizers import Tokenizer as Backend
 
             backend = Backend.from_file(str(whole))
-            # Only those with an id: others would become rows the embedding does not have.
+            # Only those with an id: new ids would exceed the embedding.
             added = {text: entry for text, entry in added.items() if entry["id"] is not None}
         else:
             backend = _byte_level(folder, config.get("tokenizer_class"), added)
@@ -100,26 +102,26 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Writes `tokenizer.json`, and `tokenizer_config.json` for template and names."""
         self.backend.save(str(folder / "tokenizer.json"))
-        for name in (*BESIDE, CHAT):  # of an earlier tokenizer there
+        for name in (*SIDECAR_FILES, CHAT):  # of an earlier tokenizer
             (folder / name).unlink(missing_ok=True)
         config = dict(self.names)
         if self.template is not None:
             config["chat_template"] = self.template
         if config:
-            config["tokenizer_class"] = "PreTrainedTokenizerFast"  # what transformers opens it with
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"  # for transformers
             text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
-            (folder / BESIDE[0]).write_text(text + "\n", encoding="utf-8")
+            (folder / SIDECAR_FILES[0]).write_text(text + "\n", encoding="utf-8")
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
 
     def id(self, token: str) -> int | None:
-        """The id of a token, None when the vocabulary lacks it."""
+        """The id of a token, or None."""
         return self.backend.token_to_id(token)
 
     @property
     def added(self) -> dict[str, tokenizers.AddedToken]:
-        """Tokens that are found in a text before it is cut into words, by their text."""
+        """Tokens that are matched in a text before pre-tokenization, by their text."""
         return {token.content: token for token in self.backend.get_added_tokens_decoder().values()}
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
@@ -127,13 +129,13 @@ class Tokenizer:
 
         Args:
             text: any text.
-            special: read special tokens as such; False: spell them out like any other text.
+            special: parse special tokens; False: encode them like any other text.
         Raises:
-            ValueError: the vocabulary is a word list and lacks a word of the text.
+            ValueError: the vocabulary is a word list without a word of the text.
         """
         if self.words is not None:
             self._check(text)
-        with _SWITCH:
+        with _LOCK:
             self.backend.encode_special_tokens = not special
             try:
                 return self.backend.encode(text, add_special_tokens=False).ids
@@ -141,7 +143,7 @@ class Tokenizer:
                 self.backend.encode_special_tokens = False
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; special tokens are left out."""
+        """Text of token ids without special tokens."""
         if self.words is None:
             return self.backend.decode(list(ids), skip_special_tokens=True)
         tokens = (self.backend.id_to_token(int(i)) for i in ids)
@@ -171,14 +173,14 @@ def _is_word_level(backend: Any) -> bool:
 def _byte_level(
     folder: Path, kind: str | None, added: Mapping[str, dict[str, Any]]
 ) -> tokenizers.Tokenizer:
-    """Qwen2's tokenizer from `vocab.json` and `merges.txt`, its added tokens not yet marked."""
+    """Qwen2's tokenizer from `vocab.json` and `merges.txt`, without its added tokens."""
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
     if kind is not None and kind not in BYTE_LEVEL:
         raise ValueError(
-            f"{folder}: a vocab.json of {kind}, expected one of {', '.join(BYTE_LEVEL)}; put the "
-            "tokenizer.json beside it that transformers writes for this tokenizer"
+            f"{folder}: vocab.json of {kind}, expected one of {', '.join(BYTE_LEVEL)}; add the "
+            "tokenizer.json that transformers writes for this tokenizer"
         )
     if not (folder / "merges.txt").exists():
         raise ValueError(f"{folder}: vocab.json without merges.txt; download the folder again")
@@ -192,7 +194,7 @@ def _byte_level(
                 f"{taken[number]!r} and has {text!r} at {vocab.get(text)}; the files are of "
                 "different tokenizers"
             )
-    # In the vocabulary an id may leave a gap behind the last word; appended, it could not.
+    # Ids in the vocabulary may have gaps; appended tokens would not.
     vocab |= given
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
@@ -203,7 +205,7 @@ def _byte_level(
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(CUT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(PRETOKENIZE), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -212,7 +214,7 @@ def _byte_level(
 
 
 def _added(folder: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Added tokens the files beside the vocabulary name: text to id (or None) and flags."""
+    """Added tokens of the sidecar files: text to id (or None) and flags."""
     further = [config.get("additional_special_tokens"), config.get("extra_special_tokens")]
     lists = [list(x.values()) if isinstance(x, Mapping) else list(x or ()) for x in further]
     named = [config[name] for name in NAMES if config.get(name)] + lists[0] + lists[1]
@@ -220,7 +222,7 @@ def _added(folder: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     found: dict[str, dict[str, Any]] = {}
     for number, entry in config.get("added_tokens_decoder", {}).items():
         found[entry["content"]] = {**entry, "id": int(number)}
-    for text, number in _read(folder / BESIDE[2]).items():
+    for text, number in _read(folder / SIDECAR_FILES[2]).items():
         found.setdefault(text, {"id": number, "normalized": text not in special})
     for text in special:
         found.setdefault(text, {"id": None, "normalized": False})["special"] = True
@@ -228,10 +230,10 @@ def _added(folder: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]
 
 
 def _add(backend: tokenizers.Tokenizer, added: Mapping[str, dict[str, Any]], folder: Path) -> None:
-    """Marks tokens as added, in the order of their ids; those without one follow.
+    """Registers added tokens in the order of their ids, then those without an id.
 
     Raises:
-        ValueError: a token does not get the id it was published with.
+        ValueError: a token gets another id than the published one.
     """
     from tokenizers import AddedToken
 
@@ -245,22 +247,22 @@ def _add(backend: tokenizers.Tokenizer, added: Mapping[str, dict[str, Any]], fol
         backend.add_tokens([AddedToken(text, **given)])
         if not known and entry["id"] not in (None, backend.token_to_id(text)):
             raise ValueError(
-                f"{folder}: {text!r} has id {entry['id']} in {BESIDE[0]} or {BESIDE[2]}, but "
-                f"tokenizer.json ends at {backend.token_to_id(text) - 1}; the files are of "
-                "different tokenizers"
+                f"{folder}: {text!r} has id {entry['id']} in {SIDECAR_FILES[0]} or "
+                f"{SIDECAR_FILES[2]}, but tokenizer.json ends at {backend.token_to_id(text) - 1}; "
+                "the files are of different tokenizers"
             )
 
 
 def _template(folder: Path, found: Any) -> str | None:
-    """The chat template of a folder; of several the one called "default"."""
+    """The chat template of a folder; of several the one named "default"."""
     if (folder / CHAT).exists():
         return (folder / CHAT).read_text(encoding="utf-8")
     if isinstance(found, list):
         named = {entry["name"]: entry["template"] for entry in found}
         if "default" not in named:
             raise ValueError(
-                f"{folder}: chat templates {sorted(named)}, none called 'default'; put the one "
-                f"you want into {CHAT}"
+                f"{folder}: chat templates {sorted(named)}, none is named 'default'; write the one "
+                f"to use to {CHAT}"
             )
         return named["default"]
     return found or None
@@ -271,13 +273,13 @@ def _content(token: str | Mapping[str, Any]) -> str:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """The table in a JSON file, empty when there is no file."""
+    """The object in a JSON file; empty if the file does not exist."""
     if not file.exists():
         return {}
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON ({error}); download it again") from error
+        raise ValueError(f"{file} is not valid JSON ({error}); download it again") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{file} holds a {type(found).__name__}, expected a table")
+        raise ValueError(f"{file} contains a {type(found).__name__}, expected an object")
     return found

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from mmdlm.text import CHAT, CUT, Tokenizer
+from mmdlm.text import CHAT, PRETOKENIZE, Tokenizer
 
 CORPUS = [
     "the red circle is left of the blue square, isn't it?\n\n  Yes: 3 of 1024 are.\n",
@@ -40,7 +40,7 @@ def trained() -> Backend:
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(CUT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(PRETOKENIZE), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -85,7 +85,7 @@ def change(file: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_slow_layout_gives_the_ids_of_the_whole_file(layouts, text: str) -> None:
+def test_slow_layout_gives_the_ids_of_tokenizer_json(layouts, text: str) -> None:
     whole, parts, _ = layouts
     fast, slow = Tokenizer.from_folder(whole), Tokenizer.from_folder(parts)
     assert slow.encode(text) == fast.encode(text)
@@ -103,7 +103,7 @@ def test_slow_layout_equals_transformers(layouts) -> None:
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), text
 
 
-def test_text_is_cut_as_qwen2_does(layouts) -> None:
+def test_text_is_pretokenized_as_in_qwen2(layouts) -> None:
     _, parts, _ = layouts
     cut = Tokenizer.from_folder(parts).backend.pre_tokenizer.pre_tokenize_str
     assert [word for word, _ in cut("we'll 10\n\n  x!?\n")] == [
@@ -112,12 +112,12 @@ def test_text_is_cut_as_qwen2_does(layouts) -> None:
 
 
 @pytest.mark.parametrize("text", ["Größe 你好 🙂", "\x00\x7f\u2028 tabs\t", "  spaces  "])
-def test_any_text_comes_back(layouts, text: str) -> None:
+def test_decoding_inverts_encoding(layouts, text: str) -> None:
     tokenizer = Tokenizer.from_folder(layouts[1])
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_special_tokens_are_one_id_in_a_text_and_left_out_of_answers(layouts) -> None:
+def test_special_tokens_are_one_id_and_are_not_decoded(layouts) -> None:
     _, parts, first = layouts
     tokenizer = Tokenizer.from_folder(parts)
     ids = tokenizer.encode("red<|im_end|><tool>")
@@ -125,7 +125,7 @@ def test_special_tokens_are_one_id_in_a_text_and_left_out_of_answers(layouts) ->
     assert tokenizer.decode(ids) == "red<tool>"
 
 
-def test_special_tokens_can_be_spelt_out(layouts) -> None:
+def test_special_tokens_can_be_encoded_as_text(layouts) -> None:
     _, parts, first = layouts
     tokenizer = Tokenizer.from_folder(parts)
     ids = tokenizer.encode("red<|im_end|>", special=False)
@@ -134,7 +134,7 @@ def test_special_tokens_can_be_spelt_out(layouts) -> None:
     assert tokenizer.encode("<|im_end|>") == [first + 2]  # the next text is read as before
 
 
-def test_threads_do_not_disturb_each_other(layouts) -> None:
+def test_encoding_is_thread_safe(layouts) -> None:
     _, parts, first = layouts
     tokenizer, wrong = Tokenizer.from_folder(parts), []
 
@@ -152,7 +152,7 @@ def test_threads_do_not_disturb_each_other(layouts) -> None:
 
 
 @pytest.mark.parametrize("layout", [0, 1])
-def test_tokens_beside_the_vocabulary_are_added(layouts, layout: int) -> None:
+def test_tokens_of_the_sidecar_files_are_added(layouts, layout: int) -> None:
     folder, first = layouts[layout], layouts[2]
     config = json.loads((layouts[1] / "tokenizer_config.json").read_text())
     config["added_tokens_decoder"] |= {str(first + 5): entry("<|late|>")}
@@ -188,14 +188,14 @@ def test_ids_may_leave_a_gap_in_the_slow_layout(layouts) -> None:
         (lambda c, n: c.update(tokenizer_class="GPT2Tokenizer"), "vocab.json of GPT2Tokenizer"),
     ],
 )
-def test_slow_layout_that_contradicts_itself_is_refused(layouts, edit, message: str) -> None:
+def test_contradictory_files_are_rejected(layouts, edit, message: str) -> None:
     _, parts, first = layouts
     change(parts / "tokenizer_config.json", lambda c: edit(c, first))
     with pytest.raises(ValueError, match=message):
         Tokenizer.from_folder(parts)
 
 
-def test_token_that_cannot_get_its_id_is_refused(layouts) -> None:
+def test_token_that_cannot_get_its_id_is_rejected(layouts) -> None:
     whole, _, first = layouts
     write(whole / "added_tokens.json", **{"<far>": first + 30})
     with pytest.raises(ValueError, match="'<far>' has id .* tokenizer.json ends at"):
@@ -205,13 +205,13 @@ def test_token_that_cannot_get_its_id_is_refused(layouts) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("vocab.json", "{", "is no JSON"),
-        ("tokenizer_config.json", "[]", "holds a list"),
+        ("vocab.json", "{", "is not valid JSON"),
+        ("tokenizer_config.json", "[]", "contains a list"),
         ("merges.txt", "#version: 0.2\na b c\n", "the line 'a b c'"),
         ("merges.txt", None, "without merges.txt"),
     ],
 )
-def test_damaged_files_are_named(layouts, file: str, text: str | None, message: str) -> None:
+def test_error_names_the_damaged_file(layouts, file: str, text: str | None, message: str) -> None:
     _, parts, _ = layouts
     (parts / file).unlink()
     if text is not None:
@@ -241,10 +241,10 @@ def test_chat_template_of_a_folder(layouts, found: Any, kept: str | None) -> Non
     assert Tokenizer.from_folder(whole).template == "of the file\n"
 
 
-def test_named_templates_without_a_default_are_refused(layouts) -> None:
+def test_named_templates_without_a_default_are_rejected(layouts) -> None:
     whole, _, _ = layouts
     write(whole / "tokenizer_config.json", chat_template=[{"name": "tools", "template": "t"}])
-    with pytest.raises(ValueError, match=r"\['tools'\], none called 'default'"):
+    with pytest.raises(ValueError, match=r"\['tools'\], none is named 'default'"):
         Tokenizer.from_folder(whole)
 
 
@@ -275,11 +275,11 @@ def test_saved_tokenizer_opens_in_transformers(layouts, tmp_path: Path) -> None:
     theirs = AutoTokenizer.from_pretrained(str(tmp_path))
     for text in TEXTS:
         assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
-    said = theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
-    assert said == "hi<|im_end|>"
+    prompt = theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert prompt == "hi<|im_end|>"
 
 
-def test_unknown_word_of_a_word_list_is_named_with_its_neighbours() -> None:
+def test_error_for_an_unknown_word_names_similar_words() -> None:
     tokenizer = Tokenizer.from_words(["circle", "red"])
     assert tokenizer.decode(tokenizer.encode("Red circle")) == "red circle"
     with pytest.raises(ValueError, match="lacks 'circel' \\(near: circle\\)"):

@@ -19,7 +19,7 @@ import yaml
 from mmdlm.blueprint import FORMAT, Blueprint, check_tasks
 from mmdlm.loading.contents import Contents
 from mmdlm.loading.shards import index, read_json, write_json
-from mmdlm.text import BESIDE, CHAT, Tokenizer
+from mmdlm.text import CHAT, SIDECAR_FILES, Tokenizer
 
 CONFIG, STATISTICS, DECODING, CARD = (
     "config.json",
@@ -30,7 +30,7 @@ CONFIG, STATISTICS, DECODING, CARD = (
 # The first edition's config.json had these entries, and statistics.json was the robot itself.
 FIRST, FIRST_FIELDS = "mmdlm-1", ("spec", "encoders", "adapters")
 # Files a tokenizer is read from, see `mmdlm.text`.
-TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", *BESIDE, CHAT)
+TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", *SIDECAR_FILES, CHAT)
 
 
 def read(folder: Path, config: Mapping[str, Any], family: str | None) -> Contents:
