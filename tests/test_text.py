@@ -15,7 +15,7 @@ CORPUS = [
     "Die Größe beträgt 12 Äpfel; naïve café. 你好世界 \tprint('hello')  \r\n",
 ]
 MARKERS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]
-# What Qwen2's cut decides: newlines with what is before them, digits alone, runs of spaces.
+# Cases of Qwen2's pre-tokenizer: newlines, single digits, runs of spaces.
 TEXTS = [
     "a red circle",
     "1024 is 3",

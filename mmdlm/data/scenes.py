@@ -312,7 +312,7 @@ class Scenes(Dataset):
         count: length of the dataset; scenes are not stored, so it may be large.
         seed: seed of the scenes, 0 to 2**32 - 1.
         questions: number of questions per scene.
-        caption: whether the first turn asks for the caption.
+        caption: whether the first turn is the caption.
         cells: cells per side that samples have names for (see `mmdlm.data.naming`); 0 for none.
     """
 

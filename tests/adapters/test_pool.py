@@ -28,15 +28,15 @@ def features(rows: int, columns: int, width: int = 3, batch: int = 2) -> Feature
     return Features(tokens, mask, (rows, columns))
 
 
-def windows(picture: Tensor, real: Tensor, factor: int, reduce) -> Tensor:
+def windows(image: Tensor, real: Tensor, factor: int, reduce) -> Tensor:
     """[B y x D]: `reduce` over the real tokens of each full window, zeros where there are none."""
-    batch, rows, columns, width = picture.shape
+    batch, rows, columns, width = image.shape
     out = torch.zeros(batch, rows // factor, columns // factor, width)
     for b in range(batch):
         for y in range(rows // factor):
             for x in range(columns // factor):
                 cells = [
-                    picture[b, y * factor + i, x * factor + j]
+                    image[b, y * factor + i, x * factor + j]
                     for i in range(factor)
                     for j in range(factor)
                     if real[b, y * factor + i, x * factor + j]
@@ -71,10 +71,10 @@ def test_window_pooling_equals_a_loop(kind, masked, rows, columns, factor):
     assert torch.equal(out.mask, anywhere.flatten(1) > 0)
 
 
-def bilinear(picture: Tensor, rows: int, columns: int) -> Tensor:
+def bilinear(image: Tensor, rows: int, columns: int) -> Tensor:
     """[y x D] of a [Y X D] image, half-pixel centres, clamped at the border."""
-    height, width = picture.shape[:2]
-    out = torch.zeros(rows, columns, picture.shape[2])
+    height, width = image.shape[:2]
+    out = torch.zeros(rows, columns, image.shape[2])
     for y in range(rows):
         for x in range(columns):
             v = max((y + 0.5) * height / rows - 0.5, 0)
@@ -82,8 +82,8 @@ def bilinear(picture: Tensor, rows: int, columns: int) -> Tensor:
             top, left = int(v), int(u)
             bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
             a, b = v - top, u - left
-            out[y, x] = (1 - a) * ((1 - b) * picture[top, left] + b * picture[top, right]) + a * (
-                (1 - b) * picture[bottom, left] + b * picture[bottom, right]
+            out[y, x] = (1 - a) * ((1 - b) * image[top, left] + b * image[top, right]) + a * (
+                (1 - b) * image[bottom, left] + b * image[bottom, right]
             )
     return out
 

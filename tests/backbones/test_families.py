@@ -30,7 +30,7 @@ class Case:
         folder: name below tests/golden/backbones.
         family: name of the family file.
         config: changes of config.json.
-        override: whether nothing but `family=` can tell.
+        override: whether only `family=` can select it.
     """
 
     folder: str

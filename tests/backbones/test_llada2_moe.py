@@ -48,7 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no norm of queries and keys": {"use_qk_norm": False},
     "full rotary": {"partial_rotary_factor": 1.0},
     "quarter rotary": {"partial_rotary_factor": 0.25},
-    "head width of its own": {"head_dim": 12},
+    "separate head width": {"head_dim": 12},
     "head width by default": {"head_dim": None},
     "as many keys as queries": {"num_key_value_heads": 0},
     "no dense layer": {"first_k_dense_replace": 0, "intermediate_size": None},
@@ -175,9 +175,9 @@ def route(x: Tensor, w: dict[str, Tensor], at: str, config: dict[str, Any]) -> d
     groups = [range(g * size, (g + 1) * size) for g in range(config["n_group"])]
     groups.sort(key=lambda g: -sum(sorted((r[e] for e in g), reverse=True)[:2]))
     reach = [e for group in groups[: config["topk_group"]] for e in group]
-    asked = sorted(reach, key=lambda e: -r[e])[:k]
-    total = sum(float(s[e]) for e in asked) if k > 1 else 1
-    return {e: s[e] / total * config["routed_scaling_factor"] for e in asked}
+    routed = sorted(reach, key=lambda e: -r[e])[:k]
+    total = sum(float(s[e]) for e in routed) if k > 1 else 1
+    return {e: s[e] / total * config["routed_scaling_factor"] for e in routed}
 
 
 def slow_logits(config: dict[str, Any], weights: dict[str, Tensor], ids: list[int]) -> Tensor:
@@ -200,8 +200,8 @@ def slow_logits(config: dict[str, Any], weights: dict[str, Tensor], ids: list[in
         at = f"layers.{layer}.mlp"
         if config["num_experts"] is None or layer < config["first_k_dense_replace"]:
             return mlp(x, at)
-        asked = route(x, w, f"{at}.gate", config)
-        y = sum(p * mlp(x, f"{at}.experts.{e}") for e, p in asked.items())
+        routed = route(x, w, f"{at}.gate", config)
+        y = sum(p * mlp(x, f"{at}.experts.{e}") for e, p in routed.items())
         return y + mlp(x, f"{at}.shared_experts") if config["num_shared_experts"] else y
 
     def normed(parts: list[Tensor], name: str, t: int) -> list[Tensor]:

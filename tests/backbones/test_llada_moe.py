@@ -138,8 +138,8 @@ def slow_logits(
         p = odds / odds.sum()
         if config.get("moe_router_enable_expert_bias"):
             p = p + w[f"{at}.mlp.expert_bias"]
-        asked = sorted(range(len(p)), key=lambda e: -float(p[e]))[: config["num_experts_per_tok"]]
-        y = sum(p[e] * mlp(x, f"{at}.mlp.experts.{e}") for e in asked)
+        routed = sorted(range(len(p)), key=lambda e: -float(p[e]))[: config["num_experts_per_tok"]]
+        y = sum(p[e] * mlp(x, f"{at}.mlp.experts.{e}") for e in routed)
         shared = config["shared_expert_intermediate_size"] is not None
         return y + mlp(x, f"{at}.shared_expert") if shared else y
 

@@ -72,10 +72,10 @@ def slow(layer: MoE, weights: dict[str, Tensor], x: Tensor) -> Tensor:
     w, c = weights, layer.router.config
     rows = []
     for token in x:
-        asked = route(token, w, c)
+        routed = route(token, w, c)
         y = sum(
             p * mlp(token, w["experts.gate_up.weight"][e], w["experts.down.weight"][e])
-            for e, p in asked.items()
+            for e, p in routed.items()
         )
         if c.shared:
             y = y + mlp(token, w["shared.gate_up.weight"], w["shared.down.weight"])
@@ -154,8 +154,8 @@ def test_tokens_do_not_depend_on_one_another(path: str) -> None:
 @torch.inference_mode()
 def test_experts_without_tokens_do_not_matter(path: str) -> None:
     layer, x = build(experts=64, top=2), tokens(1)
-    asked = set(route(x[0].double(), doubled(layer), layer.router.config))
-    for e in set(range(64)) - asked:
+    routed = set(route(x[0].double(), doubled(layer), layer.router.config))
+    for e in set(range(64)) - routed:
         layer.experts.gate_up.weight[e] = torch.nan
     torch.testing.assert_close(layer(x), slow(layer, doubled(layer), x.double()).float())
 
@@ -163,9 +163,9 @@ def test_experts_without_tokens_do_not_matter(path: str) -> None:
 def test_gradient_of_an_expert_without_tokens_is_zero(path: str) -> None:
     layer, x = build(experts=64, top=2), tokens(1)
     layer(x).sum().backward()
-    asked = set(route(x[0].double(), doubled(layer), layer.router.config))
+    routed = set(route(x[0].double(), doubled(layer), layer.router.config))
     used = layer.experts.down.weight.grad.flatten(1).abs().sum(1).nonzero().flatten().tolist()
-    assert set(used) == asked
+    assert set(used) == routed
 
 
 def test_results_repeat_bit_by_bit(path: str) -> None:

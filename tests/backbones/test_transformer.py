@@ -14,7 +14,7 @@ SWITCHES = {
     "plain": {},
     "all heads": {"kv_heads": None},
     "one key head": {"kv_heads": 1},
-    "head width of its own": {"head_dim": 6},
+    "separate head width": {"head_dim": 6},
     "half rotary": {"rotary": 0.5},
     "float32 rotary": {"rotary_float32": True},
     "norm per head": {"qk_norm": "head"},

@@ -28,7 +28,7 @@ def phrase(shape):
 
 
 def of_cell(scene, row, column, side):
-    """The words of one cell, pixel by pixel: the shape whose disc holds most of their centres."""
+    """The words of one cell, pixel by pixel: the shape whose disc covers most pixel centres."""
     best, most = (), 0
     for shape in scene.shapes:
         held = 0
@@ -66,7 +66,7 @@ def test_cells_agree_with_the_drawn_image():
             best = scene.shapes[share.argmax()]
             same += words == (phrase(best) if share.max() >= SHARE else ())
             total += 1
-            if not words:  # thin tips reach beyond the disc that stands for a shape
+            if not words:  # thin tips extend beyond the disc of a shape
                 assert share.max() < 0.2
     assert same / total > 0.9
 

@@ -144,7 +144,7 @@ def test_synthesiser_starts_from_a_deep_folder(tmp_path):
     loader = pytest.importorskip("espeakng_loader", reason='pip install "mmdlm[speech]"')
     deep = tmp_path / ("deep" * 30) / ("deeper" * 20) / "espeak-ng-data"
     shutil.copytree(loader.get_data_path(), deep)
-    code = (  # a process of its own: the library keeps its state per process
+    code = (  # a separate process: the state of the library is global
         "import espeakng_loader\nfrom mmdlm.data import speech\n"
         f"espeakng_loader.get_data_path = lambda: {str(deep)!r}\n"
         "assert speech.espeak().speak('seven').size > 2000"

@@ -96,7 +96,7 @@ def test_speech_loss_equals_a_slow_recursion():
 
 def test_clip_too_short_for_its_words_gives_no_gradient():
     model, media = small(), leaves(2, 5)
-    names = [ids(5, 5), ids(6)]  # a blank must stand between equal words
+    names = [ids(5, 5), ids(6)]  # CTC needs a blank between equal words
     assert chance_of_words(chances(model, media[0]), [5, 5]) == 0
     losses = Grounded().step(model, batch_of(model, names, audio=media))
     want = -math.log(chance_of_words(chances(model, media[1]), [6]))

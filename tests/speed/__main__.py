@@ -57,7 +57,7 @@ Above 1x, the second one is faster or uses less memory."""
 
 
 def main(argv: Items[str] | None = None) -> int:
-    """Runs a command; 0: done, 1: some speeds do not count, 2: wrong arguments, told on stderr."""
+    """Runs a command; returns 0, or 1 if a speed does not count, or 2 for invalid arguments."""
     given = parser().parse_args(argv)
     try:
         return given.run(given)

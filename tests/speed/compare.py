@@ -1,4 +1,4 @@
-"""Two files of records against each other: what a change, or a machine, made of the speed."""
+"""Compares two files of records, for example before and after a change."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ WHAT = ("shape", "mode", "system")
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a file that count.
+    """Timed records of a file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is no record, or none counts.
+        ValueError: a line is not a record, or there are only warm-ups.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; make one with decode --json")
@@ -33,30 +33,30 @@ def read(path: Path) -> list[Record]:
             ) from error
         records += [record] if counts else []
     if not records:
-        raise ValueError(f"{path}: holds no timed round; warm-ups do not count")
+        raise ValueError(f"{path}: no timed round; warm-ups do not count")
     return records
 
 
 def pairs(a: Items[Record], b: Items[Record]) -> dict[tuple[str, ...], tuple[list, list]]:
-    """Records of both by shape, mode and system, those that both have.
+    """Records by shape, mode and system that both files have.
 
-    Where each file holds one system only, and not the same, these two are compared.
+    If each file has only one system and they differ, these two are compared.
 
     Raises:
-        ValueError: they have nothing in common.
+        ValueError: there are no common records.
     """
     systems = [{record["system"] for record in side} for side in (a, b)]
     crossed = len(systems[0]) == len(systems[1]) == 1 and systems[0] != systems[1]
     name = " > ".join(str(*side) for side in systems) if crossed else ""
 
-    def sorted_out(side: Items[Record]) -> dict[tuple[str, ...], list[Record]]:
+    def by_key(side: Items[Record]) -> dict[tuple[str, ...], list[Record]]:
         found: dict[tuple[str, ...], list[Record]] = {}
         for record in side:
             key = tuple(record[k] for k in WHAT[:2]) + (name or record["system"],)
             found.setdefault(key, []).append(record)
         return found
 
-    left, right = sorted_out(a), sorted_out(b)
+    left, right = by_key(a), by_key(b)
     common = {key: (left[key], right[key]) for key in left if key in right}
     if not common:
         raise ValueError(
@@ -66,7 +66,7 @@ def pairs(a: Items[Record], b: Items[Record]) -> dict[tuple[str, ...], tuple[lis
 
 
 def table(a: Items[Record], b: Items[Record]) -> Table:
-    """The first over the second, rounds paired by their number."""
+    """Ratios first / second, with rounds paired by their number."""
     title = "first file over second: median of the ratios within rounds, and their range"
     built = Table(title=title, title_justify="left")
     for name in ("shape", "mode", "system"):
@@ -85,7 +85,7 @@ def table(a: Items[Record], b: Items[Record]) -> Table:
 
 
 def _same(left: Items[Record], right: Items[Record]) -> str:
-    """Whether both gave the same tokens; "-" where there are none."""
+    """Whether the tokens are equal; "-" without tokens."""
     shas = {record.get("tokens_sha") for record in (*left, *right)}
     if shas == {None}:
         return "-"

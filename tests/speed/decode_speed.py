@@ -1,4 +1,4 @@
-"""Our decode against the plain one: turns on equal inputs, each in a process of its own."""
+"""Times our decode against the plain one, in alternating rounds and separate processes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 
 import mmdlm
+from encoders.checks import Checked, NonNegativeInt, PositiveInt
 from mmdlm.benchmarks.report import machine
 from mmdlm.loading.placement import devices
 from tests.speed.shapes import CHUNK, Shape
@@ -25,30 +26,31 @@ SYSTEMS = (PLAIN, OURS)
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Where and how often something is timed.
+class Setting(Checked):
+    """Settings of a measurement.
 
     Args:
         device: "cpu", "cuda" or "auto".
         dtype: "float32", "bfloat16", "float16"; "auto" is float32 on a CPU, bfloat16 on a GPU.
-        threads: of torch; more than one only on an idle machine.
-        rounds: timed turns of each system; None: 3 on a CPU, 10 on a GPU.
-        warmup: turns before that, which do not count; None: 1 on a CPU, 3 on a GPU.
-        seed: of weights and prompts.
-        compile: our model is compiled (`MultimodalDLM.compile`).
+        threads: number of torch threads; more than one only on an idle machine.
+        rounds: timed rounds; None: 3 on a CPU, 10 on a GPU.
+        warmup: untimed rounds before; None: 1 on a CPU, 3 on a GPU.
+        seed: seed of weights and prompts.
+        compile: compile our model (`MultimodalDLM.compile`).
     Raises:
-        ValueError: a number is too small, the device is not there, or the type unknown.
+        ValueError: a number is out of range, or the device or dtype is not available.
     """
 
     device: str = "cpu"
-    dtype: str = "auto"
-    threads: int = 1
-    rounds: int | None = None
-    warmup: int | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    threads: PositiveInt = 1
+    rounds: PositiveInt | None = None
+    warmup: NonNegativeInt | None = None
     seed: int = 0
     compile: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         place = devices(self.device)[0]
         is_gpu = place.type == "cuda"
         usual = {"rounds": 10 if is_gpu else 3, "warmup": 3 if is_gpu else 1}
@@ -58,21 +60,14 @@ class Setting:
         object.__setattr__(self, "device", str(place))
         if self.dtype == "auto":
             object.__setattr__(self, "dtype", "bfloat16" if is_gpu else "float32")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(
-                f"dtype is {self.dtype!r}, expected auto, float32, bfloat16 or float16"
-            )
-        for name, least in (("threads", 1), ("rounds", 1), ("warmup", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
 
     def head(self) -> Record:
-        """What every record says of it."""
+        """Its fields in every record."""
         names = ("device", "dtype", "threads", "compile")
         return {name: getattr(self, name) for name in names}
 
     def turns(self) -> Iterator[tuple[int, bool]]:
-        """Number of each round, and whether it only warms up; those count from below 0."""
+        """Number of each round, negative for warm-ups, and whether it is a warm-up."""
         for number in range(-self.warmup, self.rounds):
             yield number, number < 0
 
@@ -85,15 +80,15 @@ def race(
     systems: Items[str] = SYSTEMS,
     on_record: Callable[[Record], None] | None = None,
 ) -> list[Record]:
-    """One record per timed run: shapes and modes in turn, systems in turn within each round.
+    """Runs the systems alternately within each round; one record per run.
 
     Args:
-        shapes: what is decoded.
+        shapes: the shapes to decode.
         modes: see `systems.MODES`.
-        setting: where and how often.
-        kind: "decode" or "action", said in the records.
-        systems: who runs; with both, ours are judged against the plain ones of the same round.
-        on_record: called with each record as soon as it is there.
+        setting: settings of the measurement.
+        kind: kind of the records.
+        systems: the systems; with both, the gate compares them within a round.
+        on_record: called with each new record.
     Raises:
         RuntimeError: a process failed.
     """
@@ -106,7 +101,7 @@ def race(
                 for number, is_warmup in setting.turns():
                     turn = {}
                     for system, worker in workers.items():
-                        turn[system] = worker.ask(
+                        turn[system] = worker.request(
                             do="decode",
                             **{"system": system, "shape": shape.name, "mode": mode},
                             **{"device": setting.device, "dtype": setting.dtype},
@@ -127,7 +122,7 @@ def _records(
     turn: dict[str, Record],
     setting: Setting,
 ) -> Iterator[Record]:
-    """The records of one round; those of ours with the gate and the agreement."""
+    """The records of one round; ours with gate and agreement."""
     answers = {s: Answer(one.pop("tokens"), one["forwards"]) for s, one in turn.items()}
     new = shape.batch * shape.length
     for system, one in turn.items():
@@ -139,7 +134,7 @@ def _records(
             "ms_per_forward": 1e3 * seconds / one["forwards"],
             **one,
         }
-        if shape.block == shape.length:  # a chunk of actions, all at once
+        if shape.block == shape.length:  # a chunk of actions in one block
             record["queries_per_s"] = shape.batch / seconds
             record["actions_per_s"] = CHUNK * shape.batch / seconds
         if system == OURS and PLAIN in answers:
@@ -150,28 +145,28 @@ def _records(
 
 
 def write(out: Path, records: Items[Record]) -> Path:
-    """The path of a file with one JSON line per record; what it held is replaced."""
+    """Writes one JSON line per record, overwriting the file; returns the path."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return out
 
 
 def timed(records: Items[Record], shape: str, mode: str, system: str) -> list[Record]:
-    """The records that count of one shape, mode and system, by round."""
+    """Timed records of one shape, mode and system, by round."""
     named = {"shape": shape, "mode": mode, "system": system, "warmup": False}
     found = [r for r in records if all(r.get(k) == v for k, v in named.items())]
     return sorted(found, key=lambda r: r["round"])
 
 
 def ratios(theirs: Items[Record], ours: Items[Record], key: str) -> list[float]:
-    """How many times as much the others took in each round that both ran."""
+    """Ratio theirs / ours of each round that both have."""
     mine = {record["round"]: record for record in ours}
     pairs = [(r, mine[r["round"]]) for r in theirs if r["round"] in mine]
     return [a[key] / b[key] for a, b in pairs if a[key] is not None and b[key]]
 
 
 def spread(values: Items[float]) -> str:
-    """Median, and range in a second line, such as 2.10x, 2.05-2.20; one value has no range."""
+    """Median, and the range in a second line, for example 2.10x, 2.05-2.20."""
     if not values:
         return "-"
     middle = f"{median(values):.2f}x"
@@ -179,10 +174,7 @@ def spread(values: Items[float]) -> str:
 
 
 def table(records: Items[Record]) -> Table:
-    """Plain against ours, one line per shape and mode.
-
-    The headline is the median over the rounds of the ratio within a round, with its range.
-    """
+    """Plain over ours, one row per shape and mode: median over rounds of the ratio, and range."""
     title = "plain sampler over mmdlm: median of the ratios within rounds, and their range"
     built = Table(title=title, title_justify="left")
     for name in ("shape", "mode"):
@@ -205,19 +197,19 @@ def table(records: Items[Record]) -> Table:
 
 
 def _middle(theirs: Items[Record], ours: Items[Record], key: str, scale: float) -> str:
-    """Two medians, such as 120 > 60."""
+    """Two medians, for example 120 > 60."""
     sides = [[r[key] for r in side if r[key] is not None] for side in (theirs, ours)]
     return " > ".join(f"{scale * median(side):.0f}" if side else "-" for side in sides)
 
 
 def _peaks(theirs: Items[Record], ours: Items[Record]) -> str:
-    """How many times as much memory the plain one took at its peak."""
+    """Ratio of peak memory, plain over ours."""
     found = ratios(theirs, ours, "peak_extra_mb")
     return f"{median(found):.1f}x" if found else "-"
 
 
 def _gate(ours: Items[Record]) -> str:
-    """Whether the speed counts; for approximate modes, how many tokens are those of the parent."""
+    """Result of the gate; for approximate modes, the share of equal tokens."""
     share = min(r["agreement"] for r in ours)
     if ours[0]["gate"] is None:
         return f"{100 * share:.0f} % of {APPROXIMATE[ours[0]['mode']]}"
@@ -225,7 +217,7 @@ def _gate(ours: Items[Record]) -> str:
 
 
 def latencies(records: Items[Record]) -> Table:
-    """Time per query of our policies: median, 95th percentile, and actions per second."""
+    """Latency of a query: median, 95th percentile, and actions per second."""
     built = Table(title="mmdlm: latency of one query", title_justify="left")
     for name in ("shape", "mode"):
         built.add_column(name, no_wrap=True)

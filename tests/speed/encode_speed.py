@@ -1,4 +1,4 @@
-"""Encoders of published sizes with random weights, timed on one input."""
+"""Times encoders of published sizes with random weights on one input."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def time_encoders(
     setting: Setting,
     on_record: Callable[[Record], None] | None = None,
 ) -> list[Record]:
-    """One record per timed run, preparation of the raw input not counted.
+    """One record per run; preprocessing is not counted.
 
     Args:
         shapes: encoders with their inputs.
-        setting: where and how often.
-        on_record: called with each record as soon as it is there.
+        setting: settings of the measurement.
+        on_record: called with each new record.
     """
     records: list[Record] = []
     with ExitStack() as stack:
@@ -36,7 +36,7 @@ def time_encoders(
         for shape in shapes:
             for number, is_warmup in setting.turns():
                 place = {"device": setting.device, "dtype": setting.dtype}
-                found = worker.ask(do="encode", shape=shape.name, seed=setting.seed, **place)
+                found = worker.request(do="encode", shape=shape.name, seed=setting.seed, **place)
                 named = {"shape": shape.name, "system": OURS, "mode": "encode"}
                 turn = {"round": number, "warmup": is_warmup, "seed": setting.seed}
                 records.append(about | named | turn | found)

@@ -19,11 +19,11 @@ class EncoderShape:
     """One encoder and its input.
 
     Args:
-        name: what it is called on the command line.
-        about: what it is.
-        make: the encoder, untrained.
-        item: one raw item.
-        count: items encoded together.
+        name: name on the command line.
+        about: description.
+        make: creates the encoder with random weights.
+        item: creates one raw item.
+        count: items per batch.
     """
 
     name: str
@@ -33,7 +33,7 @@ class EncoderShape:
     count: int = 1
 
     def build(self, seed: int, device: str, dtype: torch.dtype) -> Callable[[], int]:
-        """A function that encodes the prepared input once and says how many tokens came out."""
+        """Returns a function that encodes the input once and returns the number of tokens."""
         torch.manual_seed(seed)
         encoder = self.make().eval().requires_grad_(False).to(device, dtype)
         item = encoder.prepare(self.item())
@@ -47,7 +47,7 @@ class EncoderShape:
 
 
 def _siglip() -> Encoder:
-    """The tower of LLaDA-V and LaViDa, as their checkpoints are loaded."""
+    """The vision tower of LLaDA-V and LaViDa."""
     from encoders.vit import ViT
 
     return ViT("vit_so400m_patch14_siglip_384", act="gelu_tanh", layers=26)
@@ -66,7 +66,7 @@ def _whisper() -> Encoder:
     return WhisperEncoder(768, 12, 12)
 
 
-def _picture(side: int) -> np.ndarray:
+def _image(side: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
 
 
@@ -76,8 +76,8 @@ def _clip(seconds: float) -> tuple[np.ndarray, int]:
 
 
 _SHAPES = (
-    EncoderShape("vit-64x1", "the default ViT, one picture", _small_vit, lambda: _picture(64)),
-    EncoderShape("siglip-384x5", "SigLIP so400m, five views", _siglip, lambda: _picture(384), 5),
+    EncoderShape("vit-64x1", "the default ViT, one image", _small_vit, lambda: _image(64)),
+    EncoderShape("siglip-384x5", "SigLIP so400m, five views", _siglip, lambda: _image(384), 5),
     EncoderShape("whisper-s-30s", "Whisper small, 30 s", _whisper, lambda: _clip(30.0)),
 )
 ENCODERS = {shape.name: shape for shape in _SHAPES}

@@ -1,4 +1,4 @@
-"""Floors of shapes, and how near our decode comes to them."""
+"""Roofline of shapes, and the share of it that our decode reaches."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def measured(
     setting: Setting,
     on_record: Callable[[Record], None] | None = None,
 ) -> tuple[list[Record], Table]:
-    """Our records, each with its floor_ms and the share it reached, and a table of medians.
+    """Our records with floor_ms and the share reached, and a table of medians.
 
     Args:
-        shapes: what is decoded.
+        shapes: the shapes to decode.
         modes: see `systems.MODES`.
-        setting: where and how often.
+        setting: settings of the measurement.
         on_record: see `decode_speed.race`.
     """
     with Worker("the roofline", setting.threads) as worker:
-        found = worker.ask(do="rates", device=setting.device, dtype=setting.dtype)
+        found = worker.request(do="rates", device=setting.device, dtype=setting.dtype)
     rates = Rates(**found)
     size = getattr(torch, setting.dtype).itemsize
     by_name = {shape.name: shape for shape in shapes}
@@ -66,7 +66,7 @@ def measured(
 
 
 def _table(where: str, rates: Rates, columns: Items[str]) -> Table:
-    """An empty table that says what the device can do."""
+    """An empty table with the rates of the device as title."""
     copy, matmul = rates.copy / 1e9, rates.matmul / 1e9
     title = f"least time on {where}: {copy:.0f} GB/s, {matmul:.0f} GFLOP/s"
     table = Table(title=title, title_justify="left")

@@ -1,9 +1,9 @@
-"""Masked diffusion as the published samplers write it: the yardstick of our own decode.
+"""Plain sampler: masked diffusion as in the published samplers, the baseline of our decode.
 
-Every choice below is theirs: all rows go through the head, a float64 softmax runs over the whole
-vocabulary of all of them, cached keys are concatenated in every layer and rotated again in every
-step, one row at a time. It shares no code with `mmdlm.decoding` or `Transformer.forward`, so tokens
-that agree were computed twice, and the time it takes is what a user of those samplers waits.
+As published, all positions go through the head with a float64 softmax over the vocabulary, cached
+keys are concatenated in every layer and rotated again in every step, and the batch size is one. It
+shares no code with `mmdlm.decoding` or `Transformer.forward`, so equal tokens are independent
+results, and its time is that of the published samplers.
 
 Sources: ML-GSAI/LLaDA: generate.py (none); NVlabs/Fast-dLLM: llada/generate.py (prefix, dual);
 jacklishufan/LaViDa: llava/model/language_model/llada/generate.py (prefix-lm). Two differences: the
@@ -25,9 +25,9 @@ from mmdlm.backbones.config import TransformerConfig
 from mmdlm.model import MultimodalDLM
 
 MODES = ("none", "prefix", "dual", "prefix-lm")
-"""none: every step runs prompt and canvas. prefix: a full pass opens each block, then steps run
-from the block on against the keys before it. dual: then steps run the block only. prefix-lm: the
-prompt runs once, alone, then steps run the canvas."""
+"""none: every step computes prompt and canvas. prefix: each block starts with a full forward, then
+steps compute from the block on with cached keys before it. dual: steps compute only the block.
+prefix-lm: the prompt is computed once, alone, then steps compute the canvas."""
 
 Past = list[tuple[Tensor, Tensor]]
 """Keys before rotary and values [1 KV n hd] of each layer."""
@@ -35,11 +35,11 @@ Past = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Found:
-    """A finished plain decode.
+    """Result of a plain decode.
 
     Args:
         tokens: [1 P+G] int64.
-        forwards: of the backbone.
+        forwards: number of backbone forwards.
     """
 
     tokens: Tensor
@@ -48,16 +48,16 @@ class Found:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How an answer is filled.
+    """A decoding schedule.
 
     Args:
         length: positions G of the answer.
         block: positions per block; divides the length.
         steps: for the whole answer; the number of blocks divides it.
-        threshold: probability from which a token is committed, instead of a number per step.
+        threshold: probability at which tokens commit, instead of steps.
         columns: ids that may be committed; None for all.
     Raises:
-        ValueError: blocks or steps do not come out even, which the published samplers refuse.
+        ValueError: length, blocks or steps are not divisible, as in the published samplers.
     """
 
     length: int
@@ -70,10 +70,12 @@ class Schedule:
         if (self.steps is None) == (self.threshold is None):
             raise ValueError("Schedule: give either steps or a threshold")
         if self.length % self.block:
-            raise ValueError(f"Schedule: length {self.length} is no multiple of block {self.block}")
+            raise ValueError(
+                f"Schedule: length {self.length} is not a multiple of block {self.block}"
+            )
         if self.steps is not None and (self.steps < 1 or self.steps % self.blocks):
             raise ValueError(
-                f"Schedule: steps {self.steps} are no multiple of the {self.blocks} blocks"
+                f"Schedule: steps {self.steps} are not a multiple of the {self.blocks} blocks"
             )
 
     @property
@@ -82,7 +84,7 @@ class Schedule:
         return self.length // self.block
 
     def quotas(self) -> Iterator[int | None]:
-        """Tokens each step of a block commits; None: the threshold decides."""
+        """Tokens to commit in each step of a block; None with a threshold."""
         if self.steps is None:
             while True:
                 yield None
@@ -92,12 +94,12 @@ class Schedule:
 
 
 class Plain:
-    """A plain sampler on the weights of one of our models; nothing is copied.
+    """A plain sampler with the weights of one of our models, which are not copied.
 
     Args:
-        model: text model of full attention.
+        model: text model with full attention.
     Raises:
-        ValueError: the model has parts no published sampler of these modes runs.
+        ValueError: the model has a feature that the published samplers do not support.
     """
 
     def __init__(self, model: MultimodalDLM) -> None:
@@ -182,7 +184,7 @@ class Plain:
             ids: [1 M] int64.
             first: canvas position of the first one.
             before: what is cached of the positions before them.
-            after: what is cached of the positions behind them.
+            after: what is cached of the positions after them.
         """
         self.forwards += 1
         x = F.embedding(ids, self.embed) * self.config.embed_scale
@@ -208,7 +210,7 @@ class Plain:
         return logits * self.config.logit_scale, kept
 
     def _heads(self, x: Tensor) -> Tensor:
-        """[1 M H*hd] as [1 H M hd]."""
+        """[1 M H*hd] -> [1 H M hd]."""
         return x.reshape(*x.shape[:2], -1, self.config.head_width).transpose(1, 2)
 
     def _angles(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -220,7 +222,7 @@ class Plain:
         return angles.cos(), angles.sin()
 
     def _rotate(self, x: Tensor, first: int) -> Tensor:
-        """[1 H M hd] turned to the positions from `first` on, in the precision of the model."""
+        """Rotates [1 H M hd] to the positions from `first` on, in the precision of the model."""
         cos, sin = (t[first : first + x.shape[2]] for t in (self.cos, self.sin))
         if not self.config.rotary_float32:
             cos, sin = cos.to(x.dtype), sin.to(x.dtype)
@@ -231,22 +233,22 @@ class Plain:
     def _commit(
         self, x: Tensor, logits: Tensor, stop: int, quota: int | None, schedule: Schedule
     ) -> None:
-        """Writes what a step commits into rows [1 M] of the canvas; those from `stop` on wait."""
+        """Commits tokens of a step to positions [1 M] of the canvas, before `stop`."""
         logits[..., self.mask_id] = -torch.inf
         columns = schedule.columns or slice(0, logits.shape[-1])
         logits = logits[..., columns]
         best = logits.argmax(-1)
         share = F.softmax(logits.to(torch.float64), -1)
-        sure = share.gather(-1, best[..., None])[..., 0]
-        sure[:, stop:] = -torch.inf
+        confidence = share.gather(-1, best[..., None])[..., 0]
+        confidence[:, stop:] = -torch.inf
         is_mask = x == self.mask_id
-        sure = torch.where(is_mask, sure, -torch.inf)
+        confidence = torch.where(is_mask, confidence, -torch.inf)
         best = torch.where(is_mask, best + columns.start, x)
         count = int(is_mask[:, :stop].sum()) if quota is None else quota
         taken = torch.zeros_like(is_mask)
-        for rank, place in enumerate(sure[0].topk(count).indices):
-            # One look at the device per candidate, as published.
-            if quota is None and rank and sure[0, place] < schedule.threshold:
+        for rank, place in enumerate(confidence[0].topk(count).indices):
+            # One host sync per candidate, as published.
+            if quota is None and rank and confidence[0, place] < schedule.threshold:
                 break
             taken[0, place] = True
         x[taken] = best[taken]
@@ -265,7 +267,7 @@ def _norm(x: Tensor, norm: RMSNorm) -> Tensor:
 
 
 def _split(block: Block, config: TransformerConfig) -> dict[str, Any]:
-    """One layer as seven weights with their biases; fused ones are cut, as views, once."""
+    """One layer as seven weights with their biases; fused weights are split as views."""
     queries, keys = (config.head_width * n for n in (config.heads, config.keys_heads))
 
     def parts(linear: torch.nn.Linear, *sizes: int) -> list[tuple[Tensor, Tensor | None]]:

@@ -1,4 +1,4 @@
-"""The least time a decode can take on a device: its arithmetic or its memory traffic.
+"""Roofline: the least time of a decode on a device, by arithmetic or memory traffic.
 
 One forward of q query rows against k keys, of which r rows go through the head, costs
 
@@ -6,8 +6,8 @@ One forward of q query rows against k keys, of which r rows go through the head,
     bytes = weights of body and head, keys and values of k rows read and of q rows written, and
             activations, q layers (12 D + 4 inner) numbers written and read
 
-and takes at least the longer of FLOPs / rate and bytes / bandwidth. Everything overlaps, no launch
-costs anything, and the embedding is free, so nothing is ever faster.
+and takes at least max(FLOPs / rate, bytes / bandwidth). This assumes perfect overlap, no launch
+overhead and a free embedding, so it is a lower bound.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.speed.shapes import ACTION_IDS, Shape
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device can do.
+    """Rates of a device.
 
     Args:
         copy: bytes per second, read and written, of copying a large tensor.
@@ -41,7 +41,7 @@ H200 = Rates(copy=4.3e12, matmul=790e12)
 
 @dataclass(frozen=True)
 class Cost:
-    """What a forward, or several, must do.
+    """Work of one or several forwards.
 
     Args:
         flops: floating-point operations.
@@ -57,9 +57,9 @@ class Cost:
 
 
 def body(config: TransformerConfig) -> int:
-    """Weights of the blocks that every row is multiplied with; norms and biases are not counted."""
+    """Number of matrix weights of the blocks, without norms and biases."""
     if config.moe is not None:
-        raise ValueError("the roofline knows dense models only, this one has experts")
+        raise ValueError("the roofline supports only dense models, this one has experts")
     q, kv = (config.head_width * n for n in (config.heads, config.keys_heads))
     attention = config.width * (2 * q + 2 * kv)
     return config.layers * (attention + 3 * config.width * config.inner)
@@ -79,10 +79,10 @@ def forward(
 
     Args:
         config: sizes of the model.
-        q: query rows of each batch row.
-        k: keys each of them sees.
-        r: rows that go through the head; 0 leaves the head's weights unread.
-        batch: rows of the batch; they share the weights.
+        q: query positions per batch row.
+        k: keys per query.
+        r: positions through the head; 0: the head is not read.
+        batch: number of batch rows, which share the weights.
         columns: ids the head scores; None for the vocabulary.
         itemsize: bytes of a number.
     """
@@ -101,12 +101,12 @@ def forwards(shape: Shape, mode: str, steps: int | None = None, itemsize: int = 
     Prompts of unequal length count as their mean. The head runs on the open block.
 
     Args:
-        shape: what is decoded.
+        shape: the shape.
         mode: see `systems.MODES`.
-        steps: of the whole answer; needed where a threshold decides, else the shape's own.
+        steps: steps of the whole answer; required for a threshold, else those of the shape.
         itemsize: bytes of a number.
     Raises:
-        ValueError: a threshold decides and no steps are given.
+        ValueError: the shape has a threshold and no steps are given.
     """
     steps = steps or shape.steps
     if steps is None:
@@ -126,8 +126,8 @@ def forwards(shape: Shape, mode: str, steps: int | None = None, itemsize: int = 
     costs = []
     for index in range(blocks):
         share = steps // blocks + (index < steps % blocks)
-        behind = shape.length - index * shape.block
-        rows = shape.block if mode == "dual" else behind
+        rest = shape.length - index * shape.block
+        rows = shape.block if mode == "dual" else rest
         opening = shape.length if mode == "prompt-once" and index else total
         costs += [one(opening, total, shape.block)] * min(share, 1)
         costs += [one(rows, total, shape.block)] * (share - 1)
@@ -140,9 +140,9 @@ def floor(
     """The least seconds a decode can take.
 
     Args:
-        shape: what is decoded.
+        shape: the shape.
         mode: see `systems.MODES`.
-        device: what the device can do.
+        device: rates of the device.
         steps: see `forwards`.
         itemsize: bytes of a number.
     """
@@ -150,7 +150,7 @@ def floor(
 
 
 def rates(device: str, dtype: torch.dtype, seconds: float = 1.0) -> Rates:
-    """What a device can do, measured: the best of as many tries as fit.
+    """Measures the rates of a device, as the best of repeated runs.
 
     Args:
         device: "cpu" or "cuda".

@@ -1,6 +1,6 @@
-"""Shapes to measure speed on: the sizes of published models, weights drawn from a seed.
+"""Shapes for speed measurements: sizes of published models with random weights.
 
-Real sizes and drawn weights reproduce a speed anywhere, offline and without checkpoints.
+They reproduce a measurement anywhere, offline and without checkpoints.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.speed.plain import Schedule
 
 ACTION_IDS = 256
 CHUNK = 8
-"""Actions of a query: 8 x 7 numbers are 56 tokens."""
+"""Actions per query: 8 x 7 numbers are 56 tokens."""
 
 Size = tuple[int, int, int, int, int]
 
@@ -38,7 +38,7 @@ TINY = _llada(128, 2, 4, 352, 1024)
 SMALL = _llada(512, 8, 8, 1408, 32_768)
 WIDE = _llada(512, 8, 8, 1408, 126_464)
 LLADA_8B = _llada(4096, 32, 32, 12_288, 126_464)
-# Dream-org/Dream-v0-Base-7B: config.json. Its shift changes no size and is left out.
+# Dream-org/Dream-v0-Base-7B: config.json. Its shift does not change the sizes and is omitted.
 DREAM_7B = TransformerConfig(
     *(3584, 28, 28, 18_944, 152_064), kv_heads=4, qkv_bias=True, theta=1_000_000.0
 )
@@ -46,18 +46,18 @@ DREAM_7B = TransformerConfig(
 
 @dataclass(frozen=True)
 class Shape:
-    """What is decoded.
+    """One measurement: model sizes, prompts and schedule.
 
     Args:
-        name: what it is called on the command line.
+        name: name on the command line.
         transformer: sizes of the model.
         prompts: length of each row's prompt.
         length: positions G of the answer.
         block: positions per block.
         steps: for the whole answer.
-        threshold: probability from which tokens commit, instead of steps.
+        threshold: probability at which tokens commit, instead of steps.
         limited: only `ACTION_IDS` ids may be committed.
-        device: what it is meant for; a GPU shape takes hours on a CPU.
+        device: intended device; a GPU shape takes hours on a CPU.
     """
 
     name: str
@@ -78,12 +78,12 @@ class Shape:
 
     @property
     def schedule(self) -> Schedule:
-        """How an answer is filled."""
+        """The decoding schedule."""
         return Schedule(self.length, self.block, self.steps, self.threshold, self.columns)
 
     @property
     def batch(self) -> int:
-        """Rows."""
+        """Number of batch rows."""
         return len(self.prompts)
 
 
@@ -153,17 +153,17 @@ def synthetic(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> MultimodalDLM:
-    """A text model of full attention with drawn weights, in eval mode.
+    """A text model with full attention and random weights, in eval mode.
 
-    The scales make attention differ between masks, keep the best probability of most positions
-    below 0.5 and far from the next, so that decisions are no ties, and never predict the mask.
-    Each tensor has a stream of its own on the device it lives on: CPU and GPU draw other weights.
+    The scales make attention differ between masked positions, keep the best probability of most
+    positions below 0.5 and far from the second, so that there are no ties, and never predict the
+    mask. Each tensor has a separate random stream on its device: CPU and GPU weights differ.
 
     Args:
         config: sizes.
-        seed: of the weights.
-        device: where the model lives.
-        dtype: type of the weights; float32 ones are drawn, then rounded.
+        seed: seed of the weights.
+        device: device of the model.
+        dtype: dtype of the weights, drawn in float32 and cast.
     """
     spec = Spec("llada", config, mask_id=config.vocab - 1, eos_id=0, pad_id=1)
     with torch.device("meta"):
@@ -197,7 +197,7 @@ def _draw(name: str, weight: Tensor, spec: Spec, seed: int) -> None:
 
 
 def prompts(shape: Shape, seed: int = 0, device: torch.device | str = "cpu") -> list[Tensor]:
-    """One drawn prompt [1 P] per row; a shape gets the same ones on every device."""
+    """One random prompt [1 P] per row, equal on every device."""
     stream = torch.Generator().manual_seed(seed)
     high = shape.transformer.vocab - 1
     return [

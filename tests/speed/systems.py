@@ -1,4 +1,4 @@
-"""What is raced: our decode and the plain one, on equal weights and prompts."""
+"""The compared systems: our decode and the plain sampler, with equal weights and prompts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.speed.shapes import Shape, padded, prompts
 
 OURS, PLAIN = "mmdlm", "plain"
 APPROXIMATE = {"prompt-once": "prefix"}
-"""Modes whose tokens may differ, and the exact mode they are held against."""
+"""Modes whose tokens may differ, and the exact mode they are compared with."""
 MODES = {
     "none": "every row in every step",
     "prefix": "all rows per block",
@@ -30,16 +30,16 @@ MODES = {
     "prefix-lm": "prompt never",
     "prompt-once": "answer per block, prompt never",
 }
-"""Modes, and what renews their keys and values."""
+"""Modes, and when keys and values are recomputed."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one run gave.
+    """Result of one run.
 
     Args:
-        tokens: per row, the answer.
-        forwards: of the backbone, over all rows that did not run together.
+        tokens: the answer of each row.
+        forwards: backbone forwards; rows decoded separately add up.
     """
 
     tokens: list[list[int]]
@@ -50,7 +50,7 @@ Run = Callable[[], Answer]
 
 
 def check_modes(modes: list[str]) -> list[str]:
-    """The modes, if all are known.
+    """Checks that all modes are known, and returns them.
 
     Raises:
         ValueError: one is not.
@@ -74,16 +74,16 @@ def strategies(shape: Shape, mode: str) -> list[Strategy]:
 
 
 def runner(system: str, model: MultimodalDLM, shape: Shape, mode: str, seed: int = 0) -> Run:
-    """A function that decodes the shape's prompts once, in one of the systems.
+    """Returns a function that decodes the prompts of a shape once.
 
-    The published samplers take one row at a time, so the plain one decodes a batch row by row.
+    The published samplers decode one row at a time, so the plain one loops over the batch.
 
     Args:
-        system: `OURS` or `PLAIN`; in an approximate mode, the plain one runs the exact one.
-        model: what `shapes.synthetic` gave.
-        shape: what is decoded.
+        system: `OURS` or `PLAIN`; for an approximate mode, the plain one runs the exact mode.
+        model: result of `shapes.synthetic`.
+        shape: the shape.
         mode: see `MODES`.
-        seed: of the prompts.
+        seed: seed of the prompts.
     """
     rows = prompts(shape, seed, model.device)
     if system == PLAIN:
@@ -112,9 +112,9 @@ def agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
 
 
 def passes(shape: Shape, dtype: str, ours: Answer, theirs: Answer) -> bool:
-    """Whether our speed counts: the plain tokens, in as many forwards or fewer.
+    """The gate: equal tokens in at most as many forwards.
 
-    In 16 bits near ties fall either way: the first block must be equal, and 99 % overall.
+    In 16 bits, near-ties may differ: the first block must be equal, and 99 % overall.
     """
     if ours.forwards > theirs.forwards:
         return False

@@ -20,9 +20,9 @@ def raced(tmp_path_factory):
     out = tmp_path_factory.mktemp("speed") / "new" / "a.jsonl"
     modes = "none,prefix,dual,prefix-lm,prompt-once"
     args = ["decode", "--shape", "tiny", "--mode", modes, "--rounds", "2"]
-    with redirect_stdout(io.StringIO()) as said:
+    with redirect_stdout(io.StringIO()) as printed:
         status = main([*args, "--json", str(out)])
-    return out, status, said.getvalue()
+    return out, status, printed.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_rounds_are_interleaved_after_a_warm_up(records):
     assert [r["warmup"] for r in records if r["mode"] == "dual"] == [True] * 2 + [False] * 4
 
 
-def test_a_record_says_what_was_run_and_what_it_cost(records):
+def test_record_holds_settings_and_cost(records):
     for r in records:
         assert r["kind"] == "decode"
         assert (r["shape"], r["device"], r["dtype"], r["threads"]) == ("tiny", "cpu", "float32", 1)
@@ -73,13 +73,13 @@ def test_a_record_says_what_was_run_and_what_it_cost(records):
         assert all(0 <= r["peak_extra_mb"] < 200 for r in records)
 
 
-def test_the_table_shows_every_mode(raced):
-    said = raced[2]
+def test_table_shows_every_mode(raced):
+    printed = raced[2]
     for mode in ("none", "prefix", "dual", "prefix-lm"):
-        assert f"tiny  │ {mode} " in said
-    assert "% of" in said  # prompt-once: the share of the parent's tokens
-    assert "yes" in said
-    assert "written to" in said
+        assert f"tiny  │ {mode} " in printed
+    assert "% of" in printed  # prompt-once: the share of the parent's tokens
+    assert "yes" in printed
+    assert "written to" in printed
 
 
 def test_compare_pairs_shape_mode_and_round(records, tmp_path, capsys):
@@ -88,13 +88,13 @@ def test_compare_pairs_shape_mode_and_round(records, tmp_path, capsys):
         decode_speed.write(tmp_path / name, rows) for name, rows in (("a", records), ("b", half))
     )
     assert main(["compare", str(a), str(b)]) == 0
-    said = capsys.readouterr().out
-    assert "2.00x" in said
-    assert "1.00x" in said
-    assert said.count("yes") >= 8
+    printed = capsys.readouterr().out
+    assert "2.00x" in printed
+    assert "1.00x" in printed
+    assert printed.count("yes") >= 8
 
 
-def test_compare_of_two_systems_in_files_of_their_own(records, tmp_path, capsys):
+def test_compare_of_two_systems_in_separate_files(records, tmp_path, capsys):
     files = []
     for system in ("plain", "mmdlm"):
         mine = [r for r in records if r["system"] == system]
@@ -103,7 +103,7 @@ def test_compare_of_two_systems_in_files_of_their_own(records, tmp_path, capsys)
     assert "plain > mmdlm" in capsys.readouterr().out
 
 
-def test_compare_refuses_what_does_not_fit(records, tmp_path, capsys):
+def test_compare_rejects_files_without_common_records(records, tmp_path, capsys):
     a = decode_speed.write(tmp_path / "a", records)
     other = [r | {"shape": "else"} for r in records]
     b = decode_speed.write(tmp_path / "b", other)
@@ -133,7 +133,7 @@ def test_gate_and_agreement():
     assert not passes(shape, "bfloat16", Answer([[1] * 190 + [2] * 10], 50), same)
 
 
-def test_a_batch_of_unequal_rows_passes_too():
+def test_batch_of_unequal_rows_passes_the_gate():
     rows = Shape("x", TINY.transformer, (9, 30, 17), 16, 8, 8)
     model = synthetic(TINY.transformer)
     for mode in ("none", "prefix", "dual", "prefix-lm"):
@@ -149,7 +149,7 @@ def test_threshold_shapes_decode_by_threshold():
     ]
 
 
-def test_ratios_pair_rounds_and_know_gaps():
+def test_ratios_pair_rounds_and_skip_missing_ones():
     a = [{"round": n, "t": t} for n, t in ((0, 4.0), (1, 9.0), (2, 5.0))]
     b = [{"round": n, "t": t} for n, t in ((1, 3.0), (0, 2.0), (2, None))]
     assert ratios(a, b, "t") == [2.0, 3.0]

@@ -1,4 +1,4 @@
-"""The speed commands, with workers in this process to be quick."""
+"""Commands of the speed laboratory, with workers in this process."""
 
 import json
 import re
@@ -12,13 +12,13 @@ from tests.speed import decode_speed, encode_speed, floors, roofline, shapes, sy
 from tests.speed.__main__ import main, parser
 from tests.speed.shapes import SHAPES, Shape
 from tests.speed.systems import Answer, runner
-from tests.speed.worker import Desk
+from tests.speed.worker import Server
 
 TINY = SHAPES["tiny"]
 
 
-class Inline(Desk):
-    """A worker in this process, to be quick."""
+class Inline(Server):
+    """A worker in this process, which is faster to start."""
 
     def __enter__(self):
         return self
@@ -26,8 +26,8 @@ class Inline(Desk):
     def __exit__(self, *error):
         return None
 
-    def ask(self, **request):
-        return self.answer(request)
+    def request(self, **fields):
+        return self.answer(fields)
 
 
 @pytest.fixture
@@ -36,20 +36,20 @@ def inline(monkeypatch):
         monkeypatch.setattr(module, "Worker", lambda name, threads: Inline())
 
 
-def test_action_tells_latencies(inline, monkeypatch, tmp_path, capsys):
+def test_decode_of_actions_reports_latencies(inline, monkeypatch, tmp_path, capsys):
     small = Shape("act8-1", TINY.transformer, (8,), 8, 8, 1, limited=True)
     monkeypatch.setitem(SHAPES, "act8-1", small)
     out = tmp_path / "a.jsonl"
     assert main(["decode", "--shape", "act8", "--mode", "none", "--json", str(out)]) == 0
-    said = capsys.readouterr().out
-    assert "p95 ms" in said
+    printed = capsys.readouterr().out
+    assert "p95 ms" in printed
     last = json.loads(out.read_text().splitlines()[-1])
     assert last["gate"] is True
     assert last["actions_per_s"] == pytest.approx(8 * last["queries_per_s"])
     assert last["actions_per_s"] == pytest.approx(8 / last["seconds"])
 
 
-def test_roofline_tells_floor_and_share(inline, monkeypatch, tmp_path, capsys):
+def test_roofline_reports_floor_and_share(inline, monkeypatch, tmp_path, capsys):
     out = tmp_path / "r.jsonl"
     quick = partial(roofline.rates, seconds=0.1)
     monkeypatch.setattr(roofline, "rates", quick)
@@ -73,16 +73,16 @@ def test_encode_counts_tokens(inline, tmp_path, capsys):
     assert "vit-64x1" in capsys.readouterr().out
 
 
-def test_a_speed_with_other_tokens_or_more_forwards_does_not_count(inline, monkeypatch, capsys):
+def test_gate_fails_for_other_tokens_or_more_forwards(inline, monkeypatch, capsys):
     def wrong(system, *args):
         run = runner(system, *args)
         return run if system == "plain" else lambda: Answer([[7] * 32], 8)
 
     monkeypatch.setattr(systems, "runner", wrong)
     assert main(["decode", "--shape", "tiny", "--mode", "none", "--rounds", "1"]) == 1
-    said = capsys.readouterr().out
-    assert "gate:" in said
-    assert "do not count" in said
+    printed = capsys.readouterr().out
+    assert "gate:" in printed
+    assert "do not count" in printed
 
 
 def test_help_lists_the_commands(capsys):
@@ -104,16 +104,16 @@ def test_commands_of_the_readme_are_valid():
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         (["decode", "--shape", "tinny"], "did you mean tiny? known: tiny, cap256, cap768"),
         (["encode", "--shape", "whisper"], "known: vit-64x1, siglip-384x5, whisper-s-30s"),
         (["decode", "--mode", "triple"], "no mode 'triple'; known: none, prefix, dual, prefix-lm"),
         (["decode", "--rounds", "0"], "rounds is 0, expected at least 1"),
-        (["decode", "--dtype", "int8"], "dtype is 'int8', expected auto, float32"),
+        (["decode", "--dtype", "int8"], "dtype is 'int8', expected one of 'auto', 'float32'"),
         (["roofline", "--shape", "thr256", "--rates", "h200"], "no fixed number of steps"),
     ],
 )
-def test_wrong_options_are_told_at_once(args, told, capsys):
+def test_invalid_options_are_rejected_before_the_run(args, message, capsys):
     assert main(args) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err

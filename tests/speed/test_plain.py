@@ -1,4 +1,4 @@
-"""The plain samplers and our decode give the same tokens, and ours needs no more forwards."""
+"""The plain sampler and our decode give equal tokens, ours in at most as many forwards."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ PROMPT = 11
 
 
 def model_of(name, seed):
-    """A model whose positions look at one another more than the drawn weights have it."""
+    """A model with stronger attention than the drawn weights."""
     model = synthetic(CONFIGS[name], seed)
     for block in model.backbone.blocks:
         block.attn.o.weight.mul_(3)
@@ -58,7 +58,7 @@ def test_our_decode_gives_the_plain_tokens(mode, name, seed):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("mode", MODES)
-def test_with_a_threshold_too(mode, name, seed):
+def test_our_decode_gives_the_plain_tokens_with_a_threshold(mode, name, seed):
     model = model_of(name, seed)
     prompt, plain = prompt_of(model, seed), Plain(model)
     for block, tau in ((6, 0.2), (12, 0.5), (4, 0.0), (6, 1.0)):
@@ -79,14 +79,14 @@ def test_limited_ids(mode):
     assert set(theirs.tokens[0, PROMPT:].tolist()) <= set(range(20, 36))
 
 
-def test_plain_logits_are_the_models():
+def test_plain_logits_equal_those_of_the_model():
     for name in CONFIGS:
         model = model_of(name, 4)
         tokens, plain = prompt_of(model, 4), Plain(model)
         plain.cos, plain.sin = plain._angles(PROMPT, tokens.device)
         logits, kept = plain.forward(tokens, 0)
         torch.testing.assert_close(logits, model.logits(tokens), rtol=1e-4, atol=1e-4)
-        # The second half against cached keys of the first, and the first half against those behind.
+        # The second half with cached keys of the first half, and vice versa.
         for part, others in ((slice(6, PROMPT), slice(0, 6)), (slice(0, 6), slice(6, PROMPT))):
             past = [(k[:, :, others], v[:, :, others]) for k, v in kept]
             where = {"before": past} if part.start else {"after": past}
@@ -95,7 +95,7 @@ def test_plain_logits_are_the_models():
 
 
 def test_modes_differ_on_these_models():
-    """Else agreement in one mode would say nothing about the others."""
+    """Otherwise equal tokens in one mode would imply those in the others."""
     differ = dict.fromkeys((("none", "prefix"), ("prefix", "dual"), ("none", "prefix-lm")), 0)
     for name in CONFIGS:
         for seed in (0, 1, 2):
@@ -116,20 +116,20 @@ def test_weights_are_shared_not_copied():
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
-        ({"length": 10, "block": 4, "steps": 5}, "length 10 is no multiple of block 4"),
-        ({"length": 8, "block": 4, "steps": 5}, "steps 5 are no multiple of the 2 blocks"),
+        ({"length": 10, "block": 4, "steps": 5}, "length 10 is not a multiple of block 4"),
+        ({"length": 8, "block": 4, "steps": 5}, "steps 5 are not a multiple of the 2 blocks"),
         ({"length": 8, "block": 4}, "either steps or a threshold"),
         ({"length": 8, "block": 4, "steps": 2, "threshold": 0.5}, "either steps or a threshold"),
     ],
 )
-def test_uneven_schedules_are_refused(given, told):
-    with pytest.raises(ValueError, match=told):
+def test_uneven_schedules_are_rejected(given, message):
+    with pytest.raises(ValueError, match=message):
         Schedule(**given)
 
 
-def test_other_models_rows_and_modes_are_refused():
+def test_other_models_rows_and_modes_are_rejected():
     model = model_of("llada", 0)
     with pytest.raises(ValueError, match="one row"):
         Plain(model).decode(torch.zeros(2, 4, dtype=torch.long), "none", Schedule(4, 4, 4))

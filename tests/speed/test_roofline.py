@@ -9,8 +9,8 @@ from tests.speed.roofline import H200, Cost, Rates, floor, forward, forwards
 from tests.speed.shapes import DREAM_7B, LLADA_8B, SHAPES, Shape, synthetic
 
 CANVAS, BLOCK = 64, 32
-# Prompt; full pass, full pass with all rows through the head, prefix step, dual step and prefill
-# alone in ms: LLaDA-8B in bfloat16 on an H200, worked out by hand from the formulas.
+# Prompt; full pass, full pass with all positions through the head, prefix step, dual step and
+# prefill in ms: LLaDA-8B in bfloat16 on an H200, computed by hand from the formulas.
 FORWARDS = [
     (499, 10.2, 10.9, 3.66, 3.61, 9.0),
     (793, 15.7, 16.8, 3.69, 3.64, 14.4),
@@ -98,7 +98,7 @@ def test_number_of_forwards_and_the_longer_side_counts():
     assert wide.bytes == 2 * forward(shape.transformer, 1, 1, 1).bytes
 
 
-def test_experts_are_refused():
+def test_experts_are_rejected():
     config = replace(LLADA_8B, moe=MoEConfig(experts=4, top=2, inner=8))
     with pytest.raises(ValueError, match="dense models only"):
         forward(config, 1, 1, 1)

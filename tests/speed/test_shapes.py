@@ -43,7 +43,7 @@ def test_table_of_shapes(name, sizes, rows, length, block, steps):
     assert (shape.prompts, shape.length, shape.block, shape.steps) == (rows, length, block, steps)
 
 
-def test_every_shape_has_a_schedule_that_comes_out_even():
+def test_every_shape_has_an_even_schedule():
     for name, shape in SHAPES.items():
         assert shape.name == name
         assert shape.schedule.blocks >= 1
@@ -52,7 +52,7 @@ def test_every_shape_has_a_schedule_that_comes_out_even():
     assert SHAPES["act178-1-ids256"].columns == slice(16_384, 16_640)
 
 
-def test_a_name_stands_for_its_variants():
+def test_name_selects_its_variants():
     assert [s.name for s in find(["cap256"])] == ["cap256"]
     assert [s.name for s in find(["llada8b-3709"])] == ["llada8b-3709"]
     variants = [s.name for s in find(["act178"])]
@@ -60,7 +60,7 @@ def test_a_name_stands_for_its_variants():
     assert [s.name for s in find(["act178-4", "tiny", "act178-4"])] == ["act178-4", "tiny"]
 
 
-def test_unknown_shapes_name_the_known_ones():
+def test_error_for_an_unknown_shape_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"no shape 'cap25'; did you mean cap256.* known: tiny, "):
         find(["cap25"])
     with pytest.raises(ValueError, match="no shape is named"):
@@ -83,7 +83,7 @@ def test_weights_have_the_stated_scales(model):
     assert weights["norm.weight"].eq(1).all()
 
 
-def test_weights_follow_from_the_seed(model):
+def test_weights_depend_only_on_the_seed(model):
     again, other = synthetic(TINY), synthetic(TINY, seed=1)
     for name, weight in model.backbone.named_parameters():
         assert torch.equal(weight, again.backbone.get_parameter(name))
@@ -93,8 +93,8 @@ def test_weights_follow_from_the_seed(model):
     assert torch.equal(half.backbone.out.weight, model.backbone.out.weight.bfloat16())
 
 
-def test_decisions_are_no_ties_and_never_the_mask(model):
-    """Best probabilities mostly below 0.5, far from the next, and attention tells masks apart."""
+def test_decisions_are_not_ties_and_never_the_mask(model):
+    """Best probabilities are mostly below 0.5 and far from the second; masks differ."""
     tokens = torch.cat([prompts(SHAPES["tiny"])[0], torch.full((1, 32), model.spec.mask_id)], 1)
     logits = model.logits(tokens)[0, 32:]
     best = logits.softmax(-1).topk(2, -1).values
@@ -117,8 +117,8 @@ def test_prompts_are_drawn_and_padded_on_the_left(model):
     assert padded(rows[1:2], pad=1)[1] is None
 
 
-def test_plain_samplers_run_the_big_models_sizes():
-    """GQA and biases of Dream, widths of LLaDA: whatever a shape asks for, both systems know."""
+def test_plain_sampler_accepts_the_sizes_of_large_models():
+    """Both systems support the GQA and biases of Dream and the widths of LLaDA."""
     assert LLADA_8B.head_width == SHAPES["dream7b-178-1"].transformer.head_width == 128
     with torch.device("meta"):
         for shape in SHAPES.values():

@@ -1,7 +1,7 @@
-"""A process that runs one system and stays alive: `python -m tests.speed.worker`.
+"""A process that runs one system: `python -m tests.speed.worker`.
 
-It reads one JSON request per line from its input and answers each with one line. Systems measured
-in processes of their own share neither an allocator nor its warm memory.
+It reads one JSON request per line from stdin and writes one line of JSON for each. Systems in
+separate processes share neither the allocator nor its cached memory.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Worker:
-    """The other end: starts such a process and asks it.
+    """Client: starts such a process and sends requests.
 
     Args:
-        name: for messages.
-        threads: of torch in the process, from its start on.
+        name: name in errors.
+        threads: number of torch threads of the process.
     """
 
     def __init__(self, name: str, threads: int) -> None:
@@ -48,25 +48,25 @@ class Worker:
             env=os.environ | count | {"PYTHONPATH": os.pathsep.join(paths)},
         )
 
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """The answer to a request.
+    def request(self, **fields: Any) -> dict[str, Any]:
+        """Sends a request and returns the result.
 
         Raises:
-            RuntimeError: the process failed at it, or ended.
+            RuntimeError: the request failed, or the process ended.
         """
         try:
-            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.write(json.dumps(fields) + "\n")
             self.process.stdin.flush()
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
         if not line:
             self.errors.seek(0)
-            said = self.errors.read().strip().splitlines()[-1:] or ["nothing"]
+            output = self.errors.read().strip().splitlines()[-1:] or ["no output"]
             status = self.process.wait()
             raise RuntimeError(
-                f"the process of {self.name} ended with status {status} and said {said[0]!r}; "
-                "if it was killed, memory was short: take a smaller shape"
+                f"the process of {self.name} ended with status {status}: {output[0]}; "
+                "if it was killed, memory was insufficient: use a smaller shape"
             )
         answer = json.loads(line)
         if "error" in answer:
@@ -93,15 +93,15 @@ class Worker:
 
 
 def measured(run: Callable[[], Any], device: torch.device) -> tuple[Any, dict[str, float | None]]:
-    """What a function gives, and what it cost.
+    """Runs a function and measures its cost.
 
     Args:
         run: called once.
-        device: waited for before and after.
+        device: synchronized before and after.
     Returns:
-        its result, and seconds (wall), cpu_seconds (of all threads), peak_extra_mb (most memory
-        at once beyond what was held before: of the GPU's, or of the process's; None where the
-        system does not tell), and on a GPU reserved_mb.
+        the result, and seconds (wall), cpu_seconds (all threads), peak_extra_mb (peak memory of the
+        GPU or the process above the memory before; None if the system does not report it), and on
+        a GPU reserved_mb.
     """
     gc.collect()
     if device.type == "cuda":
@@ -126,14 +126,14 @@ def measured(run: Callable[[], Any], device: torch.device) -> tuple[Any, dict[st
 
 
 def _resident(reset: bool) -> int | None:
-    """Bytes of this process in memory: now, restarting the high-water mark, or that mark.
+    """Resident memory of this process in bytes, or its peak since the last reset.
 
-    None where Linux' /proc is not there or refuses.
+    None where /proc (Linux) is not available.
     """
     try:
         if reset:
             _trim()
-            CLEAR.write_text("5")  # proc(5): sets the peak to the present
+            CLEAR.write_text("5")  # proc(5): resets the peak
         lines = STATUS.read_text().splitlines()
     except OSError:
         return None
@@ -142,23 +142,23 @@ def _resident(reset: bool) -> int | None:
 
 
 def _trim() -> None:
-    """Gives freed memory back, or a run that reuses what the last one freed would look lean."""
+    """Returns freed memory to the system, so that a run cannot reuse it unnoticed."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim is not None:
         trim(0)
 
 
-class Desk:
-    """Answers requests; keeps the latest model.
+class Server:
+    """Processes requests and keeps the last model.
 
-    The first run of a shape in a mode also says how long its set-up took.
+    Records contain the time of the set-up.
     """
 
     def __init__(self) -> None:
         self.kept: tuple[Any, Any] = (None, None)
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """One answer; the request's "do" names the method."""
+        """Processes one request; its "do" names the method."""
         do = request.pop("do")
         return {"decode": self.decode, "encode": self.encode, "rates": self.rates}[do](**request)
 
@@ -180,7 +180,7 @@ class Desk:
         key = (what.transformer, seed, device, dtype, compiled)
         begin = time.perf_counter()
         if self.kept[0] != key:
-            self.kept = (None, None)  # not two at once
+            self.kept = (None, None)  # free the old one first
             model = synthetic(what.transformer, seed, device, getattr(torch, dtype))
             if compiled and system == OURS:
                 model.compile()
@@ -189,11 +189,11 @@ class Desk:
         setup = time.perf_counter() - begin
         found, cost = measured(run, self.kept[1].device)
         digest = hashlib.sha256(json.dumps(found.tokens).encode()).hexdigest()[:16]
-        said = {"tokens": found.tokens, "forwards": found.forwards, "tokens_sha": digest}
-        return {**cost, "setup_s": setup, **said}
+        result = {"tokens": found.tokens, "forwards": found.forwards, "tokens_sha": digest}
+        return {**cost, "setup_s": setup, **result}
 
     def encode(self, shape: str, device: str, dtype: str, seed: int) -> dict[str, Any]:
-        """One timed pass of an encoder."""
+        """One timed forward of an encoder."""
         from tests.speed.encoder_shapes import ENCODERS
 
         key, begin = (shape, seed, device, dtype), time.perf_counter()
@@ -205,28 +205,28 @@ class Desk:
         return {**cost, "setup_s": setup, "new_tokens": tokens}
 
     def rates(self, device: str, dtype: str) -> dict[str, Any]:
-        """What the device can do."""
+        """Rates of the device."""
         from tests.speed.roofline import rates
 
         return vars(rates(device, getattr(torch, dtype)))
 
 
 def main() -> None:
-    """Answers until its input ends."""
-    # What libraries print must not mix with the answers.
+    """Processes requests until stdin is closed."""
+    # Output of libraries must not mix with the results.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    desk = Desk()
+    server = Server()
     for line in sys.stdin:
         try:
-            answer = desk.answer(json.loads(line))
+            answer = server.answer(json.loads(line))
         except (ValueError, TypeError, KeyError, RuntimeError, ImportError, OSError) as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         out.write(json.dumps(answer) + "\n")
         out.flush()
         if not gc.get_freeze_count():
-            gc.freeze()  # else each collection before a run walks through all of torch
+            gc.freeze()  # else each collection before a run traverses all of torch
 
 
 if __name__ == "__main__":
