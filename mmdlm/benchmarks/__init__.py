@@ -1,1 +1,1 @@
-"""Scores and speeds: the command behind every number we print."""
+"""Commands that measure the quality and latency of a model."""

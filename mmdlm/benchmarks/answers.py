@@ -1,4 +1,4 @@
-"""Samples of a dataset answered as a user would, with what it cost, and ways to decode them."""
+"""Answers the samples of a dataset and measures the cost; decoding by name."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from mmdlm.model import MultimodalDLM
 from mmdlm.tasks.generate import fill, finish
 
 OWN, PLAIN = "preset", "plain"
-"""Names of two ways to decode: as the checkpoint says, and one token after the other."""
+"""Names of two decodings: the checkpoint's preset, and one token per step."""
 
 
 @dataclass(frozen=True)
 class Answered:
-    """Text answers to the turns of some samples, sample by sample.
+    """Text answers to all turns of some samples, in order.
 
     Args:
-        texts: per turn.
-        tokens: per turn, ids before the end token.
-        forwards: per turn, of the backbone.
-        seconds: from raw media to tokens, all turns.
+        texts: answer per turn.
+        tokens: ids before the end token, per turn.
+        forwards: backbone forwards per turn.
+        seconds: total wall time from raw media to tokens.
     """
 
     texts: list[str]
@@ -41,12 +41,12 @@ def answer(
     strategies: Items[Strategy],
     batch: int = 32,
 ) -> Answered:
-    """Every turn of the samples answered; the answers the samples hold are not looked at.
+    """Answers every turn of the samples; their reference answers are not used.
 
     Args:
         model: the model.
-        samples: with text answers.
-        strategies: how to decode.
+        samples: samples with text answers.
+        strategies: decoding strategies.
         batch: answers decoded together.
     """
     examples = [one for sample in samples for one in asked(sample)]
@@ -72,7 +72,7 @@ def asked(sample: Example) -> list[Example]:
 
 
 def hits(model: MultimodalDLM, samples: Items[Example], found: Answered) -> list[bool]:
-    """Per turn, whether the answer is the right one, token by token."""
+    """Whether each answer equals the reference, token by token."""
     right = [model.tokenizer.encode(turn.answer) for sample in samples for turn in sample.turns]
     return [tokens == truth for tokens, truth in zip(found.tokens, right, strict=True)]
 
@@ -81,14 +81,13 @@ def ways(model: MultimodalDLM, task: str, names: str) -> dict[str, list[Strategy
     """Strategies by name.
 
     Args:
-        model: the model. An autoregressive one has one way only, token by token.
-        task: key of the checkpoint's presets, such as "caption".
-        names: separated by commas: "preset" is the checkpoint's own way ("parallel" where it has
-            none, "one_step" for actions), "plain" one token after the other, anything else a
-            decoding preset.
+        model: the model. An autoregressive one is always decoded token by token.
+        task: key of the checkpoint's presets, for example "caption".
+        names: separated by commas: "preset" is the checkpoint's preset ("parallel" without one,
+            "one_step" for actions), "plain" one token per step, others are decoding presets.
     """
     own = (model.preset.get(task) or {}).get("strategies")
-    # Actions fill their whole canvas; text may end before.
+    # Actions fill their whole canvas; text may be shorter.
     plain: list[Strategy] = [] if task == "act" else [EndOfText()]
     if model.spec.block_size == 1:
         return {PLAIN: preset.strategies(own) if own else plain}
@@ -99,5 +98,5 @@ def ways(model: MultimodalDLM, task: str, names: str) -> dict[str, list[Strategy
             chosen = own or ("one_step" if task == "act" else "parallel")
         found[name] = plain if name == PLAIN else preset.strategies(chosen)
     if not found:
-        raise ValueError(f"decoding is {names!r}; name at least one, such as {OWN}")
+        raise ValueError(f"decoding is {names!r}, expected at least one name, for example {OWN}")
     return found

@@ -1,4 +1,4 @@
-"""Captions, questions and digits: the share of answers that are exactly right."""
+"""Captions, questions and digits: the share of exact answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmdlm.simulators.rollout import wilson
 
 SEED = 12345  # training draws Scenes(seed=0), validation seed=1
 RELATIONS = ("left", "right", "above", "below")
-# Beginning of a question to its kind; the first that fits decides.
+# Prefix of a question to its kind; the first match counts.
 KINDS = {
     "what colour": "colour",
     **{f"what shape is {word}": "neighbour" for word in RELATIONS},
@@ -31,11 +31,11 @@ KINDS = {
 
 
 def caption_parts(count: int, seed: int = SEED) -> dict[str, list[Example]]:
-    """Fresh pictures of one, two and three shapes, each with its caption.
+    """Fresh images of one, two and three shapes, each with its caption.
 
     Args:
-        count: pictures per part.
-        seed: of the pictures; training uses 0 and 1.
+        count: images per part.
+        seed: seed of the images; training uses 0 and 1.
     """
     sets = {
         f"scene{n}": Scenes(objects=(n,), seed=seed, count=count, questions=0) for n in (1, 2, 3)
@@ -44,11 +44,11 @@ def caption_parts(count: int, seed: int = SEED) -> dict[str, list[Example]]:
 
 
 def question_parts(count: int, seed: int = SEED) -> dict[str, list[Example]]:
-    """Fresh pictures with questions, by the kind of question.
+    """Fresh images with questions, by the kind of question.
 
     Args:
-        count: pictures; each is asked five questions.
-        seed: of the pictures and of the choice of questions.
+        count: number of images, with five questions each.
+        seed: seed of the images and questions.
     """
     scenes = Scenes(seed=seed, count=count, questions=5, caption=False)
     parts: dict[str, list[Example]] = {}
@@ -62,7 +62,7 @@ def digit_parts(count: int | None = None) -> dict[str, list[Example]]:
     """Handwritten digits kept from training, with the question which one it is.
 
     Args:
-        count: at most so many; None: all.
+        count: largest number of digits; None: all.
     """
     digits = Digits("held_out")
     samples = drawn(digits, min(count or len(digits), len(digits)))
@@ -70,12 +70,12 @@ def digit_parts(count: int | None = None) -> dict[str, list[Example]]:
 
 
 def drawn(dataset: Dataset, count: int, seed: int = SEED) -> list[Example]:
-    """The first samples of a dataset; sample i depends on the seed and on i only."""
+    """The first samples of a dataset; sample i depends only on the seed and i."""
     return [dataset.sample(i, np.random.default_rng((seed, i))) for i in range(count)]
 
 
 def kind_of(question: str) -> str:
-    """The kind of a question about a scene, "other" for one the scenes do not ask."""
+    """The kind of a question about a scene; "other" for unknown ones."""
     return next((kind for start, kind in KINDS.items() if question.startswith(start)), "other")
 
 
@@ -88,7 +88,7 @@ def exact(
     name: str = "",
     batch: int = 32,
 ) -> list[Score]:
-    """The share of answers that are right word by word, for every part and way to decode.
+    """The share of exact answers, for every part and decoding.
 
     Args:
         model: the model.
@@ -96,7 +96,7 @@ def exact(
         task: key of the checkpoint's presets.
         parts: samples by the name of their part.
         decodings: see `mmdlm.benchmarks.answers.ways`.
-        name: of the checkpoint, for the report.
+        name: name of the checkpoint in the report.
         batch: answers decoded together.
     """
     metric = "exact" if what == "captions" else "accuracy"
@@ -121,7 +121,7 @@ def score(
     found: Answered,
     batch: int,
 ) -> Score:
-    """A share of right answers with its interval and cost."""
+    """A share of correct answers with its interval and cost."""
     count = len(found.texts)
     low, high = wilson(right, count)
     forwards = float(np.mean(found.forwards))
@@ -132,7 +132,7 @@ def score(
 
 
 def together(parts: Items[Score]) -> Score:
-    """Several parts of one benchmark as one score."""
+    """Combines the parts of one benchmark into one score."""
     count = sum(part.count for part in parts)
     right = round(sum(part.value * part.count for part in parts))
     low, high = wilson(right, count)

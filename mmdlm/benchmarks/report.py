@@ -1,4 +1,4 @@
-"""What a measurement says, and on what it was taken."""
+"""Results of measurements, and the machine they were taken on."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ DISTRIBUTIONS = ("torch", "numpy", "transformers", "timm", "jiwer", "mujoco", "m
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model does one thing.
+    """One score of a model.
 
     Args:
         what: benchmark.
-        part: subset of it.
+        part: subset of the benchmark.
         model: checkpoint.
-        decoding: how its answers were decoded.
-        metric: what `value` is.
+        decoding: decoding preset.
+        metric: name of the metric.
         value: a share in [0, 1]; word error rates may exceed 1.
-        count: answers, phrases or episodes.
-        low: lower end of the 95 % interval, None where there is none.
+        count: number of answers, phrases or episodes.
+        low: lower end of the 95 % interval, or None.
         high: upper end.
-        forwards: of the backbone per answer, mean.
-        ms: wall time per answer, batched as scored, in milliseconds.
+        forwards: mean backbone forwards per answer.
+        ms: wall time per answer in milliseconds, with this batch.
         batch: answers decoded together.
-        settings: more that moves the value.
+        settings: further settings the value depends on.
     """
 
     what: str
@@ -58,25 +58,25 @@ class Score:
 
 @dataclass(frozen=True)
 class Race:
-    """Wall times of two models that took turns on the same inputs.
+    """Wall times of two models in alternating rounds on the same inputs.
 
     Args:
         what: benchmark.
         model: the first checkpoint.
         twin: the second one.
-        decoding: how the first was decoded; the second goes token by token.
+        decoding: decoding preset of the first; the second decodes token by token.
         span: "decode", from encoded prompt to tokens, or "answer", from raw input to tokens.
         batch: answers decoded together.
         count: answers per model and round.
         ms: per answer of the first, median over rounds, in milliseconds.
         twin_ms: per answer of the second.
-        ratio: twin's time over the model's, median of the ratios within rounds.
+        ratio: time of the twin over time of the model, median over rounds.
         low: smallest of these ratios.
         high: largest.
-        forwards: of the backbone per answer of the first.
+        forwards: backbone forwards per answer of the first.
         twin_forwards: of the second.
-        rounds: times each of the two ran.
-        threads: of torch.
+        rounds: number of rounds.
+        threads: number of torch threads.
     """
 
     what: str
@@ -107,7 +107,7 @@ def machine() -> dict[str, Any]:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            continue  # an extra that is not installed has had no part in the numbers
+            continue  # not installed, so not used
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -120,7 +120,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The name of this machine's processor."""
+    """Name of the processor."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -130,22 +130,22 @@ def processor() -> str:
 
 
 def write(out: Path, lines: Items[Line]) -> Path:
-    """The path of a JSON-lines file: one measurement per line, each with the machine it is of.
+    """Writes a JSON-lines file, one measurement with its machine per line; returns the path.
 
     Args:
-        out: file to write; what it held is replaced.
+        out: file to write; it is overwritten.
         lines: measurements.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     about = machine()
-    # A race's own thread count wins over the one outside it.
+    # The thread count of a race has priority over the current one.
     rows = [about | {"kind": type(line).__name__.lower()} | asdict(line) for line in lines]
     out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return out
 
 
 def terminal() -> Console:
-    """Where results are printed: the terminal, or 100 columns of a file or pipe."""
+    """Console for results: the terminal, or 100 columns for a file or pipe."""
     console = Console()
     return console if console.is_terminal else Console(width=100)
 
@@ -155,7 +155,7 @@ def show(lines: Items[Line], console: Console | None = None) -> None:
 
     Args:
         lines: measurements.
-        console: where to print; by default see `terminal`.
+        console: the console; None: `terminal()`.
     """
     console = console or terminal()
     scores = [line for line in lines if isinstance(line, Score)]
@@ -173,7 +173,7 @@ def show(lines: Items[Line], console: Console | None = None) -> None:
 
 
 def _table(title: str, left: str, right: str) -> Table:
-    """A table of columns named in two lists, aligned to the left and to the right."""
+    """A table with left-aligned and right-aligned columns."""
     table = Table(title=title, title_justify="left")
     for justify, names in (("left", left), ("right", right)):
         for name in names.split(","):
@@ -198,7 +198,7 @@ def _scores(scores: Items[Score]) -> Table:
 
 
 def _races(races: Items[Race]) -> Table:
-    title = f"{races[0].model} against {races[0].twin} on the same inputs in turns, one thread"
+    title = f"{races[0].model} against {races[0].twin}, alternating on the same inputs, one thread"
     table = _table(title, "what,decoding", "batch,ms,twin ms,ratio,range,forwards")
     for r in races:
         table.add_row(

@@ -1,4 +1,4 @@
-"""`mmdlm bench`: every score and speed we print, by one command."""
+"""`mmdlm bench`: scores and latency of a model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mmdlm.simulators.simulator import GL_PACKAGES, choose_gl
 from mmdlm.tasks.act import Policy
 
 What = Literal["all", "captions", "questions", "digits", "speech", "act", "twin"]
-# Key of the checkpoint's presets, answers per part by default, and inputs of a race.
+# Key of the checkpoint's presets, default answers per part, inputs of a race.
 TASKS = {
     "captions": ("caption", 500, 64),
     "questions": ("answer", 400, 64),
@@ -34,7 +34,7 @@ RACED = "preset,one_step"
 
 @dataclass(frozen=True)
 class Bench:
-    """One call of `bench`, see there for the arguments."""
+    """One call of `bench`, which documents the arguments."""
 
     model: str
     twin: str | None
@@ -53,7 +53,7 @@ class Bench:
 
     @cached_property
     def second(self) -> MultimodalDLM | None:
-        """The twin, None without one."""
+        """The twin, or None."""
         return None if self.twin is None else load(self.twin, device=self.device)
 
     def measure(self, what: str, timed_only: bool = False) -> list[Line]:
@@ -61,7 +61,7 @@ class Bench:
 
         Args:
             what: a key of `TASKS`.
-            timed_only: leave the scores out.
+            timed_only: without the scores.
         """
         task, count, inputs = TASKS[what]
         parts = self.parts(what, self.count or (inputs if timed_only else count))
@@ -76,7 +76,7 @@ class Bench:
         return lines
 
     def parts(self, what: str, count: int) -> dict[str, list[Example]]:
-        """Inputs by part; none for "act", which makes its own as it goes."""
+        """Inputs by part; none for "act", which generates them."""
         seed = captions.SEED if self.seed is None else self.seed
         makers: dict[str, Callable[[], dict[str, list[Example]]]] = {
             "captions": lambda: captions.caption_parts(count, seed),
@@ -97,8 +97,8 @@ class Bench:
     ) -> list[Line]:
         """Scores of one model."""
         if what == "act":
-            # Episodes are slow, so only the checkpoint's own way unless others are asked for.
-            sim = simulators(TRAINED, Policy(self.first))  # the twin need not name its tasks
+            # Episodes are slow: by default only the checkpoint's preset.
+            sim = simulators(TRAINED, Policy(self.first))  # the twin may not list its tasks
             return [*success.success(model, self.decoding or OWN, count, self.seed or 0, name, sim)]
         ways = self.decoding or DECODINGS
         if what == "speech":
@@ -107,7 +107,7 @@ class Bench:
 
 
 def mixed(parts: dict[str, list[Example]], count: int) -> list[Example]:
-    """The first samples of all parts in turn, at most `count`."""
+    """The first samples of all parts, alternating, at most `count`."""
     turns = zip(*parts.values(), strict=False)
     return [sample for samples in turns for sample in samples][:count]
 
@@ -130,12 +130,11 @@ def bench(
     mmdlm bench captions --model tiny --decoding preset,plain
     mmdlm bench all --model tiny --twin my-twin --out scores.jsonl
 
-    captions: share of captions that are exactly right, on fresh pictures of one to three shapes.
-    questions: accuracy by kind of question. digits: accuracy on handwritten digits kept from
-    training. speech: word error rate on freshly spoken phrases kept from training, by known and
-    by new voices. act: success over seeds for every task the policy was trained on. twin: only
-    the race against an autoregressive twin, for all of these. all: everything this model and
-    installation can do.
+    captions: share of exact captions, on new images of one to three shapes. questions: accuracy
+    by kind of question. digits: accuracy on held-out handwritten digits. speech: word error rate
+    on new held-out phrases, by known and by new voices. act: success rate over seeds for every
+    task of the policy. twin: only the race against an autoregressive twin, for all of these. all:
+    everything that this model and installation support.
 
     mmdlm bench presets compares the decoding presets: accuracy against forwards. The speed of
     decoding on sizes of published models, without a checkpoint, is measured in a clone of the
@@ -144,17 +143,17 @@ def bench(
     Args:
         what: what to measure.
         model: bundled name, folder or hub id.
-        twin: autoregressive model of the same size: it is scored as well, and timed against the
-            model turn by turn on one thread.
-        count: pictures, clips or episodes per part; by default 500 captions, 400 pictures with five
+        twin: autoregressive model of the same size; it is scored as well, and its latency is
+            compared in alternating rounds on one thread.
+        count: images, clips or episodes per part; by default 500 captions, 400 images with five
             questions, all digits, 200 clips, 20 episodes.
-        seed: of the inputs; 12345 by default (training uses 0 and 1), for "act" the first seed, 0.
-        data: folder with spoken clips; by default new ones are spoken.
-        decoding: ways to decode, separated by commas: preset (the checkpoint's own), plain (token
-            by token) and names of decoding presets. Default: preset,one_step,parallel,plain; for
+        seed: seed of the inputs; by default 12345 (training uses 0 and 1), for "act" 0.
+        data: folder with spoken clips; by default new ones are synthesised.
+        decoding: separated by commas: preset (the checkpoint's), plain (one token per step) and
+            names of decoding presets. Default: preset,one_step,parallel,plain; for
             "act" preset; for races preset,one_step.
         batch: inputs decoded together for the scores.
-        rounds: turns of each model in the race.
+        rounds: rounds of the race.
         out: JSON-lines file for the results, with versions, threads and processor.
         device: "cpu", "cuda" or "auto".
     """
@@ -173,7 +172,7 @@ def bench(
                 raise
             reason = str(error)
         if reason:
-            console.print(f"{name}: left out: {reason}", markup=False)
+            console.print(f"{name}: skipped: {reason}", markup=False)
     report.show(lines, console)
     if out is not None:
         console.print(f"written to {report.write(out, lines)}", markup=False)
@@ -181,22 +180,22 @@ def bench(
 
 
 def absent(model: MultimodalDLM, what: str, timed_only: bool = False) -> str:
-    """Why this model or machine cannot be measured on that, empty when it can.
+    """Why this model or machine cannot be measured; empty if it can.
 
     Args:
         model: the model.
         what: a key of `TASKS`.
-        timed_only: nothing is simulated.
+        timed_only: without simulation.
     """
     needed = {"speech": "audio"}.get(what, "image")
     if needed not in model.encoders:
         return f"the model has no {needed} encoder"
     if what == "act" and model.robot is None:
-        return "the model is no policy"
+        return "the model is not a policy"
     if what == "act" and not timed_only:
         tasks = Policy(model).tasks
         if not tasks:
-            return "the checkpoint does not say its tasks"
+            return "the checkpoint lists no tasks"
         if choose_gl() is None and tuple(tasks) != ("toy",):
-            return f"nothing renders here; {GL_PACKAGES}"
+            return f"there is no OpenGL backend; {GL_PACKAGES}"
     return ""

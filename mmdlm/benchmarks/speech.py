@@ -1,4 +1,4 @@
-"""Transcription of freshly spoken phrases: word error rate and phrases that are all right."""
+"""Transcription of new phrases: word error rate and share of exact phrases."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ SPLITS = ("held_out", "new_voice")
 def speech_parts(
     count: int, data: Path | None = None, seed: int = SEED
 ) -> dict[str, list[Example]]:
-    """Clips of phrases kept from training, by known and by new voices.
+    """Clips of held-out phrases, by known and by new voices.
 
     Args:
         count: clips per part.
-        data: folder with the folders "held_out" and "new_voice" of `mmdlm.data.speech.make`; None
-            speaks new clips, which needs the extra `speech`.
-        seed: of the new clips; training uses 0.
+        data: folder with the folders "held_out" and "new_voice" of `mmdlm.data.speech.make`; None:
+            synthesise new clips, which needs the extra `speech`.
+        seed: seed of the new clips; training uses 0.
     """
     if data is not None:
         sets = {split: speech.Speech(Path(data) / split) for split in SPLITS}
@@ -42,13 +42,13 @@ def words_wrong(
     name: str = "",
     batch: int = 32,
 ) -> list[Score]:
-    """Word error rate, and share of phrases without an error, for every part and way to decode.
+    """Word error rate and share of exact phrases, for every part and decoding.
 
     Args:
         model: the model.
         parts: samples by the name of their part.
         decodings: see `mmdlm.benchmarks.answers.ways`.
-        name: of the checkpoint, for the report.
+        name: name of the checkpoint in the report.
         batch: samples decoded together.
     """
     try:
@@ -59,10 +59,10 @@ def words_wrong(
     for way, strategies in ways(model, "transcribe", decodings).items():
         for part, samples in parts.items():
             found = answer(model, samples, strategies, batch)
-            said = [turn.answer for sample in samples for turn in sample.turns]
+            references = [turn.answer for sample in samples for turn in sample.turns]
             right = sum(hits(model, samples, found))
             whole = score("speech", part, name, way, "exact", right, found, batch)
-            wrong = float(jiwer.wer(said, found.texts))
+            wrong = float(jiwer.wer(references, found.texts))
             scores.append(replace(whole, metric="WER", value=wrong, low=None, high=None))
             scores.append(whole)
     return scores

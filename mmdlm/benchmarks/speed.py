@@ -1,4 +1,4 @@
-"""Two models taking turns on the same inputs: who is faster, and by how much."""
+"""Compares the latency of two models in alternating rounds on the same inputs."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ BATCHES = (1, 16)
 
 @dataclass(frozen=True)
 class Timed:
-    """What one pass over some samples took.
+    """Cost of one pass over some samples.
 
     Args:
         encode: milliseconds per answer from raw media to encoded prompts.
-        decode: milliseconds per answer from there to tokens.
-        forwards: of the backbone per answer, as many as the answer took part in.
+        decode: milliseconds per answer from encoded prompts to tokens.
+        forwards: backbone forwards per answer.
     """
 
     encode: float
@@ -43,7 +43,7 @@ class Timed:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Runs the body with so many threads of torch, and puts the number back."""
+    """Sets the number of torch threads within the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -55,19 +55,19 @@ def threads(count: int) -> Iterator[None]:
 def timed(
     model: MultimodalDLM, samples: Items[Example], strategies: Items[Strategy], batch: int
 ) -> Timed:
-    """Wall time of answering samples of one turn each, text or actions; nothing is scored.
+    """Wall time of answering samples with one turn each, text or actions, without scores.
 
     Args:
         model: the model.
-        samples: of one canvas length.
-        strategies: how to decode.
+        samples: samples with the same canvas length.
+        strategies: decoding strategies.
         batch: samples decoded together.
     Raises:
         ValueError: the canvases differ.
     """
     lengths = {turn.length for sample in samples for turn in sample.turns}
     if len(lengths) != 1:
-        raise ValueError(f"answers have canvases {sorted(lengths)}; time them one by one")
+        raise ValueError(f"answers have canvases {sorted(lengths)}, expected one length")
     length = lengths.pop()
     is_text = isinstance(samples[0].turns[0].answer, str)
     columns = None if is_text else slice(model.robot.ids.start, model.robot.ids.stop)
@@ -78,7 +78,9 @@ def timed(
         sequence = prompts(model, samples[start : start + batch])
         ready = time.perf_counter()
         decoded = decode(model, sequence, length, strategies, columns=columns)
-        steps += (decoded.history.step.amax(1) + 1).tolist()  # waits for a GPU, too
+        steps += (
+            decoded.history.step.amax(1) + 1
+        ).tolist()  # host sync, so that a GPU is timed as well
         decoding += time.perf_counter() - ready
         encoding += ready - begin
     share = 1e3 / len(samples)
@@ -87,7 +89,7 @@ def timed(
 
 @torch.inference_mode()
 def prompts(model: MultimodalDLM, samples: Items[Example]) -> Sequence:
-    """The prompts of samples of one turn each as one batch, media encoded."""
+    """The prompts of samples with one turn each as one batch, with encoded media."""
     packed = model.processor.pack([one for sample in samples for one in asked(sample)])
     return model.embed(packed.prompts)
 
@@ -105,24 +107,24 @@ def race(
 ) -> list[Race]:
     """Wall times of the model against its twin on one thread, for each batch size.
 
-    The runners take turns on the same inputs, so that a machine that slows down slows all of them;
-    the ratio is taken within each round. A first pass of each is not counted.
+    The models alternate on the same inputs, so that a slower machine affects both; ratios are taken
+    within a round. A first pass of each is not counted.
 
     Args:
-        model: the model, decoded in each of the ways.
+        model: the model, decoded by each decoding.
         twin: an autoregressive model, decoded token by token until its answers end.
         what: name of the benchmark.
         task: key of the checkpoint's presets.
         samples: inputs with one turn each.
         names: of the two checkpoints.
-        decodings: see `mmdlm.benchmarks.answers.ways`; one of two equal ways is left out.
+        decodings: see `mmdlm.benchmarks.answers.ways`; duplicates are skipped.
         batches: samples decoded together.
         rounds: at least three.
     Raises:
         ValueError: fewer than three rounds.
     """
     if rounds < 3:
-        raise ValueError(f"rounds is {rounds}, expected at least 3 to tell the spread")
+        raise ValueError(f"rounds is {rounds}, expected at least 3 for a range")
     chosen: dict[str, list[Strategy]] = {}
     for way, strategies in ways(model, task, decodings).items():
         if strategies not in chosen.values():
@@ -147,7 +149,7 @@ def race(
 
 
 def _compared(head: tuple, ours: Items[Timed], theirs: Items[Timed]) -> Race:
-    """One line of a race, of the passes over the rounds."""
+    """The result of a race over all rounds."""
     span = head[4]
     times = [(a.span(span), b.span(span)) for a, b in zip(ours, theirs, strict=True)]
     ratios = [b / a for a, b in times]

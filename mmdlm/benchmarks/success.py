@@ -1,4 +1,4 @@
-"""Success of a policy in simulation, and inputs to time it without one."""
+"""Success rate of a policy in simulation, and inputs to measure its latency without one."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def success(
     execute: int | None = None,
     horizon: int = 200,
 ) -> list[Score]:
-    """Success over seeds for every task and way to decode.
+    """Success rate over seeds, for every task and decoding.
 
     Args:
         model: a policy's model.
         decodings: see `mmdlm.benchmarks.answers.ways`.
         count: episodes per task.
-        seed: of the first episode.
-        name: of the checkpoint, for the report.
+        seed: seed of the first episode.
+        name: name of the checkpoint in the report.
         sim: simulators, see `mmdlm.simulators.rollout.simulators`.
-        execute: actions played per query; None for four, or what the checkpoint advises if less.
+        execute: actions executed per query; None: 4, or the checkpoint's value if smaller.
         horizon: steps of an episode.
     """
     scores = []
@@ -66,32 +66,32 @@ def success(
 
 
 def act_samples(model: MultimodalDLM, count: int, seed: int = SEED) -> list[Example]:
-    """Observations to time a policy with: drawn pictures, states of the data's range.
+    """Observations to time a policy with: drawn images, states of the data's range.
 
-    How long a chunk takes does not depend on what is seen, since every chunk has as many tokens.
+    Latency does not depend on the observation, since every chunk has the same number of tokens.
 
     Args:
         model: a policy's model.
         count: number of observations.
-        seed: of the pictures.
+        seed: seed of the images.
     """
     robot = model.robot
     tasks = [task.rpartition("/")[2].removesuffix("-v3") for task in Policy(model).tasks]
     texts = [INSTRUCTIONS[t] for t in tasks if t in INSTRUCTIONS] or [_any_text(model)]
     empty = np.zeros((robot.chunk, robot.action_size), np.float32)
     state = np.zeros(robot.state.size or 1, np.float32)
-    pictures = drawn(Scenes(seed=seed, count=count, questions=0), count, seed)
+    images = drawn(Scenes(seed=seed, count=count, questions=0), count, seed)
     return [
         example(
             (Turn(texts[i % len(texts)], empty, robot.length),),
             image=sample.media("image")[0],
             state=state,
         )
-        for i, sample in enumerate(pictures)
+        for i, sample in enumerate(images)
     ]
 
 
 def _any_text(model: MultimodalDLM) -> str:
-    """Five words the model knows, for one whose tasks are not told."""
+    """Five words of the vocabulary, for a model without known tasks."""
     words = [w for w in (model.tokenizer.words or {"go": 0}) if not w.startswith("<")]
     return " ".join(words[:5])

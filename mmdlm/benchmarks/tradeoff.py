@@ -1,4 +1,4 @@
-"""`mmdlm bench presets`: accuracy against forwards of every decoding preset, table and picture."""
+"""`mmdlm bench presets`: accuracy over forwards of every decoding preset, as table and plot."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from mmdlm.simulators.rollout import TRAINED
 
 TASKS = ("captions", "speech", "act")
 OURS = ("exact", "fast", "turbo")
-"""Presets that are not a published method's; the picture sets them off."""
+"""Presets that are not published methods; the plot highlights them."""
 METRIC = {"captions": "exact", "speech": "exact", "act": "success"}
-NAMED = {"captions": "captions exactly right", "speech": "phrases exactly right", "act": "success"}
+NAMED = {"captions": "exact captions", "speech": "exact phrases", "act": "success"}
 
 
 def tradeoff(
@@ -37,25 +37,25 @@ def tradeoff(
     data: Path | None = None,
     sim: str = TRAINED,
 ) -> tuple[list[Score], dict[tuple[str, str], str]]:
-    """One score per task and preset, all on the same inputs, and why the others have none.
+    """One score per task and preset, all on the same inputs.
 
     Args:
         model: the model.
-        presets: names; "plain" is one token after the other.
+        presets: names; "plain" is one token per step.
         tasks: of `TASKS`.
-        count: pictures of each number of shapes, and clips of new phrases.
+        count: images of each number of shapes, and clips of new phrases.
         episodes: per simulated task.
-        name: of the checkpoint, for the report.
+        name: name of the checkpoint in the report.
         data: spoken clips, see `mmdlm.benchmarks.speech.speech_parts`.
         sim: simulated tasks, see `mmdlm.simulators.rollout.simulators`.
     Returns:
-        Scores, and the reason by (task, preset) where the preset refuses the model or the task.
+        scores, and by (task, preset) the error of presets that do not support the model or task.
     """
     measure: dict[str, Callable[[str], list[Score]]] = {}
     if "captions" in tasks:
-        pictures = captions.caption_parts(count)
+        images = captions.caption_parts(count)
         measure["captions"] = lambda way: captions.exact(
-            model, "captions", "caption", pictures, way, name
+            model, "captions", "caption", images, way, name
         )
     if "speech" in tasks:
         clips = {"held_out": speech.speech_parts(count, data)["held_out"]}
@@ -64,30 +64,30 @@ def tradeoff(
         measure["act"] = lambda way: success.success(model, way, episodes, name=name, sim=sim)
     jobs = [(task, way) for way in presets for task in measure]
     scores: list[Score] = []
-    refused: dict[tuple[str, str], str] = {}
+    rejected: dict[tuple[str, str], str] = {}
     for task, way in track(jobs, description="presets", transient=True):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that a preset is idle shows in its forwards
+                warnings.simplefilter("ignore")  # a preset without effect shows in its forwards
                 found = measure[task](way)
         except ValueError as error:
-            refused[task, way] = str(error)
+            rejected[task, way] = str(error)
             continue
         scores.append([score for score in found if score.metric == METRIC[task]][-1])
-    return scores, refused
+    return scores, rejected
 
 
 def draw(scores: Items[Score], out: Path) -> Path:
-    """The path of a picture with one panel per task: accuracy over forwards, a dot per preset.
+    """Plots accuracy over forwards, one panel per task and one dot per preset; returns the path.
 
     Args:
-        scores: of `tradeoff`.
+        scores: result of `tradeoff`.
         out: file to write, .png or .svg.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('the picture needs the extra: pip install "mmdlm[demo]"') from error
+        raise ImportError('the plot needs the extra: pip install "mmdlm[demo]"') from error
     tasks = list(dict.fromkeys(score.what for score in scores))
     figure = Figure(figsize=(4.6 * len(tasks), 4.4), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
@@ -99,12 +99,12 @@ def draw(scores: Items[Score], out: Path) -> Path:
             x, y = [s.forwards for s in some], [100 * s.value for s in some]
             panel.scatter(x, y, s=26, color=colour, alpha=0.85, zorder=3)
         for score in dots:
-            if 100 * score.value < low:  # far below the others: an arrow down with the number
-                said = f"{score.decoding} {100 * score.value:.0f}"
+            if 100 * score.value < low:  # far below the others: an arrow with the number
+                label = f"{score.decoding} {100 * score.value:.0f}"
                 panel.scatter([score.forwards], [low], marker="v", s=26, color="#9aa5ad")
                 at = (score.forwards, low)
                 panel.annotate(
-                    said, at, (0, 5), textcoords="offset points", fontsize=7, ha="center"
+                    label, at, (0, 5), textcoords="offset points", fontsize=7, ha="center"
                 )
         for (x, y), label in _labels([s for s in dots if 100 * s.value >= low]):
             end = x > 8
@@ -127,14 +127,14 @@ def draw(scores: Items[Score], out: Path) -> Path:
 
 
 def _floor(values: Items[float]) -> float:
-    """The lowest value drawn in its place: a few that are far below would flatten all others."""
+    """Lower limit of the axis; a few values far below it are drawn as arrows."""
     low = max(values) - 12
     below = sum(value < low for value in values)
     return low if below <= len(values) // 8 else min(values)
 
 
 def _labels(scores: Items[Score]) -> list[tuple[tuple[float, float], str]]:
-    """Names of our presets and of those no other beats in both respects, one label per place."""
+    """Labels of our presets and the Pareto-optimal ones, one per position."""
     named: list[Score] = []
     for score in sorted(scores, key=lambda s: (s.forwards, -s.value)):
         better = [s for s in named if s.value >= score.value and s.decoding not in OURS]
@@ -150,18 +150,18 @@ def _labels(scores: Items[Score]) -> list[tuple[tuple[float, float], str]]:
     ]
 
 
-def table(scores: Items[Score], refused: dict[tuple[str, str], str]) -> Any:
-    """A table with a row per preset: accuracy and forwards of each task."""
+def table(scores: Items[Score], rejected: dict[tuple[str, str], str]) -> Any:
+    """A table of accuracy and forwards, one row per preset."""
     from rich.table import Table
 
-    tasks = list(dict.fromkeys([*(s.what for s in scores), *(task for task, _ in refused)]))
+    tasks = list(dict.fromkeys([*(s.what for s in scores), *(task for task, _ in rejected)]))
     shown = Table(title="Accuracy and forwards by decoding preset", title_justify="left")
     shown.add_column("preset")
     for task in tasks:
         shown.add_column(NAMED[task], justify="right")
         shown.add_column("forwards", justify="right")
     by_place = {(score.what, score.decoding): score for score in scores}
-    ways = dict.fromkeys([*(s.decoding for s in scores), *(way for _, way in refused)])
+    ways = dict.fromkeys([*(s.decoding for s in scores), *(way for _, way in rejected)])
 
     def cost(way: str) -> float:
         return float(np.mean([s.forwards for s in scores if s.decoding == way] or [np.inf]))
@@ -191,42 +191,41 @@ def bench_presets(
     plot: Path | None = None,
     device: str = "cpu",
 ) -> int:
-    """Measures every decoding preset on captions, speech and robot tasks.
+    """Measure every decoding preset on captions, speech and robot tasks.
 
     mmdlm bench presets --plot presets.png --out presets.jsonl
     mmdlm bench presets fast,turbo,plain --tasks captions --count 500
 
-    A dash in the table means that the preset refuses this model or task; the reasons follow it.
+    A dash in the table means that the preset does not support the model or task; the errors follow.
 
     Args:
-        presets: names, see mmdlm list decoding; by default all of them, and plain: one token after
-            the other.
+        presets: names, see mmdlm list decoding; by default all, and plain: one token per step.
         model: bundled name, folder or hub id.
         tasks: of captions, speech, act.
-        count: pictures of each number of shapes, and spoken phrases.
+        count: images of each number of shapes, and spoken phrases.
         episodes: per simulated task.
-        data: folder with spoken clips; by default new ones are spoken.
-        sim: simulated tasks, separated by commas; by default all the checkpoint was trained on.
+        data: folder with spoken clips; by default new ones are synthesised.
+        sim: simulated tasks, separated by commas; by default all tasks of the checkpoint.
         out: JSON-lines file for the results.
-        plot: picture to draw, .png or .svg.
+        plot: plot to write, .png or .svg.
         device: "cpu", "cuda" or "auto".
     """
     unknown = set(tasks) - set(TASKS)
     if unknown:
-        raise ValueError(f"tasks holds {sorted(unknown)}; known: {', '.join(TASKS)}")
+        raise ValueError(f"tasks has {sorted(unknown)}; known: {', '.join(TASKS)}")
     console = report.terminal()
     loaded = load(model, device=device)
     wanted: list[str] = []
     for task in tasks:
         if reason := absent(loaded, task):
-            console.print(f"{task}: left out: {reason}", markup=False)
+            console.print(f"{task}: skipped: {reason}", markup=False)
         else:
             wanted.append(task)
     names = [n for part in presets for n in part.split(",")] or [PLAIN, *preset.names()]
-    scores, refused = tradeoff(loaded, names, wanted, count, episodes, model, data, sim)
-    console.print(table(scores, refused))
-    for why in dict.fromkeys(refused.values()):
-        ways = dict.fromkeys(way for (_, way), text in refused.items() if text == why)
+    scores, rejected = tradeoff(loaded, names, wanted, count, episodes, model, data, sim)
+    console.print(table(scores, rejected))
+    for why in dict.fromkeys(rejected.values()):
+        ways = dict.fromkeys(way for (_, way), text in rejected.items() if text == why)
         console.print(f"{', '.join(ways)}: {why}", markup=False)
     if out is not None:
         console.print(f"written to {report.write(out, scores)}", markup=False)

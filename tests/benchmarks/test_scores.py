@@ -35,7 +35,7 @@ def right(model, samples, wrong=0):
     return Answered([model.tokenizer.decode(t) for t in tokens], tokens, [2] * len(tokens), 1.0)
 
 
-def test_parts_are_fresh_pictures_of_one_to_three_shapes():
+def test_parts_are_new_images_of_one_to_three_shapes():
     parts = caption_parts(3)
     assert list(parts) == ["scene1", "scene2", "scene3"]
     for part, samples in parts.items():
@@ -50,7 +50,7 @@ def test_parts_are_fresh_pictures_of_one_to_three_shapes():
     assert pixels(caption_parts(3)["scene3"][2]) == pixels(parts["scene3"][2])
 
 
-def test_questions_are_parted_by_kind():
+def test_questions_are_grouped_by_kind():
     parts = question_parts(40)
     assert set(parts) == {
         *("colour", "count", "neighbour", "presence", "relation", "shape", "size"),
@@ -71,7 +71,7 @@ def test_hits_compare_word_by_word(model):
     assert hits(model, samples, longer) == [True, True, False, True]
 
 
-def test_scores_of_a_model_that_knows(model, monkeypatch):
+def test_scores_of_a_perfect_model(model, monkeypatch):
     monkeypatch.setattr(captions, "answer", lambda m, s, strategies, batch: right(m, s, wrong=1))
     found = exact(model, "captions", "caption", caption_parts(4), "one_step", "known")
     assert [score.part for score in found] == ["scene1", "scene2", "scene3", "all"]
@@ -92,7 +92,7 @@ def test_answers_do_not_depend_on_the_batch(model):
     assert together.seconds > 0
 
 
-def test_ways_to_decode(model, twin):
+def test_decodings_by_name(model, twin):
     found = ways(model, "caption", "preset, one_step,parallel,plain")
     assert found == {
         "preset": [Threshold(tau=0.9), EndOfText()],
@@ -108,7 +108,7 @@ def test_ways_to_decode(model, twin):
         ways(model, "caption", ",")
 
 
-def test_timing_counts_the_forwards_of_both_modes(model, twin):
+def test_timing_counts_the_forwards_of_both_models(model, twin):
     samples = act_samples(model, 3)
     assert timed(model, samples, [TopK(steps=1)], batch=3).forwards == 1
     both = timed(twin, samples, [], batch=2)
@@ -120,7 +120,7 @@ def test_timing_counts_the_forwards_of_both_modes(model, twin):
         timed(model, mixed_lengths, [], batch=4)
 
 
-def test_race_compares_on_one_thread_and_puts_it_back(model, twin):
+def test_race_runs_on_one_thread_and_restores_the_number(model, twin):
     torch.set_num_threads(2)
     samples = act_samples(model, 4)
     found = race(model, twin, "act", "act", samples, ("a", "b"), batches=(1, 4), rounds=3)
@@ -138,7 +138,7 @@ def test_race_compares_on_one_thread_and_puts_it_back(model, twin):
         race(model, twin, "act", "act", samples, ("a", "b"), rounds=2)
 
 
-def test_race_of_several_ways_leaves_equal_ones_out(model, twin):
+def test_race_skips_equal_decodings(model, twin):
     samples, names = caption_parts(2)["scene1"], ("a", "b")
     given = {"decodings": "preset,parallel,one_step", "batches": (2,), "rounds": 3}
     found = race(model, twin, "captions", "caption", samples, names, **given)
@@ -157,7 +157,7 @@ def test_success_sums_over_the_tasks_of_the_checkpoint(model):
     assert [e["seed"] for e in found[0].settings["episodes"]] == [0, 1]
 
 
-def test_mixed_takes_parts_in_turn():
+def test_mixed_alternates_between_parts():
     parts = {"a": [1, 2, 3], "b": [4, 5, 6]}
     assert mixed(parts, 3) == [1, 4, 2]
     assert mixed({}, 3) == []
@@ -199,7 +199,7 @@ def test_bench_twin_needs_a_twin():
         bench("twin", "m")
 
 
-def test_what_is_not_there_is_said(model):
+def test_absent_names_what_is_missing(model):
     assert "audio" in absent(model, "speech")
     assert absent(model, "captions") == ""
     assert absent(model, "act") == ""
