@@ -243,7 +243,7 @@ def _pick(rng: np.random.Generator, options: list | tuple) -> Any:
 
 
 def _question(kind: str, scene: Scene, rng: np.random.Generator, facts: list) -> tuple[str, str]:
-    """Prompt and answer of one question of the given kind (a key of `_QUESTIONS`)."""
+    """Prompt and answer of one question of the given kind (a key of `_ASKED`)."""
     shape, truth = _pick(rng, scene.shapes), bool(rng.integers(2))
     answer = "yes" if truth else "no"
     if kind == "colour":
@@ -269,7 +269,7 @@ def _question(kind: str, scene: Scene, rng: np.random.Generator, facts: list) ->
 
 
 # Each kind of question: the numbers of shapes it applies to, and its fixed words.
-_QUESTIONS = {
+_ASKED = {
     "colour": ((1, 2, 3), "what colour is the ?"),
     "shape": ((1, 2, 3), "what shape is ?"),
     "size": ((1, 2, 3), "how large is the ?"),
@@ -293,7 +293,7 @@ def questions(scene: Scene, rng: np.random.Generator, n: int) -> tuple[Turn, ...
     if n < 0:
         raise ValueError(f"questions: n is {n}, expected 0 or more")
     facts, turns = _facts(scene), []
-    kinds = [kind for kind, (numbers, _) in _QUESTIONS.items() if len(scene.shapes) in numbers]
+    kinds = [kind for kind, (numbers, _) in _ASKED.items() if len(scene.shapes) in numbers]
     while len(turns) < n:
         for choice in rng.permutation(len(kinds))[: n - len(turns)]:
             turns.append(Turn(*_question(kinds[choice], scene, rng, facts), ANSWER_LENGTH))
@@ -333,9 +333,7 @@ class Scenes(Dataset):
             if not low <= value < 2**32:
                 raise ValueError(f"Scenes: {name} is {value}, expected {low} to 2**32 - 1")
         if not caption and questions == 0:
-            raise ValueError(
-                "Scenes: caption is False and questions is 0, expected at least one turn"
-            )
+            raise ValueError("Scenes: caption is False and questions is 0, expected one turn")
         self.objects, self.size, self.count, self.seed = tuple(objects), size, count, seed
         self.questions, self.caption, self.cells = questions, caption, cells
 
@@ -367,9 +365,7 @@ class Scenes(Dataset):
             texts += [CAPTION_PROMPT, *(used[n] for n in self.objects)]
         if self.questions:
             texts += [NUMBERS[n] for n in self.objects]
-            texts += [
-                words for numbers, words in _QUESTIONS.values() if {*numbers} & {*self.objects}
-            ]
+            texts += [words for numbers, words in _ASKED.values() if {*numbers} & {*self.objects}]
         return sorted(set(" ".join(texts).split()))
 
 

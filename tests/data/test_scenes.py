@@ -293,7 +293,7 @@ def test_sample_has_the_documented_layout():
         ({"seed": -1}, "seed"),
         ({"seed": 2**32}, "seed"),
         ({"questions": -1}, "questions"),
-        ({"questions": 0, "caption": False}, "expected at least one turn"),
+        ({"questions": 0, "caption": False}, "expected one turn"),
     ],
 )
 def test_error_names_the_invalid_option(options, name):

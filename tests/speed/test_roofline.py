@@ -100,7 +100,7 @@ def test_number_of_forwards_and_the_longer_side_counts():
 
 def test_experts_are_rejected():
     config = replace(LLADA_8B, moe=MoEConfig(experts=4, top=2, inner=8))
-    with pytest.raises(ValueError, match="dense models only"):
+    with pytest.raises(ValueError, match="only dense models"):
         forward(config, 1, 1, 1)
 
 
