@@ -204,7 +204,6 @@ def describe(scene: Scene) -> str:
 
     One shape: its noun phrase. Two: their relation along the axis of the larger distance, the left
     or upper one first. Three: a list from left to right.
-
     Raises:
         ValueError: the positions allow two correct captions.
     """
