@@ -27,28 +27,33 @@ MOST = 4
 SEGMENT = 128
 """Elements per sum of a checksum."""
 
+CHUNK = 2**21
+"""Elements per tensor of sums: larger temporaries would raise the peak memory of a decode."""
+
 
 class Checksum(NamedTuple):
     """Version counter of a weight and sums of its bit patterns.
 
-    A change goes unseen only if it bypasses the version counter and also keeps every sum, that is,
-    if it only swaps elements within segments.
+    A change goes unseen only if it bypasses the version counter and also keeps every sum, for
+    example if it only swaps elements within segments.
 
     Args:
         version: number of tracked in-place changes; 0 if torch tracks none.
-        sums: int64, the sum of the 64-bit words of each `SEGMENT` consecutive elements.
+        sums: int64, the sum of the 64-bit words of each `SEGMENT` consecutive elements, in chunks.
         rest: int32, the bits of the remaining elements.
     """
 
     version: int
-    sums: Tensor
+    sums: tuple[Tensor, ...]
     rest: Tensor
 
     def equals(self, other: Checksum | None) -> bool:
         """Whether the weights were equal."""
         if other is None or self.version != other.version:
             return False
-        return torch.equal(self.sums, other.sums) and torch.equal(self.rest, other.rest)
+        if len(self.sums) != len(other.sums) or not torch.equal(self.rest, other.rest):
+            return False
+        return all(map(torch.equal, self.sums, other.sums))
 
 
 class Packs:
@@ -160,7 +165,8 @@ def _checksum(weight: Tensor) -> Checksum:
     """Reads a weight once, as fast as memory allows."""
     bits = weight.detach().view(-1)
     whole = bits.numel() // SEGMENT * SEGMENT
-    sums = bits[:whole].view(torch.int64).view(-1, SEGMENT // 2).sum(1)
+    chunks = bits[:whole].split(CHUNK)
+    sums = tuple(x.view(torch.int64).view(-1, SEGMENT // 2).sum(1) for x in chunks)
     version = 0 if weight.is_inference() else weight._version
     return Checksum(version, sums, bits[whole:].view(torch.int32).clone())
 
