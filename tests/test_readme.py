@@ -56,7 +56,7 @@ def test_the_first_lines_caption_a_picture(tmp_path, monkeypatch, capsys):
     from mmdlm.data.scenes import Scenes
 
     sample = Scenes(objects=(1,), seed=5).sample(0, np.random.default_rng(0))
-    Image.fromarray(sample.image).save(tmp_path / "picture.png")
+    Image.fromarray(sample.media("image")[0]).save(tmp_path / "picture.png")
     monkeypatch.chdir(tmp_path)
     first = next(block for kind, block in BLOCKS if kind == "python")
     exec(compile(first, "README.md", "exec"), {})
