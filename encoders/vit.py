@@ -1,24 +1,31 @@
-"""Image encoder: any timm vision transformer, or a small one with a convolutional stem."""
+"""Image encoder: a small vision transformer to train from scratch, or any of timm by its name."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-import timm
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from timm.layers import LayerNorm2d, PatchEmbed
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional
 
 from encoders.encoder import Encoder
 from encoders.features import Features, Prepared
+from encoders.small_vit import SmallViT
+
+# What timm calls the sizes of a vision transformer.
+TIMM = {
+    "size": "img_size",
+    "patch": "patch_size",
+    "dim": "embed_dim",
+    "depth": "depth",
+    "heads": "num_heads",
+    "mlp_ratio": "mlp_ratio",
+    "act": "act_layer",
+}
 
 
 @dataclass(frozen=True)
@@ -109,66 +116,8 @@ def _flattened(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-class ConvStem(nn.Module):
-    """Cuts an image into tokens by convolutions (arXiv 2106.14881), the later ones residual.
-
-    Norms run over the channels of one place: statistics over the picture (groups, batch) would mix
-    its ground into its objects, and its neighbours in the batch into the picture.
-    The signature is the one timm's `VisionTransformer` calls its `embed_layer` with.
-
-    Args:
-        img_size: image rows and columns.
-        patch_size: total stride, a power of two.
-        in_chans: image channels.
-        embed_dim: width of the tokens.
-        bias: whether the convolutions have a bias.
-        options: further options of timm's embed layers; none has an effect here.
-    """
-
-    def __init__(
-        self,
-        img_size: int,
-        patch_size: int,
-        in_chans: int = 3,
-        embed_dim: int = 192,
-        bias: bool = True,
-        **options: Any,
-    ) -> None:
-        super().__init__()
-        count = int(math.log2(patch_size))
-        self.patch_size = (patch_size, patch_size)
-        self.img_size = (img_size, img_size)
-        self.grid_size = (img_size // patch_size,) * 2
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
-        # Widths double with each halving of the side: 32, 64, 128, then 192 for patches of 8.
-        widths = [max(8, embed_dim * 2 ** (step + 2) // (3 * 2**count)) for step in range(count)]
-        layers: list[nn.Module] = [nn.Conv2d(in_chans, widths[0], 5, 2, 2, bias=bias)]
-        for narrow, wide in zip(widths, [*widths[1:], embed_dim], strict=True):
-            stride = 1 if len(layers) // 2 == count - 1 else 2
-            layers += [nn.GELU(), _Residual(narrow, wide, stride, bias)]
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Tokens [B N E], row-major, of images [B C Y X]."""
-        return self.layers(image).flatten(2).transpose(1, 2)  # [B N E]
-
-
-class _Residual(nn.Module):
-    """Two 3x3 convolutions beside a 1x1 shortcut; the first may stride."""
-
-    def __init__(self, narrow: int, wide: int, stride: int, bias: bool) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(narrow, wide, 3, stride, 1, bias=bias)
-        self.norm = LayerNorm2d(wide)
-        self.second = nn.Conv2d(wide, wide, 3, 1, 1, bias=bias)
-        self.shortcut = nn.Conv2d(narrow, wide, 1, stride, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.shortcut(x) + self.second(functional.gelu(self.norm(self.first(x))))
-
-
 class ViT(Encoder):
-    """Encodes square images with a timm vision transformer, one token per patch.
+    """Encodes square images with a vision transformer, one token per patch.
 
     Without `name` a small transformer is built to be trained from scratch (defaults: 64x64 pixels,
     64 tokens of width 192). With `name` the sizes are the named model's; those given override it.
@@ -245,18 +194,11 @@ class ViT(Encoder):
         super().__init__()
         if pretrained and name is None:
             raise ValueError("ViT: pretrained=True without a name; pass name=, a timm model")
-        sizes = {
-            "img_size": size,
-            "patch_size": patch,
-            "embed_dim": dim,
-            "depth": depth,
-            "num_heads": heads,
-            "mlp_ratio": mlp_ratio,
-            "act_layer": act,
-        }
+        sizes = {"size": size, "patch": patch, "dim": dim, "depth": depth, "heads": heads}
+        sizes |= {"mlp_ratio": mlp_ratio, "act": act}
         given = {option: value for option, value in sizes.items() if value is not None}
         if name is None:
-            self.vit = _small(given, stem or "conv")
+            self.vit: nn.Module = SmallViT(**given, stem=stem or "conv")
         else:
             self.vit = _named(name, pretrained, given, stem or "patch")
         self._cut(layers)
@@ -315,39 +257,17 @@ class ViT(Encoder):
         return np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)
 
 
-def _small(given: dict[str, Any], stem: str) -> VisionTransformer:
-    """A timm transformer without class token, pooling or head, sized by `given`."""
-    sizes = {"img_size": 64, "patch_size": 8, "embed_dim": 192, "depth": 2, "num_heads": 6, **given}
-    size, patch, dim, heads = (
-        sizes[key] for key in ("img_size", "patch_size", "embed_dim", "num_heads")
-    )
-    if dim % heads:
-        raise ValueError(f"ViT: dim={dim} is not a multiple of heads={heads}")
-    if size < patch:
-        raise ValueError(f"ViT: size={size} is smaller than patch={patch}")
-    vit = VisionTransformer(
-        **sizes,
-        embed_layer=_embed_layer(stem, size, patch),
-        class_token=False,
-        global_pool="",
-        num_classes=0,
-    )
-    if vit.patch_embed.num_patches <= 256:
-        # The fused kernel saves memory that so few tokens do not need, and on a CPU its bfloat16
-        # backward takes four times as long as in float32: a training step here drops by 27 %.
-        for block in vit.blocks:
-            block.attn.fused_attn = False
-    return vit
-
-
 def _named(name: str, pretrained: bool, given: dict[str, Any], stem: str) -> nn.Module:
     """The timm model `name` without pooling and head."""
+    import timm  # here, because importing it takes longer than importing torch
+
     if not timm.is_model(name.split(".")[0]):
         near = timm.list_models(f"*{name.split('.')[0][:12]}*")[:5] or timm.list_models("vit*")[:5]
         raise ValueError(f"ViT: timm has no model {name!r}; near: {', '.join(near)}")
     if stem == "conv":
         raise ValueError("ViT: stem='conv' with a name; a named model keeps its own patch cut")
-    vit = timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="", **given)
+    sizes = {TIMM[option]: value for option, value in given.items()}
+    vit = timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="", **sizes)
     missing = [part for part in ("blocks", "patch_embed", "norm") if not hasattr(vit, part)]
     if missing:
         raise ValueError(
@@ -355,20 +275,6 @@ def _named(name: str, pretrained: bool, given: dict[str, Any], stem: str) -> nn.
             "expected a vision transformer, see timm.list_models('vit*')"
         )
     return vit
-
-
-def _embed_layer(stem: str, size: int, patch: int) -> type[nn.Module]:
-    """The class that cuts images into tokens."""
-    if stem == "patch":
-        return PatchEmbed
-    if stem != "conv":
-        raise ValueError(f"ViT: stem={stem!r}; expected 'conv' or 'patch'")
-    if patch < 2 or patch & (patch - 1) or size % patch:
-        raise ValueError(
-            f"ViT: stem='conv' with size={size} and patch={patch}; expected patch a power of two "
-            "and size a multiple of it, or stem='patch'"
-        )
-    return ConvStem
 
 
 def _to_uint8(item: np.ndarray | Tensor) -> np.ndarray:
