@@ -261,6 +261,7 @@ class _Block(nn.Module):
 def sinusoids(length: int, dim: int) -> Tensor:
     """Fixed position embeddings, float32 [length dim]: sines, then cosines (Whisper)."""
     half = dim // 2
-    speeds = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half))
-    angles = torch.arange(length)[:, None] * speeds
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+    # On the CPU first: on the meta device these functions would import torch._dynamo.
+    speeds = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device="cpu"))
+    angles = torch.arange(length, device="cpu")[:, None] * speeds
+    return torch.cat([angles.sin(), angles.cos()], dim=1).to(torch.get_default_device())

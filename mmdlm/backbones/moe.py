@@ -105,7 +105,8 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.experts, width))
-        nn.init.normal_(self.weight, std=0.02)
+        if not self.weight.is_meta:  # as in transformer.embedding
+            nn.init.normal_(self.weight, std=0.02)
         # Not a parameter: training balances it by a separate rule, without a gradient.
         self.register_buffer("bias", torch.zeros(config.experts) if config.bias else None)
 
@@ -148,7 +149,8 @@ class Stack(nn.Module):
     def __init__(self, experts: int, n_out: int, n_in: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, n_out, n_in))
-        nn.init.normal_(self.weight, std=0.02)
+        if not self.weight.is_meta:  # as in transformer.embedding
+            nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """Multiplies each row with the matrix of its expert.

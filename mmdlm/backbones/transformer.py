@@ -26,6 +26,17 @@ from mmdlm.backbones.rotary import Rotary
 BLOCKED = -1e4
 
 
+def embedding(count: int, width: int) -> nn.Embedding:
+    """An `nn.Embedding`, not initialised on the meta device.
+
+    There `normal_` would import torch._dynamo, which takes as long as importing torch.
+    """
+    weight = torch.empty(count, width)
+    if not weight.is_meta:
+        nn.init.normal_(weight)
+    return nn.Embedding.from_pretrained(weight, freeze=False)
+
+
 class Transformer(nn.Module):
     """Embedding, blocks, final norm and head.
 
@@ -36,7 +47,7 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab, config.width)
+        self.embed = embedding(config.vocab, config.width)
         self.rotary = Rotary(
             int(config.head_width * config.rotary), config.theta * config.theta_scale
         )
