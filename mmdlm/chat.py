@@ -6,19 +6,13 @@ text, so whoever writes a message cannot end it and speak as somebody else.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-from datetime import datetime
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import torch
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
 
 from mmdlm.messages import Media, Message
@@ -26,8 +20,6 @@ from mmdlm.text import CHAT, Tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
-    from jinja2 import nodes
-    from jinja2.parser import Parser
 
 PLAIN = "plain"
 
@@ -224,12 +216,9 @@ def render(
         sought = special if message["role"] == "assistant" else tokens
         content = re.sub(sought, rf"{start}\g<0>{end}", message["content"])
         wrapped.append({"role": message["role"], "content": content})
-    try:
-        text = _compiled(jinja).render(
-            messages=wrapped, tools=None, documents=None, add_generation_prompt=True, **variables
-        )
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template rejects this conversation: {error}") from error
+    from mmdlm.jinja import rendered  # here, because importing Jinja takes a while
+
+    text = rendered(jinja, wrapped, **variables)
     for i, around in enumerate(media):
         medium = f"{mark}{i}{mark}"
         if text.count(medium) != 1:
@@ -285,67 +274,3 @@ def _marks(text: str, count: int) -> list[str]:
     if len(free) < count:
         raise ValueError("the conversation contains every noncharacter from U+FDD0 on")
     return free[:count]
-
-
-@lru_cache(maxsize=32)
-def _compiled(template: str) -> jinja2.Template:
-    """The template, compiled as transformers does it: it is foreign code, so in a sandbox."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals |= {
-        "raise_exception": _refuse,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-        "namespace": _Namespace,
-        "dict": lambda *pairs, **more: dict(*pairs, **more),
-    }
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template is not valid Jinja: {error}") from error
-
-
-class _Generation(Extension):
-    """Reads {% generation %} around an answer, which matters in training only, as its inside."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """Jinja's, without names that lead into Python."""
-
-    def __init__(self, *pairs: Iterable[Any], **more: Any) -> None:
-        super().__init__()
-        for name, value in dict(*pairs, **more).items():
-            self[name] = value
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if str(name).startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"namespace name {name!r} begins with _")
-        super().__setitem__(name, value)
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON as it is; Jinja's own filter writes it for HTML."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )

@@ -10,6 +10,7 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import re
 from functools import cache
 from pathlib import Path
 
@@ -24,6 +25,10 @@ BASES = {
     "mmdlm.data": "mmdlm.data.dataset.Dataset",
     "mmdlm.simulators": "mmdlm.simulators.simulator.Simulator",
 }
+
+
+# The first lines of a class with bases, at the left margin: `class Name(Base, Other[T]):`.
+CLASS = re.compile(r"^(class (\w+)\([^:]*\):)", re.MULTILINE)
 
 
 def names(package: str, base: type | None = None) -> list[str]:
@@ -124,10 +129,10 @@ def _classes_by_module(package: str, base: str) -> dict[str, tuple[str, ...]]:
     folder = _folder(package)
     for path in sorted(folder.rglob("*.py")):
         module = ".".join(path.relative_to(folder).with_suffix("").parts)
+        # Found by pattern first: parsing every file takes a tenth of the time of importing torch.
         parents[module] = {
-            node.name: {_last_name(parent) for parent in node.bases}
-            for node in ast.parse(path.read_text(encoding="utf-8")).body
-            if isinstance(node, ast.ClassDef)
+            name: {_last_name(parent) for parent in _bases(header)}
+            for header, name in CLASS.findall(path.read_text(encoding="utf-8"))
         }
     derived, grew = {base}, True
     while grew:
@@ -149,6 +154,12 @@ def _folder(package: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"discover: there is no package {package!r}; known: {', '.join(BASES)}")
     return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _bases(header: str) -> list[ast.expr]:
+    """The base classes in `class Name(Base, Other[T]):`."""
+    (node,) = ast.parse(header + " ...").body
+    return node.bases if isinstance(node, ast.ClassDef) else []
 
 
 def _last_name(node: ast.expr) -> str:

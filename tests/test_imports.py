@@ -18,7 +18,7 @@ PACKAGES = ("encoders", "adapters", "mmdlm")
 # Files and folders of mmdlm; each may import what stands in the lines above it, and itself.
 LEVELS = (
     {"text", "discover", "media", "messages"},
-    {"recipe"},
+    {"recipe", "jinja"},
     {"backbones", "chat"},
     {"layout"},
     {"processor"},

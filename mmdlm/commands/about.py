@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 from itertools import takewhile
 from pathlib import Path
@@ -57,14 +58,17 @@ def list_names(what: WHAT = "all") -> int:
     shown = {"all": kinds, "decoding": ("decoding", "strategies")}.get(what, (what,))
     console = Console()
     for kind in shown:
-        columns = COLUMNS.get(kind, ("name", "what it is"))
+        # The long table of strategies imports torch, so the overview has a short one.
+        is_long = kind in COLUMNS and what != "all"
+        columns = COLUMNS[kind] if is_long else ("name", "what it is")
         table = Table(*columns, title=kind, title_justify="left")
-        rows = {"decoding": presets, "strategies": strategies}.get(kind, lambda k=kind: names(k))()
-        for row in rows:
+        for row in (
+            {"decoding": presets, "strategies": strategies}[kind]() if is_long else names(kind)
+        ):
             table.add_row(*map(escape, row))
         console.print(table)
         if kind == "strategies":
-            console.print(STRATEGIES)
+            console.print(STRATEGIES if is_long else "Details: mmdlm list strategies")
     return 0
 
 
@@ -104,8 +108,7 @@ def names(kind: str) -> list[tuple[str, str]]:
     if kind in PACKAGES:
         from mmdlm import discover
 
-        held = discover.classes(PACKAGES[kind])
-        return [(f"{c.__module__}.{name}", _line(c)) for name, c in held.items()]
+        return [(path, _docstring(path)) for path in discover.paths(PACKAGES[kind]).values()]
     if kind == "models":
         from mmdlm.loading.source import MODELS, bundled
 
@@ -254,6 +257,20 @@ def _task(entry: dict[str, Any]) -> str:
 
 def _bytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _docstring(path: str) -> str:
+    """The first line of the docstring of a class of ours, read without importing its file.
+
+    Args:
+        path: dotted path, such as "encoders.vit.ViT".
+    """
+    module, _, name = path.rpartition(".")
+    file = Path(__file__).parents[2].joinpath(*module.split(".")).with_suffix(".py")
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return (ast.get_docstring(node) or "").split("\n")[0]
+    raise LookupError(f"{file} defines no class {name}")
 
 
 def _line(kind: type) -> str:
