@@ -1,4 +1,4 @@
-"""Chat templates in Jinja, rendered in a sandbox. A separate file: importing Jinja takes a while."""
+"""Chat templates in Jinja, rendered in a sandbox. Separate, because importing Jinja is slow."""
 
 from __future__ import annotations
 

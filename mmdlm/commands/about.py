@@ -62,9 +62,8 @@ def list_names(what: WHAT = "all") -> int:
         is_long = kind in COLUMNS and what != "all"
         columns = COLUMNS[kind] if is_long else ("name", "what it is")
         table = Table(*columns, title=kind, title_justify="left")
-        for row in (
-            {"decoding": presets, "strategies": strategies}[kind]() if is_long else names(kind)
-        ):
+        rows = {"decoding": presets, "strategies": strategies}[kind]() if is_long else names(kind)
+        for row in rows:
             table.add_row(*map(escape, row))
         console.print(table)
         if kind == "strategies":
