@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import shutil
+import textwrap
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -136,17 +138,15 @@ def info(checkpoint: str) -> int:
     Args:
         checkpoint: bundled name, folder, or hub id (owner/name).
     """
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     from mmdlm.checkpoint import load
 
-    model = load(checkpoint, device="meta")
-    table = Table(show_header=False, title=checkpoint, title_justify="left")
-    for name, value in facts(model).items():
-        table.add_row(name, escape(value))
-    Console().print(table)
+    found = facts(load(checkpoint, device="meta"))
+    left = max(map(len, found)) + 2
+    width = max(40, shutil.get_terminal_size().columns)
+    print(checkpoint)
+    for name, value in found.items():
+        first = f"  {name:{left}}"
+        print(textwrap.fill(value, width, initial_indent=first, subsequent_indent=" " * len(first)))
     return 0
 
 
