@@ -143,7 +143,7 @@ class Processor:
         messages = (user(given),) if isinstance(given, str) else tuple(conversation(given))
         if any(message.role == RAW for message in messages):
             return self._raw(messages, {})
-        jinja = self._jinja()
+        jinja = self.jinja
         if chat is None:
             chat = jinja is not None or len(messages) > 1
         if not chat:
@@ -200,7 +200,9 @@ class Processor:
                 f"prompt {text!r} holds the mask token; remove it, or use infill() for templates"
             )
 
-    def _jinja(self) -> str | None:
+    @property
+    def jinja(self) -> str | None:
+        """The chat template in force (Jinja text); None when prompts are taken as they are."""
         chat = self.template.chat or self.spec.template
         return chat if "{" in chat else find(self.tokenizer, chat)
 
@@ -284,7 +286,7 @@ class Processor:
 
     def _rows(self, example: Example, media: MediaCache, chat: bool | None) -> list[Row]:
         """One row with all branches where attention allows it, else one row per conversation."""
-        is_raw = self._jinja() is None and self.template.system is None
+        is_raw = self.jinja is None and self.template.system is None
         if example.branches and self.spec.attention == "cascade" and is_raw:
             shared = self._parts(example.messages, media, chat)
             turns = tuple(self._turn(branch, media, chat) for branch in example.branches)

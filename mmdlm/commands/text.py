@@ -8,11 +8,19 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmdlm.commands.shown import Run, plain, print_result
 
-HELP = "/reset forgets the conversation, /exit (or the end of input) leaves"
+if TYPE_CHECKING:
+    from mmdlm.model import MultimodalDLM
+    from mmdlm.tasks.generate import Answer
+
+HELP = (
+    "/image FILE and /audio FILE show something to the model, /reset forgets the conversation, "
+    "/exit (or the end of input) leaves"
+)
+SINGLE = "this checkpoint has no chat template, so each question is answered by itself"
 
 
 @dataclass(frozen=True)
@@ -82,11 +90,14 @@ def generate(
 
 
 def chat(checkpoint: str, say: Say, device: str = "auto", dtype: str = "auto") -> int:
-    """Talks with a checkpoint that has a chat template, line by line.
+    """Talks with a checkpoint, line by line, about images and clips if it takes them.
 
     mmdlm chat GSAI-ML/LLaDA-8B-Instruct
+    mmdlm chat tiny
 
-    /reset forgets the conversation, /exit or the end of the input leaves.
+    /image cat.jpg and /audio clip.wav put a file before what is said next; /reset forgets the
+    conversation, /exit or the end of the input leaves. A text model needs a chat template; without
+    one, a model with encoders answers each question by itself, about the files shown so far.
 
     Args:
         checkpoint: bundled name, folder, or hub id (owner/name).
@@ -94,32 +105,88 @@ def chat(checkpoint: str, say: Say, device: str = "auto", dtype: str = "auto") -
         dtype: "float32", "bfloat16", "float16"; "auto" is float32 on a CPU.
         say: how answers are made.
     """
-    from mmdlm.tasks.chat import generate as answer
-
-    model = Run(checkpoint, device, dtype).load()
-    opening = say.opening()
-    model.processor.prompt([*opening, {"role": "user", "content": "hello"}], chat=True)
-    options = say.options() | {"details": True}
-    messages, failed = list(opening), False
+    talk = Conversation(Run(checkpoint, device, dtype).load(), say)
+    if talk.is_single:
+        print(SINGLE, flush=True)
+    failed = False
     for line in _lines():
-        if line == "/exit":
+        command, _, argument = line.partition(" ")
+        if command == "/exit":
             break
-        if line.startswith("/"):
-            messages = list(opening) if line == "/reset" else messages
-            print("forgotten" if line == "/reset" else f"{line} is unknown; {HELP}", flush=True)
-            continue
-        turn = {"role": "user", "content": line}
         try:
-            found = answer(model, [*messages, turn], **options)
-        except ValueError as error:  # such as a conversation that outgrew the context
+            if command == "/reset":
+                talk.reset()
+                print("forgotten", flush=True)
+            elif command in ("/image", "/audio"):
+                print(talk.show(command[1:], argument.strip()), flush=True)
+            elif command.startswith("/"):
+                print(f"{line} is unknown; {HELP}", flush=True)
+            else:
+                found = talk.ask(line)
+                print(found.text, flush=True)
+                if say.details:
+                    print(f"    {found.forwards} forwards, {found.seconds:.3f} s", flush=True)
+        except (ValueError, OSError) as error:  # such as a conversation that outgrew the context
             failed = True
             print(f"mmdlm: error: {error}; {HELP}", file=sys.stderr, flush=True)
-            continue
-        messages += [turn, {"role": "assistant", "content": found.text}]
-        print(found.text, flush=True)
-        if say.details:
-            print(f"    {found.forwards} forwards, {found.seconds:.3f} s", flush=True)
     return int(failed)
+
+
+class Conversation:
+    """What was said so far, and the media that go with the next question.
+
+    Args:
+        model: the model that answers.
+        say: how answers are made.
+    Raises:
+        ValueError: a text model without a chat template.
+    """
+
+    def __init__(self, model: MultimodalDLM, say: Say) -> None:
+        self.model, self.say = model, say
+        self.is_single = model.processor.jinja is None and len(model.encoders) > 0
+        if not self.is_single:  # reports what is missing before the first question
+            hello = [*say.opening(), {"role": "user", "content": "hello"}]
+            model.processor.prompt(hello, chat=True)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything but the system message."""
+        self.messages: list[dict[str, Any]] = list(self.say.opening())
+        self.media: list[dict[str, Any]] = []
+
+    def show(self, kind: str, path: str) -> str:
+        """Reads a file for the next question, and describes it.
+
+        Args:
+            kind: "image" or "audio".
+            path: the file.
+        Raises:
+            ValueError: the model does not take this modality, or the file is not valid.
+            FileNotFoundError: there is no such file.
+        """
+        if not path:
+            raise ValueError(f"/{kind} needs a file")
+        item = self.model.processor.prepare(kind, path)
+        self.media.append({"type": kind, kind: item})
+        size = f", {item.size[1]} x {item.size[0]} pixels" if item.size else ""
+        return f"{path}: {kind}{size}"
+
+    def ask(self, text: str) -> Answer:
+        """The answer to what is said next; a failed question leaves the conversation as it was."""
+        content: Any = [*self.media, {"type": "text", "text": text}] if self.media else text
+        asked = [*self.messages, {"role": "user", "content": content}]
+        options = self.say.options() | {"details": True}
+        if self.is_single:
+            from mmdlm.tasks.answer import answer
+
+            return answer(self.model, asked, **options)
+        from mmdlm.tasks.chat import generate
+
+        found = generate(self.model, asked, **options)
+        self.messages = [*asked, {"role": "assistant", "content": found.text}]
+        self.media = []
+        return found
 
 
 def _lines() -> Iterator[str]:

@@ -3,6 +3,7 @@ import json
 import sys
 
 import pytest
+from PIL import Image
 
 import mmdlm
 from mmdlm import checkpoint
@@ -122,7 +123,7 @@ def test_chat_commands(model, asked, monkeypatch, capsys):
     assert asked == [[user("hi")], [user("why")]]
     told = capsys.readouterr().out
     assert "forgotten" in told
-    assert "/what is unknown; /reset forgets" in told
+    assert "/what is unknown; /image FILE" in told
 
 
 def test_chat_shows_forwards_and_seconds_on_request(model, monkeypatch, capsys):
@@ -172,3 +173,55 @@ def test_help_of_both_imports_no_torch():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.fixture
+def seeing(model, monkeypatch):
+    """A model with a chat template that takes images."""
+    from adapters.mlp import MLP
+    from encoders.vit import ViT
+    from mmdlm.model import MultimodalDLM
+
+    made = MultimodalDLM(model.spec, {"image": ViT.tiny()}, {"image": MLP(32, 16)}, model.tokenizer)
+    made.preset = model.preset
+    monkeypatch.setattr(checkpoint, "load", lambda *a, **k: made.eval())
+    return made
+
+
+def test_chat_shows_images_to_the_model(seeing, asked, monkeypatch, capsys, tmp_path):
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
+    for number, file in enumerate(files):
+        Image.new("RGB", (20, 10), (100 * number, 0, 0)).save(file)
+    lines = [*(f"/image {file}" for file in files), "which is red?", "sure?"]
+    assert talk(monkeypatch, "\n".join(lines)) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].endswith("a.png: image, 20 x 10 pixels")
+    first, second = asked
+    assert [part["type"] for part in first[0]["content"]] == ["image", "image", "text"]
+    assert second[0] is first[0]
+    assert second[-1] == user("sure?")
+    content = [*({"type": "image", "image": str(file)} for file in files)]
+    content.append({"type": "text", "text": "which is red?"})
+    assert told[2] == mmdlm.generate(seeing, [user(content)])
+
+
+def test_chat_goes_on_after_a_file_that_cannot_be_read(seeing, monkeypatch, capsys, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"words")
+    lines = ["/image", f"/image {tmp_path / 'a.png'}", "/image nowhere.png", "/audio a.wav", "hi"]
+    assert talk(monkeypatch, "\n".join(lines)) == 1
+    told = capsys.readouterr()
+    assert told.err.count("mmdlm: error:") == 4
+    assert "takes image, not audio" in told.err
+    assert told.out.strip() == mmdlm.generate(seeing, "hi")
+
+
+def test_chat_with_the_bundled_model_answers_each_question_by_itself(monkeypatch, capsys, tmp_path):
+    from mmdlm.data.scenes import Scenes, draw
+
+    file = tmp_path / "scene.png"
+    Image.fromarray(draw(Scenes(objects=(1,)).scene(3))).save(file)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/image {file}\nhow many shapes are there ?\n"))
+    assert main(["chat", "tiny"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == terminal.SINGLE
+    assert told[2] == "one"
