@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -116,11 +116,15 @@ def packed(module: nn.Module) -> Iterator[None]:
 
 
 def uses_packed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: runs a function whose first argument is a model within `packed`."""
+    """Decorator: runs a function whose first argument is a model within `packed`.
+
+    Models whose `backbone` is not an `nn.Module`, such as scripted ones, have no weights to pack.
+    """
 
     @functools.wraps(function)
     def call(model: Any, *args: Any, **kwargs: Any) -> Any:
-        with packed(model.backbone):
+        backbone = getattr(model, "backbone", None)
+        with packed(backbone) if isinstance(backbone, nn.Module) else nullcontext():
             return function(model, *args, **kwargs)
 
     return call
