@@ -40,9 +40,10 @@ class MLP(Adapter):
         self.layers = nn.Sequential(*modules)
 
     def forward(self, features: Features) -> Features:
-        """The same tokens at width D; mask and sizes stay.
+        """The same tokens at width D, in the type of the weights; mask and sizes stay.
 
         Args:
             features: tokens [B N E].
         """
-        return Features(self.layers(features.tokens), features.mask, features.sizes)
+        tokens = features.tokens.to(self.layers[0].weight.dtype)
+        return Features(self.layers(tokens), features.mask, features.sizes)

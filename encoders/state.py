@@ -52,25 +52,33 @@ class StateEncoder(Encoder):
 
     Args:
         size: length S of the state vector.
-        dim: token width E.
+        dim: token width E; None: no perceptron, the vector is the only token and E is S, for
+            policies whose adapter projects the state.
         tokens: number of tokens N given per state.
         hidden: width of the hidden layer.
     """
 
     kind = "state"
 
-    def __init__(self, size: int, dim: int = 192, tokens: int = 1, hidden: int = 256) -> None:
+    def __init__(
+        self, size: int, dim: int | None = 192, tokens: int = 1, hidden: int = 256
+    ) -> None:
         super().__init__()
-        if min(size, dim, tokens, hidden) < 1:
+        width = size if dim is None else dim
+        if min(size, width, tokens, hidden) < 1:
             raise ValueError(
                 f"StateEncoder: size={size}, dim={dim}, tokens={tokens}, hidden={hidden}; "
                 "expected each to be at least 1"
             )
-        self.size, self.dim, self.tokens = size, dim, tokens
+        if dim is None and tokens != 1:
+            raise ValueError(f"StateEncoder: tokens={tokens} with dim=None; expected 1")
+        self.size, self.dim, self.tokens = size, width, tokens
         self.preprocess = StateInput(size)
-        self.layers = nn.Sequential(
-            nn.Linear(size, hidden), nn.GELU(), nn.Linear(hidden, tokens * dim)
-        )
+        self.layers = nn.Sequential()
+        if dim is not None:
+            self.layers.extend(
+                [nn.Linear(size, hidden), nn.GELU(), nn.Linear(hidden, tokens * dim)]
+            )
 
     def forward(self, items: Sequence[Prepared]) -> Features:
         """Tokens [B N E], all real, of B states [S].
@@ -84,10 +92,10 @@ class StateEncoder(Encoder):
             if item.tensor.shape != (self.size,):
                 shape = list(item.tensor.shape)
                 raise ValueError(f"StateEncoder: state {index} is {shape}, expected [{self.size}]")
-        weight = self.layers[0].weight
         states = torch.stack([item.tensor for item in items])  # [B S]
-        out = self.layers(states.to(weight.device, weight.dtype))
-        tokens = rearrange(out, "B (N E) -> B N E", N=self.tokens)
+        weight = next(self.parameters(), states)
+        states = states.to(weight.device, weight.dtype)
+        tokens = rearrange(self.layers(states), "B (N E) -> B N E", N=self.tokens)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return Features(tokens, mask)
 

@@ -31,6 +31,11 @@ def test_mlp_keeps_mask_and_grid():
     assert out.grid == (2, 2)
 
 
+def test_mlp_takes_features_of_another_type():
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    assert MLP(3, 5).bfloat16()(Features(torch.randn(1, 4, 3), mask)).tokens.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_mlp_has_as_many_linear_layers_as_asked(layers):
     modules = list(MLP(3, 5, layers=layers).modules())

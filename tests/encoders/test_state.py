@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from encoders.features import Prepared
+from encoders.rebuild import rebuild
 from encoders.state import StateEncoder
 
 
@@ -27,6 +28,19 @@ def test_state_row_alone_equals_row_in_batch():
     batch = encoder(states).tokens
     for index, state in enumerate(states):
         torch.testing.assert_close(encoder([state]).tokens[0], batch[index])
+
+
+def test_a_state_without_perceptron_is_its_own_token():
+    encoder = StateEncoder(4, dim=None)
+    states = [encoder.prepare(StateEncoder.example(seed)) for seed in range(2)]
+    features = encoder(states)
+    assert torch.equal(features.tokens[:, 0], torch.stack([state.tensor for state in states]))
+    assert features.mask.all()
+    assert encoder.dim == 4
+    assert not list(encoder.parameters())
+    assert rebuild(encoder.recipe())(states).tokens.equal(features.tokens)
+    with pytest.raises(ValueError, match="tokens=2 with dim=None"):
+        StateEncoder(4, dim=None, tokens=2)
 
 
 def test_state_prepare_takes_arrays_lists_and_tensors():
