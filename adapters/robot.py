@@ -21,14 +21,17 @@ class Robot(Codec):
     Args:
         bins: between normalised actions and token ids.
         action: normaliser of actions.
-        state: normaliser of the robot's state.
+        state: normaliser of the robot's state; the identity for a policy that reads none.
         chunk: actions K per answer.
+        tail: ids that follow the actions in every answer the model was trained on, such as the end
+            of the turn. They are decoded with the actions, as these attend to them, and dropped.
     """
 
     bins: ActionBins
     action: Normalizer
     state: Normalizer
     chunk: int
+    tail: tuple[int, ...] = ()
 
     @property
     def action_size(self) -> int:
@@ -37,16 +40,16 @@ class Robot(Codec):
 
     @property
     def length(self) -> int:
-        """Tokens K*A of an answer."""
-        return self.chunk * self.action_size
+        """Tokens of an answer: K*A, and the tail."""
+        return self.chunk * self.action_size + len(self.tail)
 
     @property
-    def ids(self) -> range:
-        """The token ids of actions."""
-        return self.bins.ids
+    def ids(self) -> range | None:
+        """The token ids of actions; None (the whole vocabulary) with a tail of other ids."""
+        return None if self.tail else self.bins.ids
 
     def encode(self, actions: np.ndarray) -> Tensor:
-        """Token ids [K*A] int64 of a chunk [K A] in robot units.
+        """Token ids [K*A + tail] int64 of a chunk [K A] in robot units.
 
         Raises:
             ValueError: another shape, or a number is NaN or infinite.
@@ -57,14 +60,17 @@ class Robot(Codec):
                 f"actions are {list(values.shape)}, expected {[self.chunk, self.action_size]}; "
                 "give the data set and the model the same chunk"
             )
-        return self.bins.encode(self.action.normalize(values))
+        ids = self.bins.encode(self.action.normalize(values))
+        return torch.cat([ids, torch.tensor(self.tail, dtype=ids.dtype)])
 
     def decode(self, ids: Tensor) -> np.ndarray:
-        """Chunk float32 [K A] in robot units of token ids [K*A].
+        """Chunk float32 [K A] in robot units of token ids [K*A + tail]; the tail is not read.
 
         Raises:
-            ValueError: an id is no action, or there are more or fewer than K*A.
+            ValueError: an id is not an action, or the number of ids is wrong.
         """
+        if self.tail:
+            ids = ids[: -len(self.tail)]
         values = self.bins.decode(ids, self.chunk, self.action_size, strict=True)
         return self.action.unnormalize(values).numpy().astype(np.float32)
 
@@ -83,6 +89,7 @@ class Robot(Codec):
         """Plain types for statistics.json."""
         return {
             "chunk": self.chunk,
+            "tail": list(self.tail),
             "bins": {
                 "bins": self.bins.bins,
                 "low": self.bins.low,
@@ -111,4 +118,5 @@ class Robot(Codec):
             Normalizer.from_dict(saved["action"]),
             Normalizer.from_dict(saved["state"]),
             saved["chunk"],
+            tuple(saved.get("tail", ())),
         )

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -40,6 +41,28 @@ def test_actions_come_back_within_half_a_bin(reverse):
     half = (HIGH - LOW) / (BINS - 1) / 2
     assert (abs(back - actions) <= half * (1 + 1e-4)).all()
     assert torch.equal(made.encode(back), ids)
+
+
+def test_a_tail_follows_the_actions_and_is_dropped():
+    plain = robot()
+    made = replace(plain, tail=(12, 11))
+    ids = made.encode(chunk())
+    assert (made.length, made.ids) == (17, None)
+    assert ids.tolist() == [*plain.encode(chunk()).tolist(), 12, 11]
+    expected = plain.decode(ids[:15])
+    assert np.array_equal(made.decode(ids), expected)
+    ids[-2:] = 200  # whatever stands there
+    assert np.array_equal(made.decode(ids), expected)
+    again = Robot.from_dict(json.loads(json.dumps(made.to_dict())))
+    assert again.tail == (12, 11)
+    with pytest.raises(ValueError, match=r"expected integers \[\.\.\. 15\]"):
+        made.decode(ids[:15])
+
+
+def test_statistics_written_before_there_was_a_tail_are_read():
+    saved = robot().to_dict()
+    del saved["tail"]
+    assert Robot.from_dict(saved).tail == ()
 
 
 def test_actions_beyond_the_statistics_end_at_the_outermost_bins():
