@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mmdlm.blueprint import Blueprint
 from mmdlm.loading.keymap import Places, Report, Table, dropped, expand, locate, resolve, shapes
@@ -25,6 +26,7 @@ class Contents:
             the files are ours.
         prefix: a wrapper's prefix in front of the published names of a text model. Single tensors
             may lack it.
+        config: config.json and the files a system reads beside it, see `Report`.
     """
 
     blueprint: Blueprint
@@ -32,6 +34,7 @@ class Contents:
     stored: dict[str, Stored]
     tables: dict[str, Table] | None = None
     prefix: str = ""
+    config: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def resolve(self, model: MultimodalDLM) -> tuple[Places, Report]:
         """Where each stored tensor goes in the model built from the blueprint, and the report.
@@ -52,7 +55,7 @@ class Contents:
         tied = config.tied and isinstance(head, str)
         unused = {self._as_stored(f"{before}{head}"): TIED} if tied else {}
         report = resolve(self.stored, places, known, unused)
-        return places, replace(report, prefix=self.prefix)
+        return places, replace(report, prefix=self.prefix, config=self.config)
 
     def _as_stored(self, name: str) -> str:
         """A published name without the wrapper's prefix where only that is in the files."""

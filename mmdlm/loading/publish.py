@@ -90,7 +90,7 @@ def _of_system(model: MultimodalDLM) -> Layout:
     # Tensors of checkpoints that are merged into this layout are not part of it.
     inside = [f"{beside.path}/" for beside in system.WEIGHTS]
     held = {n: s for n, s in held.items() if "/" not in n or n.startswith(tuple(inside))}
-    config = system.write(model)
+    config = (report.config if report else {}) | system.write(model)
     again = replace(system.read(config, {*places, *held}), system=model.system)
     if differ := _differences(ours, again):
         raise ValueError(

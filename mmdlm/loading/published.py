@@ -166,14 +166,17 @@ def read(
         return _read_family(folder, config, stored, name)
     stored |= _beside(folder, beside or _places(folder, config, system), stored)
     files = {f: read_json(folder / f) for f in system.FILES if (folder / f).is_file()}
-    blueprint = replace(system.read(config | files, set(stored)), system=_file(system))
-    tables = system.keys(blueprint)
+    blueprint = system.read(config | files, set(stored))
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer is None:  # that of the language model, where it is a checkpoint of its own
-        prefix, _ = tables["backbone"]
+        prefix, _ = system.keys(blueprint)["backbone"]
         inside = [folder / each.path for each in beside if each.prefix.startswith(prefix or "/")]
         tokenizer = next(filter(None, map(Tokenizer.from_folder, inside)), None)
-    return Contents(blueprint, tokenizer, stored, tables)
+    if tokenizer is not None:
+        blueprint = system.with_tokenizer(blueprint, tokenizer)
+    blueprint = replace(blueprint, system=_file(system))
+    tables = system.keys(blueprint)
+    return Contents(blueprint, tokenizer, stored, tables, config=config | files)
 
 
 def _places(folder: Path, config: dict[str, Any], system: type[System]) -> tuple[Beside, ...]:

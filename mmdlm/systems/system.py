@@ -11,6 +11,7 @@ from mmdlm.backbones.family import Family, Keys
 from mmdlm.blueprint import PARTS, Blueprint
 from mmdlm.model import MultimodalDLM
 from mmdlm.recipe import Recipe
+from mmdlm.text import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,17 @@ class System:
         raise TypeError(f"{cls.__name__} does not define read(config, names)")
 
     @classmethod
+    def with_tokenizer(cls, blueprint: Blueprint, tokenizer: Tokenizer) -> Blueprint:
+        """The blueprint with what only the tokenizer says, such as the ids of action tokens.
+
+        Called after `read` where the folder has a tokenizer.
+
+        Raises:
+            ValueError: config.json and the tokenizer contradict each other.
+        """
+        return blueprint
+
+    @classmethod
     def keys(cls, blueprint: Blueprint) -> dict[str, tuple[str, Keys]]:
         """By part, what stands in front of its published names, and its table of names.
 
@@ -151,7 +163,8 @@ class System:
     def write(cls, model: MultimodalDLM) -> dict[str, Any]:
         """The published config.json of a model, and `FILES` under their names.
 
-        `read` must take it back: the caller compares.
+        `read` must take it back: the caller compares. Keys that are not given keep the value they
+        have in the folder the model was loaded from (`model.report.config`).
 
         Raises:
             ValueError: the published config cannot express the model.
