@@ -7,6 +7,7 @@ the model is built without memory and filled tensor by tensor.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ def load(
     quantize: str | None = None,
     pack: bool | None = None,
     compile: bool = False,
+    config: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> MultimodalDLM:
     """The model of a checkpoint, ready to use (eval mode); `model.report` lists what was read.
@@ -63,6 +65,8 @@ def load(
             backbones of at most 2 GB.
         compile: compile the backbone and record its short steps, for GPUs; see
             `MultimodalDLM.compile`.
+        config: keys that complete or replace those of a published config.json, such as
+            {"unnorm_key": "bridge_orig"} for a policy with statistics of several data sets.
         **overrides: what config.json leaves out or gets wrong: mask_id, eos_id, pad_id, stop_ids,
             shift, attention, block_size, template and context of `Spec`; theta and theta_scale of
             `TransformerConfig`. theta_scale stretches the context; LLaDA-8B reads 8k tokens with
@@ -77,10 +81,11 @@ def load(
         ImportError: `quantize` needs torchao.
     """
     if overrides:
-        check_overrides(overrides, ("device", "dtype", "family", "quantize", "pack", "compile"))
+        known = ("device", "dtype", "family", "quantize", "pack", "compile", "config")
+        check_overrides(overrides, known)
     over = devices(device)
     folder = find(source)
-    contents = _read(folder, family, overrides.get("mask_id"))
+    contents = _read(folder, family, overrides.get("mask_id"), config)
     blueprint = contents.blueprint
     if overrides:
         blueprint = replace(blueprint, spec=override(blueprint.spec, overrides))
@@ -100,12 +105,18 @@ def load(
     return model.eval()
 
 
-def _read(folder: Path, family: str | None, mask_id: int | None) -> Contents:
+def _read(
+    folder: Path, family: str | None, mask_id: int | None, given: Mapping[str, Any] | None
+) -> Contents:
     """What a folder holds, in whichever layout it is."""
     config = read_json(folder / "config.json")
-    if "format" in config:
-        return own.read(folder, config, family)
-    return published.read(folder, config, family, mask_id)
+    if "format" not in config:
+        return published.read(folder, config | dict(given or {}), family, mask_id)
+    if given:
+        raise ValueError(
+            f"config={dict(given)} has no effect on {folder}, which is in our own layout"
+        )
+    return own.read(folder, config, family)
 
 
 def _check_tokenizer(model: MultimodalDLM, folder: Path) -> None:
