@@ -171,20 +171,33 @@ def choose(statistics: dict[str, Any], feature: str, dataset: str | None = None)
     Args:
         statistics: {data set: {"action": {...}, "proprio": {...}}}, as read from the file.
         feature: "action" or "proprio".
-        dataset: data set; its name with "_no_noops" is tried too. May be left out if there is one.
+        dataset: see `find_dataset`.
     Raises:
         KeyError: no such data set or feature; the message says which exist.
     """
-    known = sorted(statistics)
-    if dataset is None:
-        if len(known) != 1:
-            raise KeyError(f"statistics hold the data sets {known}; say which one (dataset=...)")
-        dataset = known[0]
-    name = dataset if dataset in statistics else f"{dataset}_no_noops"
-    if name not in statistics:
-        raise KeyError(f"no statistics of data set {dataset!r}; the file holds {known}")
+    name = find_dataset(statistics, dataset)
     if feature not in statistics[name]:
         raise KeyError(
             f"no statistics of {feature!r} in {name!r}; it holds {sorted(statistics[name])}"
         )
     return statistics[name][feature]
+
+
+def find_dataset(statistics: dict[str, Any], dataset: str | None = None) -> str:
+    """The name a data set has in a published dataset_statistics.json.
+
+    Args:
+        statistics: as read from the file, by data set.
+        dataset: data set; its name with "_no_noops" is tried too. May be left out if there is one.
+    Raises:
+        KeyError: no such data set, or none of several is chosen; the message says which exist.
+    """
+    known = sorted(statistics)
+    if dataset is None:
+        if len(known) != 1:
+            raise KeyError(f"statistics hold the data sets {known}; choose one of them")
+        dataset = known[0]
+    name = dataset if dataset in statistics else f"{dataset}_no_noops"
+    if name not in statistics:
+        raise KeyError(f"no statistics of data set {dataset!r}; the file holds {known}")
+    return name

@@ -25,6 +25,7 @@ class Robot(Codec):
         chunk: actions K per answer.
         tail: ids that follow the actions in every answer the model was trained on, such as the end
             of the turn. They are decoded with the actions, as these attend to them, and dropped.
+        dataset: data set the statistics are of, where it has a name.
     """
 
     bins: ActionBins
@@ -32,6 +33,7 @@ class Robot(Codec):
     state: Normalizer
     chunk: int
     tail: tuple[int, ...] = ()
+    dataset: str | None = None
 
     @property
     def action_size(self) -> int:
@@ -90,6 +92,7 @@ class Robot(Codec):
         return {
             "chunk": self.chunk,
             "tail": list(self.tail),
+            "dataset": self.dataset,
             "bins": {
                 "bins": self.bins.bins,
                 "low": self.bins.low,
@@ -119,4 +122,5 @@ class Robot(Codec):
             Normalizer.from_dict(saved["state"]),
             saved["chunk"],
             tuple(saved.get("tail", ())),
+            saved.get("dataset"),
         )

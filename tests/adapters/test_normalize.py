@@ -104,5 +104,5 @@ def test_choosing_statistics_names_what_exists():
         choose(file, "action", "bridge")
     with pytest.raises(KeyError, match="'state'.*proprio"):
         choose(file, "state")
-    with pytest.raises(KeyError, match="which one"):
+    with pytest.raises(KeyError, match="choose one of them"):
         choose({**file, "other": {}}, "action")
