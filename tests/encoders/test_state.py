@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from encoders.arguments import Recorded
 from encoders.features import Prepared
-from encoders.rebuild import rebuild
 from encoders.state import StateEncoder
+from mmdlm.blueprint import PARTS
+from mmdlm.recipe import build, recipe
 
 
 def test_state_gives_its_tokens_all_real_and_learns():
@@ -38,7 +40,7 @@ def test_a_state_without_perceptron_is_its_own_token():
     assert features.mask.all()
     assert encoder.dim == 4
     assert not list(encoder.parameters())
-    assert rebuild(encoder.recipe())(states).tokens.equal(features.tokens)
+    assert build(recipe(encoder), PARTS, Recorded)(states).tokens.equal(features.tokens)
     with pytest.raises(ValueError, match="tokens=2 with dim=None"):
         StateEncoder(4, dim=None, tokens=2)
 
