@@ -1,0 +1,342 @@
+"""Dream-VLA with discrete actions: Dream, the Qwen2-VL tower and 256 action tokens.
+
+Source: DreamLM/Dream-VLX: vla/dreamvla (model, preprocessing, decoding), vla/prismatic (action
+tokens, statistics), vla/experiments/robot/libero/run_libero_eval_dream.py (settings).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from adapters.normalize import choose, find_dataset
+from mmdlm.backbones.dream import Dream
+from mmdlm.backbones.family import Keys, Spec, architecture, require
+from mmdlm.blueprint import Blueprint, describe
+from mmdlm.model import MultimodalDLM
+from mmdlm.recipe import Recipe
+from mmdlm.systems.system import Beside, System, backbone, table
+from mmdlm.text import Tokenizer
+
+STATISTICS, PIXELS = "dataset_statistics.json", "preprocessor_config.json"
+# The config classes leave out of config.json what equals these defaults.
+LANGUAGE: dict[str, Any] = {
+    "mask_token_id": 151666,
+    "pad_token_id": 151643,
+    "projector_hidden_act": "gelu",
+}
+VISION: dict[str, Any] = {
+    "depth": 32,
+    "embed_dim": 1280,
+    "hidden_act": "quick_gelu",
+    "hidden_size": 3584,
+    "in_channels": 3,
+    "mlp_ratio": 4,
+    "num_heads": 16,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+PATCHES: dict[str, Any] = {
+    "min_pixels": 3136,
+    "max_pixels": 3211264,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+"""The published preprocessor_config.json."""
+IMAGE_IDS = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "vision_token_id": 151654,
+}
+BINS = 256
+IM_END, NEWLINE = 151645, 198
+# Actions per answer by what the name of the data set contains (vla/prismatic/vla/constants.py,
+# where it is looked for in the command line). The one published evaluation is LIBERO's.
+CHUNKS = {"libero": 8, "aloha": 25, "bridge": 5, "rt_1": 5, "fractal": 5}
+# Keys of ours, for ids that the published code has as constants.
+FIRST_ACTION, ENDS = "action_token_begin_id", "answer_end_ids"
+CHUNK_KEYS = ("num_actions_chunk", "action_chunk", "chunk")
+PROMPT = "What action should the robot take to {}?"
+TOWER = {
+    "depth": "depth",
+    "width": "embed_dim",
+    "dim": "hidden_size",
+    "mlp_ratio": "mlp_ratio",
+    "heads": "num_heads",
+    "patch": "patch_size",
+    "merge": "spatial_merge_size",
+    "frames": "temporal_patch_size",
+}
+"""Arguments of `QwenVision` and their published names in vision_config."""
+PREPROCESSING = {
+    "patch": "patch_size",
+    "merge": "merge_size",
+    "frames": "temporal_patch_size",
+    "min_pixels": "min_pixels",
+    "max_pixels": "max_pixels",
+    "mean": "image_mean",
+    "std": "image_std",
+}
+"""Arguments of `QwenVision` and their published names in preprocessor_config.json."""
+PROJECTOR: Keys = {
+    f"layers.{ours}.{part}": f"{{}}{published}.{part}"
+    for ours, published in ((0, 1), (2, 2))
+    for part in ("weight", "bias")
+}
+
+
+class DreamVLA(System):
+    """Reads camera images, an instruction and maybe the robot's state; answers action tokens.
+
+    What the published folder does not say may stand in config.json: "unnorm_key" (data set whose
+    statistics apply, needed where there are several), "num_actions_chunk" (actions per answer) and
+    "proprio_dim" (size of a state that comes normalised, without statistics). Action ids and those
+    that close an answer are the tokenizer's where there is one.
+
+    The proprio projector is published apart, as a pickle. Saved as `proprio_projector.safetensors`
+    (names "fc1.weight" and so on) in the folder it is read, and its token is the first of the
+    sequence.
+    """
+
+    FILES: ClassVar[tuple[str, ...]] = (STATISTICS, PIXELS)
+    WEIGHTS: ClassVar[tuple[Beside, ...]] = (
+        Beside("proprio_projector.safetensors", "proprio_projector."),
+    )
+
+    @classmethod
+    def matches(cls, config: dict[str, Any], names: set[str]) -> bool:
+        """Whether there are its tower and projector, and it is not called Dream-VL."""
+        parts = {"visual.patch_embed.proj.weight", "projector.linear_1.weight"}
+        return parts <= names and _called(config) not in ("dream-vl", "dreamvlmodel")
+
+    @classmethod
+    def read(cls, config: dict[str, Any], names: set[str]) -> Blueprint:
+        """The blueprint; absent keys mean what the published classes make of them.
+
+        Raises:
+            ValueError: there are no statistics, they are of several data sets and none is chosen,
+                or files contradict each other.
+        """
+        c = LANGUAGE | config
+        require("Dream-VLA", c, {"projector_hidden_act": ("gelu", None)})
+        spec = Dream.read(c, names)
+        width = spec.transformer.width
+        tower = _tower(c)
+        encoders: dict[str, Recipe] = {"image": tower}
+        adapters: dict[str, Recipe] = {"image": _mlp(tower["init_args"]["dim"], width)}
+        robot = _robot(c, spec, "proprio_projector.fc1.weight" in names)
+        if "proprio_projector.fc1.weight" in names:
+            size = _state_size(c, robot)
+            # First, as its token is the first of the sequence.
+            encoders = {
+                "state": _part("encoders.state.StateEncoder", size=size, dim=None)
+            } | encoders
+            adapters = {"state": _mlp(size, width)} | adapters
+        act = {
+            "prompt": PROMPT,
+            "execute": robot["chunk"],
+            "strategies": [_part("mmdlm.decoding.commits.timesteps.Timesteps", steps=1)],
+        }
+        return Blueprint(
+            spec=spec,
+            encoders=encoders,
+            adapters=adapters,
+            outputs={"actions": robot},
+            template={"media": {"image": "{}"}},
+            tasks={"act": act},
+        )
+
+    @classmethod
+    def with_tokenizer(cls, blueprint: Blueprint, tokenizer: Tokenizer) -> Blueprint:
+        """The blueprint with the tokenizer's ids of actions and of the end of an answer."""
+        robot = blueprint.outputs["actions"]
+        bins, tail = robot["bins"], list(robot["tail"])
+        first = tokenizer.id("<|action_0|>")
+        if first is not None:
+            bins = bins | {"last_id": first + bins["bins"] - 1}
+        # Byte-level vocabularies spell a newline so.
+        ends = [tokenizer.id("<|im_end|>"), tokenizer.id("\u010a")]
+        if None not in ends:
+            tail = ends
+        return replace(blueprint, outputs={"actions": robot | {"bins": bins, "tail": tail}})
+
+    @classmethod
+    def keys(cls, blueprint: Blueprint) -> dict[str, tuple[str, Keys]]:
+        """Prefix and names by part; the state's encoder has no weights."""
+        found = {
+            "backbone": ("", backbone(Dream)),
+            "encoders.image": ("visual.", table(blueprint.encoders["image"])),
+            "adapters.image": ("projector.", _projector("linear_")),
+        }
+        if "state" in blueprint.adapters:
+            found["adapters.state"] = ("proprio_projector.", _projector("fc"))
+        return found
+
+    @classmethod
+    def write(cls, model: MultimodalDLM) -> dict[str, Any]:
+        """The published config.json, statistics and preprocessing; `read` takes them back."""
+        made = describe(model)
+        tower, robot = made.encoders["image"]["init_args"], made.outputs["actions"]
+        vocab = model.spec.transformer.vocab
+        features = {"action": robot["action"]["statistics"]}
+        config = Dream.write(model.spec)
+        if "state" in made.encoders:
+            config["proprio_dim"] = made.encoders["state"]["init_args"]["size"]
+            if robot["state"]["mode"] != "identity":
+                features["proprio"] = robot["state"]["statistics"]
+        key = robot["dataset"] or "robot"
+        read = getattr(getattr(model, "report", None), "config", {})
+        known = {**(read.get("norm_stats") or {}), **(read.get(STATISTICS) or {})}
+        vision = read.get("vision_config") or {"hidden_act": "quick_gelu", "in_channels": 3}
+        ids = IMAGE_IDS | {name: read[name] for name in IMAGE_IDS if name in read}
+        statistics = {**known, key: {**known.get(key, {}), **features}}
+        return config | {
+            "architectures": ["DreamVLAForActionPrediction"],
+            "model_type": "dream-vla",
+            **{name: each for name, each in ids.items() if name in read or each < vocab},
+            "projector_hidden_act": "gelu",
+            "vision_config": vision | {TOWER[ours]: tower[ours] for ours in TOWER},
+            "n_action_bins": robot["bins"]["bins"],
+            FIRST_ACTION: robot["bins"]["last_id"] + 1 - robot["bins"]["bins"],
+            ENDS: robot["tail"],
+            "num_actions_chunk": robot["chunk"],
+            "unnorm_key": key,
+            "norm_stats": statistics,
+            STATISTICS: statistics,
+            PIXELS: (read.get(PIXELS) or {}) | {PREPROCESSING[o]: tower[o] for o in PREPROCESSING},
+        }
+
+
+def _called(config: dict[str, Any]) -> str:
+    """The model's type, or its class where there is none, in small letters."""
+    named = config.get("model_type") or architecture(config)
+    return str(named).lower().replace("_", "-")
+
+
+def _part(path: str, **arguments: Any) -> Recipe:
+    return {"class_path": path, "init_args": arguments}
+
+
+def _mlp(in_dim: int, out_dim: int) -> Recipe:
+    return _part("adapters.mlp.MLP", in_dim=in_dim, out_dim=out_dim, layers=2)
+
+
+def _projector(name: str) -> Keys:
+    """Names of two linear layers, `name`1 and `name`2."""
+    return {ours: str(published).format(name) for ours, published in PROJECTOR.items()}
+
+
+def _tower(config: dict[str, Any]) -> Recipe:
+    """Recipe of the tower.
+
+    Raises:
+        ValueError: the preprocessing cuts other patches than the tower takes.
+    """
+    vision = VISION | (config.get("vision_config") or {})
+    require("Dream-VLA", vision, {name: (VISION[name],) for name in ("hidden_act", "in_channels")})
+    sizes = {ours: vision[published] for ours, published in TOWER.items()}
+    file = config.get(PIXELS) or {}
+    limits = file.get("size") or {}  # transformers 5 moves them there, under the second names
+    moved = {
+        "min_pixels": limits.get("min_pixels", limits.get("shortest_edge")),
+        "max_pixels": limits.get("max_pixels", limits.get("longest_edge")),
+    }
+    given = PATCHES | {name: value for name, value in (moved | file).items() if value is not None}
+    pixels = {ours: given[name] for ours, name in PREPROCESSING.items() if name in given}
+    differ = [PREPROCESSING[ours] for ours in sizes.keys() & pixels if sizes[ours] != pixels[ours]]
+    if differ:
+        raise ValueError(
+            f"Dream-VLA: {', '.join(differ)} of {PIXELS} and vision_config of config.json differ; "
+            "they are of different checkpoints"
+        )
+    return _part("encoders.qwen_vision.QwenVision", **sizes | pixels)
+
+
+def _robot(config: dict[str, Any], spec: Spec, has_state: bool) -> dict[str, Any]:
+    """The action codec as `Robot.to_dict` gives it.
+
+    Raises:
+        ValueError: there are no statistics, two files differ about them, or the data set is not
+            among them or none of several is chosen.
+    """
+    statistics = _statistics(config)
+    try:
+        name = find_dataset(statistics, config.get("unnorm_key"))
+        action = choose(statistics, "action", name)
+    except KeyError as error:
+        raise ValueError(
+            f'Dream-VLA: {error.args[0]}; "unnorm_key" in config.json names it'
+        ) from error
+    proprio = statistics[name].get("proprio") if has_state else None
+    first, tail = _ids(config, spec)
+    bins = config.get("n_action_bins") or BINS
+    usual = [length for part, length in CHUNKS.items() if part in name.lower()]
+    chunks = [*(config[key] for key in CHUNK_KEYS if config.get(key)), *usual, CHUNKS["libero"]]
+    return {
+        "chunk": chunks[0],
+        "dataset": name,
+        "tail": tail,
+        "bins": {
+            "bins": bins,
+            "low": -1.0,
+            "high": 1.0,
+            "last_id": first + bins - 1,
+            "reverse": True,
+        },
+        "action": _normalizer(action, zero_constant=True),
+        "state": _normalizer(proprio, zero_constant=False),
+    }
+
+
+def _statistics(config: dict[str, Any]) -> dict[str, Any]:
+    """Statistics by data set, of both places they are published in."""
+    inside, file = config.get("norm_stats") or {}, config.get(STATISTICS) or {}
+    differ = sorted(name for name in inside.keys() & file if inside[name] != file[name])
+    if differ:
+        raise ValueError(
+            f"Dream-VLA: norm_stats of config.json and {STATISTICS} differ about {differ}; remove "
+            "the one that is not of these weights"
+        )
+    if not inside and not file:
+        raise ValueError(
+            f"Dream-VLA: neither {STATISTICS} nor norm_stats in config.json, without which tokens "
+            "cannot become actions; add the statistics of the data the model was fine-tuned on"
+        )
+    return {**inside, **file}
+
+
+def _normalizer(statistics: dict[str, Any] | None, zero_constant: bool) -> dict[str, Any]:
+    """A normaliser as `Normalizer.to_dict` gives it; the identity without statistics."""
+    return {
+        "mode": "identity" if statistics is None else "quantile",
+        "mask": None if statistics is None else statistics.get("mask"),
+        "zero_constant": zero_constant,
+        "statistics": statistics or {},
+    }
+
+
+def _ids(config: dict[str, Any], spec: Spec) -> tuple[int, list[int]]:
+    """The lowest action id, and the ids that close an answer: end of the turn, newline."""
+    is_published = spec.mask_id == LANGUAGE["mask_token_id"]
+    usual = [IM_END, NEWLINE] if is_published else [spec.eos_id] * 2
+    return config.get(FIRST_ACTION) or spec.mask_id + 1, config.get(ENDS) or usual
+
+
+def _state_size(config: dict[str, Any], robot: dict[str, Any]) -> int:
+    """Numbers in a state.
+
+    Raises:
+        ValueError: nothing says how many.
+    """
+    statistics = robot["state"]["statistics"]
+    size = config.get("proprio_dim") or len(statistics.get("q01", ()))
+    if not size:
+        raise ValueError(
+            f"Dream-VLA: a proprio projector, but no 'proprio' statistics of {robot['dataset']!r}; "
+            f'add them to {STATISTICS}, or "proprio_dim" to config.json for states that come '
+            "normalised"
+        )
+    return size
