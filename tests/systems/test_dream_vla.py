@@ -65,10 +65,10 @@ def parts(model: MultimodalDLM, images: int = 2) -> tuple[Tensor, ...]:
     ids = IO["input_ids"][0]
     text = ids[ids != IMAGE]
     pixels = [IO[f"image.{i}"].numpy() for i in range(images)]
-    seen = model.encode("image", [model.encoders["image"].prepare(each) for each in pixels])
+    seen = model.encode("image", [model.processor.prepare("image", each) for each in pixels])
     state = []
     if "state" in model.encoders:
-        state = model.encode("state", [model.prepare("state", IO["proprio"][0].numpy())])
+        state = model.encode("state", [model.processor.prepare("state", IO["proprio"][0].numpy())])
     return (*state, text[:2], *seen, text[2:])
 
 
@@ -224,8 +224,10 @@ def test_other_sizes_are_read_run_and_written_back(proprio, tmp_path):
     )
     images = [np.random.default_rng(i).integers(0, 256, (30, 50, 3), np.uint8) for i in range(3)]
     with torch.inference_mode():
-        seen = again.encode("image", [again.encoders["image"].prepare(each) for each in images])
-        state = again.encode("state", [again.prepare("state", np.ones(5))]) if proprio else []
+        seen = again.encode("image", [again.processor.prepare("image", each) for each in images])
+        state = (
+            again.encode("state", [again.processor.prepare("state", np.ones(5))]) if proprio else []
+        )
     assert [len(each) for each in seen] == [8, 8, 8]  # 24 x 48 pixels
     row = (*state, *seen, torch.tensor([4, 5, 6]))
     sequence = again.arrange([Row(row)])
