@@ -30,8 +30,8 @@ FORMAT = "mmdlm-2"
 # Packages a checkpoint may name classes of: a checkpoint must not name arbitrary code.
 PARTS = ("encoders", "adapters")
 STRATEGIES = ("mmdlm.decoding",)
-TASK_FIELDS = {"prompt", "length", "strategies", "tasks", "execute"}
-TEMPLATE_FIELDS = {"chat", "media", "system"}
+TASK_FIELDS = {"prompt", "length", "strategies", "tasks", "execute", "cameras", "placeholder"}
+TEMPLATE_FIELDS = {"chat", "media", "system", "first"}
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,11 @@ class Blueprint:
         outputs: codecs of values that are not text, by name; "actions" is `Robot.to_dict()`.
         template: what goes beyond `spec.template`: "chat" (name or Jinja text), "media" (text
             around the embeddings of each medium, "{}" marks their place), "system" (default
-            system message).
+            system message), "first" (modalities that stand before the prompt).
         tasks: per task "prompt", "length" (tokens of the canvas), "strategies" (recipes), and for
-            acting "tasks" (simulators it knows) and "execute" (actions per query).
+            acting "tasks" (simulators it knows), "execute" (actions per query), "cameras" (their
+            names, the first one is required) and "placeholder" (what the model sees where an
+            answer is open: "mask" token or "zero" embeddings, all decided in one forward).
         system: name of the published multimodal system it was read from, None for others.
 
     Raises:

@@ -73,13 +73,16 @@ class Template:
         media: by modality, the text around the embeddings of a medium, which go where "{}" stands.
             Control tokens in it count as written by the template.
         system: system message of conversations that have none.
+        first: modalities whose embeddings stand before the whole prompt, wherever they are given.
     """
 
     chat: str | None = None
     media: Mapping[str, str] = field(default_factory=dict)
     system: str | None = None
+    first: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "first", tuple(self.first))
         for kind, text in self.media.items():
             if text.count("{}") != 1:
                 raise ValueError(
@@ -88,7 +91,12 @@ class Template:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, without what is not set."""
-        found = {"chat": self.chat, "media": dict(self.media), "system": self.system}
+        found = {
+            "chat": self.chat,
+            "media": dict(self.media),
+            "system": self.system,
+            "first": list(self.first),
+        }
         return {name: value for name, value in found.items() if value}
 
 

@@ -155,7 +155,9 @@ class Processor:
         parts = encode(self._tokenizer(), messages, jinja, self.template.media, self.spec.family)
         read = [i for message in messages for i in self._tokenizer().encode(message.text)]
         self._check(parts, read, messages)
-        return tuple(parts)
+        is_first = [isinstance(part, Media) and part.kind in self.template.first for part in parts]
+        first = [part for part, early in zip(parts, is_first, strict=True) if early]
+        return (*first, *(part for part, early in zip(parts, is_first, strict=True) if not early))
 
     def _raw(
         self, messages: Items[Message], around: Mapping[str, str]

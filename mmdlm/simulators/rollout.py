@@ -238,11 +238,12 @@ def _side(policy: Policy) -> int | None:
 
 def _check_robot(policy: Policy, simulator: Simulator, name: str) -> None:
     robot = policy.robot
-    sizes = (robot.action_size, robot.state.size)
-    if sizes != (simulator.action_size, simulator.state_size):
+    reads_state = "state" in policy.model.encoders
+    size = robot.state.size if reads_state else simulator.state_size
+    if (robot.action_size, size) != (simulator.action_size, simulator.state_size):
         raise ValueError(
             f"{name} has actions of {simulator.action_size} and state of {simulator.state_size} "
-            f"numbers, the policy {sizes[0]} and {sizes[1]}; it was trained on another robot"
+            f"numbers, the policy {robot.action_size} and {size}; it was trained on another robot"
         )
 
 

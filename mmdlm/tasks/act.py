@@ -10,23 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mmdlm.decoding import preset
 from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.decode import decode
+from mmdlm.layout import Row
 from mmdlm.messages import Example, Media, Slot, assistant, user
 
 if TYPE_CHECKING:
     from mmdlm.model import MultimodalDLM
+    from mmdlm.processor import Packed
 
-# Our keys first; the others are those of openpi's robots (Physical-Intelligence/openpi:
-# src/openpi/policies/libero_policy.py), so that its clients fit without renaming.
-NAMES = {
-    "image": ("image", "observation/image"),
-    "state": ("state", "observation/state"),
-    "prompt": ("prompt",),
-}
-KNOWN = tuple(name for names in NAMES.values() for name in names)
+# Keys of openpi's robots begin so (Physical-Intelligence/openpi:
+# src/openpi/policies/libero_policy.py); its clients fit without renaming.
+OPENPI = "observation/"
+MASK, ZERO = "mask", "zero"
 
 
 class Policy:
@@ -39,7 +38,8 @@ class Policy:
         strategies: how to decode, see `mmdlm.decoding.preset.strategies`; None for the
             checkpoint's way, else everything in one forward.
     Raises:
-        ValueError: the model holds no statistics, or `execute` is outside the chunk.
+        ValueError: the model holds no statistics, `execute` is outside the chunk, or strategies
+            are given for a model that decides a whole chunk in one forward.
     """
 
     def __init__(
@@ -61,6 +61,17 @@ class Policy:
             self.strategies = preset.strategies(saved.get("strategies") or [TopK(steps=1)])
         else:
             self.strategies = preset.effective(strategies, self.robot.length)
+        self.cameras: tuple[str, ...] = tuple(saved.get("cameras") or ("image",))
+        """Keys of the images it takes, in the model's order; the first one is required."""
+        self.placeholder: str = saved.get("placeholder") or MASK
+        """What the model sees at open positions: the mask token, or zero embeddings."""
+        if self.placeholder not in (MASK, ZERO):
+            raise ValueError(f"placeholder is {self.placeholder!r}, expected {MASK!r} or {ZERO!r}")
+        if self.placeholder == ZERO and strategies is not None:
+            raise ValueError(
+                "this policy was trained to decide a whole chunk in one forward, so strategies "
+                "have no effect; leave them out"
+            )
         self.prompt: str = saved.get("prompt") or "{instruction}"
         """The text around an instruction."""
         chunk = self.robot.chunk
@@ -79,6 +90,7 @@ class Policy:
             "state_size": self.robot.state.size,
             "execute": self.execute,
             "keys": self._needs(),
+            "cameras": list(self.cameras),
             "tasks": list(self.tasks),
             "words": sorted(word for word in words if not word.startswith("<")),
         }
@@ -90,8 +102,10 @@ class Policy:
         """The next actions for one observation.
 
         Args:
-            obs: "image" uint8 [Y X 3] RGB, "state" float [S] in robot units, "prompt" str; openpi's
-                "observation/image" and "observation/state" mean the same.
+            obs: "image" uint8 [Y X 3] RGB, "state" float [S] in robot units, "prompt" str. Policies
+                of several cameras (`cameras`) take further images under their names, or a list of
+                images under "image", in the order of training. A state that the policy does not
+                read is ignored. openpi's "observation/image" and so on mean the same.
         Returns:
             "actions" float32 [K A] in robot units; "timing" with "infer_ms" (wall time of the query
             in milliseconds) and "forwards" (of the backbone).
@@ -117,38 +131,60 @@ class Policy:
         model, robot = self.model, self.robot
         examples = [self._example(self._checked(obs)) for obs in observations]
         packed = model.processor.pack(examples)
-        decoded = decode(
-            model,
-            model.embed(packed.prompts),
-            robot.length,
-            self.strategies,
-            columns=slice(robot.ids.start, robot.ids.stop),
-            canvas=packed.canvas,
-        )
-        actions = [robot.decode(ids) for ids in decoded.tokens[:, -robot.length :].cpu()]
-        timing = {
-            "infer_ms": 1e3 * (time.perf_counter() - begin),
-            "forwards": decoded.nfe,
-        }
+        if self.placeholder == ZERO:
+            answers, forwards = self._one_forward(packed), 1
+        else:
+            decoded = decode(
+                model,
+                model.embed(packed.prompts),
+                robot.length,
+                self.strategies,
+                columns=None if robot.ids is None else _columns(robot.ids),
+                canvas=packed.canvas,
+            )
+            answers, forwards = decoded.tokens[:, -robot.length :], decoded.nfe
+        actions = [robot.decode(ids) for ids in answers.cpu()]
+        timing = {"infer_ms": 1e3 * (time.perf_counter() - begin), "forwards": forwards}
         return [{"actions": chunk, "timing": dict(timing)} for chunk in actions]
+
+    def _one_forward(self, packed: Packed) -> Tensor:
+        """[B K*A + tail] int64, the likeliest actions where the model sees zero embeddings.
+
+        The tail is given. Source: DreamLM/Dream-VLX: vla/dreamvla/modeling_dreamvl.py
+        (_regression_or_discrete_prediction).
+        """
+        model, robot = self.model, self.robot
+        count, tail = robot.length - len(robot.tail), torch.tensor(robot.tail, dtype=torch.long)
+        zeros = torch.zeros(count, model.spec.transformer.width).to(model.device, model.dtype)
+        sequence = model.embed([Row((*row.parts, zeros, tail)) for row in packed.prompts])
+        at = torch.zeros_like(sequence.mask)
+        at[:, sequence.tokens.shape[1] - robot.length :][:, :count] = True
+        scores = model.logits_at(sequence, at, _columns(robot.bins.ids))
+        ids = robot.bins.ids.start + scores.argmax(-1).view(-1, count)
+        return torch.cat([ids, tail.to(ids.device).expand(len(ids), -1)], 1)
 
     def _example(self, obs: Mapping[str, Any]) -> Example:
         """The media and the instruction of an observation, and a slot for the actions."""
-        media = [Media(kind, obs[kind]) for kind in ("image", "state") if kind in obs]
+        media = [Media("image", image) for image in obs.get("images", ())]
+        media += [Media("state", obs["state"])] if "state" in obs else []
         text = self.prompt.replace("{instruction}", obs["prompt"])
         return Example((user(*media, text), assistant(Slot("actions"))))
 
     def _needs(self) -> list[str]:
         """Keys an observation must hold."""
-        return [k for k in ("image", "state") if k in self.model.encoders] + ["prompt"]
+        encoders = self.model.encoders
+        image = self.cameras[:1] if "image" in encoders else ()
+        return [*image, *(["state"] if "state" in encoders else []), "prompt"]
 
     def _checked(self, obs: Mapping[str, Any]) -> dict[str, Any]:
-        """The observation under our own names, every value looked at."""
+        """The observation under our own names, checked: "images", "state" and "prompt"."""
         if not isinstance(obs, Mapping):
             raise TypeError(f"obs is a {type(obs).__name__}, expected a dict with {self._needs()}")
-        unknown = sorted(str(key) for key in obs if key not in KNOWN)
+        names = {name: (name, OPENPI + name) for name in (*self.cameras, "state")}
+        names["prompt"] = ("prompt",)
+        unknown = sorted(str(key) for key in obs if not any(key in each for each in names.values()))
         found: dict[str, Any] = {}
-        for name, aliases in NAMES.items():
+        for name, aliases in names.items():
             given = [alias for alias in aliases if alias in obs]
             if len(given) > 1:
                 raise ValueError(f"obs holds both {given[0]!r} and {given[1]!r}; keep one")
@@ -156,19 +192,34 @@ class Policy:
                 found[name] = obs[given[0]]
         missing = [name for name in self._needs() if name not in found]
         if missing or unknown:
+            openpi = ", ".join(OPENPI + name for name in names if name != "prompt")
             raise ValueError(
                 f"obs has keys {sorted(map(str, obs))}: "
                 + (f"{missing} missing" if missing else f"{unknown} unknown")
-                + f"; expected {self._needs()} (or {KNOWN[1]!r}, {KNOWN[3]!r})"
+                + f"; expected {self._needs()} (or {openpi})"
             )
-        if "image" in found:
-            found["image"] = _image(found["image"])
-        if "state" in found:
-            found["state"] = self._state(found["state"])
         prompt = found["prompt"]
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"obs['prompt'] is {prompt!r}, expected an instruction in words")
-        return found
+        checked: dict[str, Any] = {"prompt": prompt}
+        if "image" in self.model.encoders:
+            checked["images"] = self._images(found)
+        if "state" in self.model.encoders:
+            checked["state"] = self._state(found["state"])
+        return checked
+
+    def _images(self, found: Mapping[str, Any]) -> list[np.ndarray]:
+        """The images of an observation in the order of the cameras."""
+        images: list[np.ndarray] = []
+        for name in self.cameras:
+            given = found.get(name, ())
+            several = given if isinstance(given, list | tuple) else (given,)
+            images += [_image(name, image) for image in several]
+        if not images:
+            raise ValueError(f"obs[{self.cameras[0]!r}] is an empty list; give at least one image")
+        if len(images) > 1 == len(self.cameras):
+            raise ValueError(f"obs holds {len(images)} images, but this policy reads one camera")
+        return images
 
     def _state(self, state: Any) -> np.ndarray:
         values = np.asarray(state)
@@ -186,11 +237,15 @@ class Policy:
         return values.astype(np.float32)
 
 
-def _image(image: Any) -> np.ndarray:
+def _columns(ids: range) -> slice:
+    return slice(ids.start, ids.stop)
+
+
+def _image(name: str, image: Any) -> np.ndarray:
     pixels = np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or 0 in pixels.shape:
         raise ValueError(
-            f"obs['image'] is {pixels.dtype} {list(pixels.shape)}, expected uint8 [Y X 3] RGB of "
+            f"obs[{name!r}] is {pixels.dtype} {list(pixels.shape)}, expected uint8 [Y X 3] RGB of "
             "one camera"
         )
     return pixels
