@@ -58,8 +58,9 @@ IM_END, NEWLINE = 151645, 198
 CHUNKS = {"libero": 8, "aloha": 25, "bridge": 5, "rt_1": 5, "fractal": 5}
 # Keys of ours, for ids that the published code has as constants.
 FIRST_ACTION, ENDS = "action_token_begin_id", "answer_end_ids"
+CAMERAS = ["image", "wrist_image"]
 CHUNK_KEYS = ("num_actions_chunk", "action_chunk", "chunk")
-PROMPT = "What action should the robot take to {}?"
+PROMPT = "What action should the robot take to {instruction}?"
 TOWER = {
     "depth": "depth",
     "width": "embed_dim",
@@ -92,8 +93,10 @@ class DreamVLA(System):
     """Reads camera images, an instruction and maybe the robot's state; answers action tokens.
 
     What the published folder does not say may stand in config.json: "unnorm_key" (data set whose
-    statistics apply, needed where there are several), "num_actions_chunk" (actions per answer) and
-    "proprio_dim" (size of a state that comes normalised, without statistics). Action ids and those
+    statistics apply, needed where there are several), "num_actions_chunk" (actions per answer),
+    "proprio_dim" (size of a state that comes normalised, without statistics) and
+    "use_discrete_diffusion" (false: trained on zero embeddings in place of mask tokens, so that
+    one forward decides the chunk; the flag is that of the published trainer). Action ids and those
     that close an answer are the tokenizer's where there is one.
 
     The proprio projector is published apart, as a pickle. Saved as `proprio_projector.safetensors`
@@ -130,22 +133,19 @@ class DreamVLA(System):
         robot = _robot(c, spec, "proprio_projector.fc1.weight" in names)
         if "proprio_projector.fc1.weight" in names:
             size = _state_size(c, robot)
-            # First, as its token is the first of the sequence.
-            encoders = {
-                "state": _part("encoders.state.StateEncoder", size=size, dim=None)
-            } | encoders
-            adapters = {"state": _mlp(size, width)} | adapters
-        act = {
-            "prompt": PROMPT,
-            "execute": robot["chunk"],
-            "strategies": [_part("mmdlm.decoding.commits.timesteps.Timesteps", steps=1)],
-        }
+            encoders["state"] = _part("encoders.state.StateEncoder", size=size, dim=None)
+            adapters["state"] = _mlp(size, width)
+        act = {"prompt": PROMPT, "execute": robot["chunk"], "cameras": CAMERAS}
+        if c.get("use_discrete_diffusion", True):
+            act["strategies"] = [_part("mmdlm.decoding.commits.timesteps.Timesteps", steps=1)]
+        else:
+            act["placeholder"] = "zero"
         return Blueprint(
             spec=spec,
             encoders=encoders,
             adapters=adapters,
             outputs={"actions": robot},
-            template={"media": {"image": "{}"}},
+            template={"first": ["state"]} if "state" in encoders else {},
             tasks={"act": act},
         )
 

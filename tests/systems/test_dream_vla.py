@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 
 import mmdlm
@@ -26,6 +27,7 @@ from mmdlm.decoding.scores.probability import Probability
 from mmdlm.layout import Row
 from mmdlm.model import MultimodalDLM
 from mmdlm.systems.dream_vla import DreamVLA
+from mmdlm.tasks.act import Policy
 from mmdlm.text import Tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "action"
@@ -318,7 +320,7 @@ def test_statistics_must_be_there_and_agree():
 def test_a_state_needs_statistics_or_a_size():
     names = ["proprio_projector.fc1.weight"]
     made = other(names, unnorm_key="bridge_orig")
-    assert list(made.encoders) == ["state", "image"]
+    assert list(made.encoders) == ["image", "state"]
     assert made.encoders["state"]["init_args"]["size"] == 5
     robot = Robot.from_dict(made.outputs["actions"])
     assert robot.normalize_state(np.array([0, 1, 2, 3, -9])).tolist() == pytest.approx(
@@ -364,3 +366,140 @@ def test_dream_vl_is_another_system():
     assert DreamVLA.matches({"architectures": ["DreamVLAForActionPrediction"]}, names)
     assert not DreamVLA.matches({"model_type": "dream-vl"}, names)
     assert not DreamVLA.matches({"model_type": "dream-vla"}, {"model.embed_tokens.weight"})
+
+
+WORDS = [f"w{i}" for i in range(44)]
+INSTRUCTION = " ".join(f"w{i}" for i in IO["input_ids"][0].tolist()[10:])
+OURS = "{% for m in messages %}{{ 'w30 w31 ' + m.content }}{% endfor %}"
+
+
+def policy_folder(folder: Path, proprio: bool, **config: Any) -> Path:
+    """The golden model with a tokenizer and a template that write the golden prompt."""
+    backend = Backend(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
+    backend.pre_tokenizer = Whitespace()
+    publish(folder, proprio, **config)
+    Tokenizer(backend, OURS).save(folder)
+    return folder
+
+
+def observation(kind: str, images: int = 2) -> dict[str, Any]:
+    found = {"image": IO["image.0"].numpy(), "prompt": INSTRUCTION}
+    if images > 1:
+        found["wrist_image"] = IO["image.1"].numpy()
+    if kind == "proprio":
+        found["state"] = IO["proprio"][0].numpy()
+    return found
+
+
+@pytest.fixture(params=["noproprio", "proprio"])
+def policy_case(request, tmp_path: Path) -> tuple[str, Policy]:
+    folder = policy_folder(tmp_path / "vla", request.param == "proprio")
+    policy = mmdlm.load_policy(folder)
+    policy.prompt = "{instruction}"  # the golden prompt has no words around it
+    return request.param, policy
+
+
+def test_policy_equals_the_reference(policy_case):
+    kind, policy = policy_case
+    got = policy.infer(observation(kind))
+    assert (got["actions"].shape, got["actions"].dtype) == ((8, 7), np.float32)
+    assert got["timing"]["forwards"] == 1
+    golden = IO[f"dd.{kind}.maskgit_plus.steps1.actions"].numpy()
+    np.testing.assert_allclose(got["actions"], golden, atol=1e-6)
+    assert policy.execute == 8
+    for score, steps in (("maskgit_plus", 8), ("entropy", 3), ("entropy", 8)):
+        slower = Policy(policy.model, strategies=[Timesteps(steps), SCORES[score]])
+        slower.prompt = policy.prompt
+        golden = IO[f"dd.{kind}.{score}.steps{steps}.actions"].numpy()
+        got = slower.infer(observation(kind))
+        np.testing.assert_allclose(got["actions"], golden, atol=1e-6)
+        assert got["timing"]["forwards"] == steps
+
+
+def test_cameras_may_be_named_or_listed(policy_case):
+    kind, policy = policy_case
+    expected = policy.infer(observation(kind))["actions"]
+    obs = observation(kind, 1)
+    both = [IO["image.0"].numpy(), IO["image.1"].numpy()]
+    listed = obs | {"image": both}
+    openpi = {f"observation/{k}": v for k, v in observation(kind).items() if k != "prompt"}
+    for other_form in (listed, openpi | {"prompt": INSTRUCTION}):
+        assert np.array_equal(policy.infer(other_form)["actions"], expected)
+    alone = policy.infer(obs)["actions"]
+    swapped = policy.infer(obs | {"image": both[::-1]})["actions"]
+    assert not np.array_equal(alone, expected)
+    assert not np.array_equal(swapped, expected)
+    together = policy.infer_batch([observation(kind), obs, listed])
+    for result, actions in zip(together, (expected, alone, expected), strict=True):
+        assert np.array_equal(result["actions"], actions)
+    assert policy.metadata["cameras"] == ["image", "wrist_image"]
+    with pytest.raises(ValueError, match="is an empty list; give at least one"):
+        policy.infer(obs | {"image": []})
+    with pytest.raises(ValueError, match=r"obs\['wrist_image'\] is float64"):
+        policy.infer(obs | {"wrist_image": np.zeros((56, 56, 3))})
+
+
+@pytest.mark.parametrize("kind", ["noproprio", "proprio"])
+def test_policy_trained_on_zero_embeddings_equals_the_reference(kind, tmp_path):
+    folder = policy_folder(tmp_path / "vla", kind == "proprio", use_discrete_diffusion=False)
+    policy = mmdlm.load_policy(folder)
+    policy.prompt = "{instruction}"
+    assert policy.placeholder == "zero"
+    golden = IO[f"discrete_onestep.{kind}.actions"].numpy()
+    together = policy.infer_batch([observation(kind, 1), observation(kind)])
+    np.testing.assert_allclose(together[1]["actions"], golden, atol=1e-6)
+    alone = policy.infer(observation(kind, 1))
+    assert np.array_equal(alone["actions"], together[0]["actions"])
+    assert alone["timing"]["forwards"] == 1
+    with pytest.raises(ValueError, match="strategies have no effect"):
+        Policy(policy.model, strategies=[Timesteps(2)])
+
+
+def test_state_that_the_policy_does_not_read_is_ignored(tmp_path):
+    policy = mmdlm.load_policy(policy_folder(tmp_path / "vla", proprio=False))
+    policy.prompt = "{instruction}"
+    obs = observation("noproprio")
+    expected = policy.infer(obs)["actions"]
+    assert np.array_equal(policy.infer(obs | {"state": np.zeros(3)})["actions"], expected)
+    assert policy.metadata["keys"] == ["image", "prompt"]
+
+
+@pytest.mark.parametrize("case", json.loads((GOLDEN / "prompts.json").read_text()).values())
+def test_prompts_are_written_as_published(case, speller, monkeypatch):
+    """One image slot per camera directly before the question; the state before everything."""
+    names = [f"<|action_{i}|>" for i in range(16)]
+    tokenizer = speller(special=["<|im_start|>", "<|im_end|>", *names]).tokenizer
+    first = tokenizer.id("<|action_0|>")
+    made = other(
+        ["proprio_projector.fc1.weight"],
+        unnorm_key="bridge_orig",
+        vocab_size=len(tokenizer),
+        mask_token_id=258,
+        use_discrete_diffusion=False,
+    )
+    model = build(DreamVLA.with_tokenizer(made, tokenizer), tokenizer)
+    assert model.robot.bins.ids == range(first, first + 16)
+    assert model.robot.tail == (tokenizer.id("<|im_end|>"), tokenizer.id("\u010a"))
+    model.to_empty(device="cpu")
+    for weight in model.parameters():
+        weight.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    rows = []
+    embed = model.embed
+
+    def watched(given, *rest):
+        rows.extend(given)
+        return embed(given, *rest)
+
+    monkeypatch.setattr(model, "embed", watched)
+    images = [np.full((40, 40, 3), 50 * i, np.uint8) for i in range(case["images"])]
+    obs = {"image": images, "state": np.ones(5), "prompt": case["instruction"]}
+    Policy(model).infer(obs)
+    slots = {"image": "<|image_pad|>", "state": "<state>"}
+    shown = "".join(
+        slots[part.kind]
+        if not isinstance(part, Tensor)
+        else tokenizer.backend.decode(part.tolist(), skip_special_tokens=False)
+        for part in rows[0].parts
+        if not (isinstance(part, Tensor) and part.is_floating_point())
+    )
+    assert shown == "<state>" + case["inference"] + "<|im_end|>\n"
