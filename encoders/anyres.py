@@ -19,7 +19,8 @@ from PIL import Image
 from encoders.checks import Checked
 from encoders.encoder import Encoder
 from encoders.features import Features, Prepared
-from encoders.vit import ImageInput, ViT, as_rgb
+from encoders.image import ImageInput, as_rgb
+from encoders.vit import ViT
 
 Pair = tuple[int, int]
 Mode = Literal["anyres", "pad", "square"]
