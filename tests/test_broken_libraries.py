@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 WITHOUT_AUDIO = """
 import numpy as np
 import mmdlm
-from mmdlm.cli import main
+from mmdlm.commands.main import main
 
 for command in (
     ["list"],

@@ -7,10 +7,10 @@ import pytest
 import torch
 import yaml
 
+from mmdlm.commands.train import run
 from mmdlm.data.lerobot_writer import Writer
 from mmdlm.decoding import preset
 from mmdlm.loading.own import read_tasks
-from mmdlm.training.cli import run
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TASKS = yaml.safe_load((CONFIGS / "train" / "tiny.yaml").read_text())["data"]["train"]["episodes"][

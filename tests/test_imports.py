@@ -37,7 +37,7 @@ LEVELS = (
     {"rl", "serving"},
     {"benchmarks"},
     {"commands"},
-    {"cli"},
+    {"__main__"},
 )
 RANK = {unit: rank for rank, units in enumerate(LEVELS) for unit in units}
 # What adapters may import of encoders: contracts, never an encoder.
@@ -164,7 +164,7 @@ def test_imports_go_one_way() -> None:
         ("mmdlm.decoding.plans.blocks", "mmdlm.decoding.strategy.Strategy", False),
         ("mmdlm.decoding.plans.blocks", "mmdlm.objectives.masked.Masked", True),
         ("mmdlm.data.scenes", "mmdlm.caption", True),
-        ("mmdlm.cli", "mmdlm.caption", False),
+        ("mmdlm.commands.main", "mmdlm.caption", False),
         ("mmdlm.data.scenes", "mmdlm.__version__", False),
     ],
 )

@@ -19,7 +19,7 @@ from adapters.mlp import MLP
 from encoders.vit import ViT
 from encoders.whisper import WhisperEncoder
 from mmdlm import checkpoint
-from mmdlm.cli import main
+from mmdlm.commands.main import main
 from mmdlm.model import MultimodalDLM
 from mmdlm.tasks.act import Policy
 from mmdlm.tasks.folder import each, run_folder

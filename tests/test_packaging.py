@@ -60,12 +60,12 @@ def test_wheel_says_what_it_is(wheel: Path) -> None:
     assert about["License-Expression"] == "Apache-2.0"
     assert set(about.get_all("Provides-Extra")) == set(doctor.EXTRAS)
     assert about.get_payload().startswith("#")  # the README
-    assert "mmdlm = mmdlm.cli:main" in commands
+    assert "mmdlm = mmdlm.commands.main:main" in commands
     assert wheel.stat().st_size < 40e6
 
 
 def test_installed_copy_works_from_another_folder(installed: Path, tmp_path: Path) -> None:
-    code = "import mmdlm, encoders.features, adapters.adapter, mmdlm.cli\n"
+    code = "import mmdlm, encoders.features, adapters.adapter, mmdlm.commands.main\n"
     code += "for module in mmdlm, encoders, adapters: print(module.__file__)"
     env = {**os.environ, "PYTHONPATH": str(installed)}
     out = python("-c", code, cwd=tmp_path, env=env).split()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mmdlm.cli import COMMANDS as KNOWN
-from mmdlm.cli import main
+from mmdlm.commands.main import main
+from mmdlm.commands.table import COMMANDS as KNOWN
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, re.DOTALL)

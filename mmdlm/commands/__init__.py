@@ -1,1 +1,1 @@
-"""What `mmdlm` does, a file per group of commands; `mmdlm.cli` finds them."""
+"""The command line, one file per group of commands; the entry point is `main.py`."""

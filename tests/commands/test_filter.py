@@ -1,6 +1,6 @@
 import torch
 
-from mmdlm.cli import main
+from mmdlm.commands.main import main
 from mmdlm.decoding import aux_network
 from mmdlm.decoding.commits.learn2pd import KIND, Filter
 

@@ -33,7 +33,7 @@ def test_short_commands_start_quickly(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "one.png")
     runs = {"import torch": ["-c", "import torch"]}
-    runs |= {command: ["-m", "mmdlm.cli", *command.split()] for command in BARS}
+    runs |= {command: ["-m", "mmdlm", *command.split()] for command in BARS}
     measured = []
     for _ in range(ATTEMPTS):
         rounds = [
@@ -64,7 +64,7 @@ def test_short_commands_import_only_what_they_use(
 ) -> None:
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "one.png")
     code = (
-        "import sys; from mmdlm.cli import main; code = main(sys.argv[1:])\n"
+        "import sys; from mmdlm.commands.main import main; code = main(sys.argv[1:])\n"
         "print('imported', *sys.modules); sys.exit(code)"
     )
     run = subprocess.run(

@@ -7,8 +7,8 @@ from PIL import Image
 
 import mmdlm
 from mmdlm import checkpoint
-from mmdlm.cli import main
 from mmdlm.commands import text as terminal
+from mmdlm.commands.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*filled the canvas")
 MARKERS = ["<|im_start|>", "<|im_end|>"]
@@ -165,7 +165,7 @@ def test_help_of_both_imports_no_torch():
     import subprocess
 
     code = (
-        "import sys; from mmdlm.cli import main\n"
+        "import sys; from mmdlm.commands.main import main\n"
         "for name in ('chat', 'generate'):\n"
         "    try: main([name, '--help'])\n"
         "    except SystemExit: pass\n"

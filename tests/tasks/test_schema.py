@@ -9,7 +9,7 @@ import torch
 import mmdlm
 from adapters.mlp import MLP
 from encoders.vit import ViT
-from mmdlm.cli import main
+from mmdlm.commands.main import main
 from mmdlm.decoding.commits.threshold import Threshold
 from mmdlm.decoding.scores.gumbel import Gumbel
 from mmdlm.decoding.scores.random_order import RandomOrder

@@ -16,13 +16,13 @@ from encoders.vit import ViT
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
 from mmdlm.checkpoint import save, save_published
+from mmdlm.commands.train import run
 from mmdlm.data.scenes import CAPTION_LENGTH, CAPTION_PROMPT, Scenes
 from mmdlm.export import export
 from mmdlm.loading import ckpt
 from mmdlm.loading.shards import INDEX, SINGLE
 from mmdlm.model import MultimodalDLM
 from mmdlm.text import Tokenizer
-from mmdlm.training.cli import run
 from mmdlm.training.module import Module
 
 STEPS = [{"class_path": "mmdlm.decoding.commits.top_k.TopK", "init_args": {"steps": 4}}]

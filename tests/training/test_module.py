@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from mmdlm.training.cli import run
+from mmdlm.commands.train import run
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -33,7 +33,7 @@ def fit(config, *options):
 
 
 def command(config, *options):
-    return [sys.executable, "-m", "mmdlm.training.cli", "fit", "-c", str(config), *options]
+    return [sys.executable, "-m", "mmdlm.commands.train", "fit", "-c", str(config), *options]
 
 
 def test_a_resumed_run_ends_with_the_same_bits(config, tmp_path):

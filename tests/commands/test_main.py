@@ -14,11 +14,13 @@ from PIL import Image
 import mmdlm
 from adapters.mlp import MLP
 from encoders.vit import ViT
-from mmdlm import checkpoint, cli
+from mmdlm import checkpoint
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
-from mmdlm.cli import COMMANDS, arguments, main
 from mmdlm.commands.about import facts
+from mmdlm.commands.arguments import arguments
+from mmdlm.commands.main import main
+from mmdlm.commands.table import COMMANDS, TRAINING
 from mmdlm.model import MultimodalDLM
 from mmdlm.text import Tokenizer
 
@@ -56,9 +58,7 @@ def photos(tmp_path) -> Path:
 
 def test_help_answers_at_once_and_names_every_command():
     begin = time.perf_counter()
-    run = subprocess.run(
-        [sys.executable, "-m", "mmdlm.cli", "--help"], capture_output=True, text=True
-    )
+    run = subprocess.run([sys.executable, "-m", "mmdlm", "--help"], capture_output=True, text=True)
     assert time.perf_counter() - begin < 5  # 0.1 s on an idle machine
     assert run.returncode == 0, run.stderr
     for name, command in COMMANDS.items():
@@ -68,7 +68,7 @@ def test_help_answers_at_once_and_names_every_command():
 
 def test_help_of_a_command_imports_no_torch():
     code = (
-        "import sys; from mmdlm.cli import main\n"
+        "import sys; from mmdlm.commands.main import main\n"
         "try: main(['caption', '--help'])\n"
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules"
@@ -78,7 +78,7 @@ def test_help_of_a_command_imports_no_torch():
     assert "mmdlm caption photos/" in run.stdout
 
 
-@pytest.mark.parametrize("name", [n for n, c in COMMANDS.items() if c.place != cli.TRAINING])
+@pytest.mark.parametrize("name", [n for n, c in COMMANDS.items() if c.place != TRAINING])
 def test_every_option_of_every_command_is_explained(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([*name.split(), "--help"])

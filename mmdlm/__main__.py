@@ -1,0 +1,7 @@
+"""`python -m mmdlm`."""
+
+import sys
+
+from mmdlm.commands.main import main
+
+sys.exit(main())

@@ -1,0 +1,73 @@
+"""The table of commands: which function each one calls, and what the overview says about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Args:
+        place: module:function, imported when the command is called; in mmdlm.commands unless the
+            module begins with "mmdlm.".
+        line: what it does, for the overview.
+        group: heading in the overview.
+        positional: parameters given without their name.
+    """
+
+    place: str
+    line: str
+    group: str
+    positional: tuple[str, ...] = ()
+
+
+ASK, TRAIN, LOOK = "Ask a model", "Train and measure", "Look around"
+TRAINING = "train:run"
+COMMANDS = {
+    "caption": Command("ask:caption", "what pictures show", ASK, ("files",)),
+    "answer": Command("ask:answer", "a question about pictures", ASK, ("files",)),
+    "describe": Command("ask:describe", "what sounds are", ASK, ("files",)),
+    "transcribe": Command("ask:transcribe", "what is said", ASK, ("files",)),
+    "generate": Command("text:generate", "what follows a text", ASK, ("texts",)),
+    "chat": Command("text:chat", "talk with a text model", ASK, ("checkpoint",)),
+    "infill": Command("ask:infill", "the [MASK]s of a text", ASK, ("templates",)),
+    "embed": Command("ask:embed", "vectors of pictures or sounds", ASK, ("files",)),
+    "act": Command("mmdlm.simulators.rollout:act", "drive a simulated robot", ASK),
+    "demo": Command("demo:demo", "all of it at once, with the bundled model", ASK),
+    "fit": Command(TRAINING, "train: mmdlm fit -c train/tiny", TRAIN),
+    "validate": Command(TRAINING, "losses on held-out data", TRAIN),
+    "test": Command(TRAINING, "Lightning's test loop", TRAIN),
+    "predict": Command(TRAINING, "Lightning's predict loop", TRAIN),
+    "bench": Command("mmdlm.benchmarks.scores:bench", "quality and speed", TRAIN, ("what",)),
+    "bench presets": Command(
+        "mmdlm.benchmarks.tradeoff:bench_presets",
+        "accuracy against forwards of every decoding preset",
+        TRAIN,
+        ("presets",),
+    ),
+    "export": Command(
+        "export:export",
+        "a model folder from a training checkpoint",
+        TRAIN,
+        ("checkpoint",),
+    ),
+    "filter": Command("filter:train", "a filter for Learn2PD, from prompts", TRAIN, ("prompts",)),
+    "data make scenes": Command(
+        "data:make_scenes",
+        "drawn pictures with captions and questions",
+        TRAIN,
+        ("out",),
+    ),
+    "data make speech": Command(
+        "data:make_speech", "spoken phrases with their words", TRAIN, ("out",)
+    ),
+    "data make episodes": Command(
+        "data:make_episodes", "robot episodes of a scripted expert", TRAIN, ("out",)
+    ),
+    "list": Command("about:list_names", "what there is to choose from", LOOK, ("what",)),
+    "info": Command("about:info", "what a checkpoint is and can do", LOOK, ("checkpoint",)),
+    "doctor": Command("about:doctor", "what works on this machine", LOOK),
+}
+TRAINERS = tuple(name for name, command in COMMANDS.items() if command.place == TRAINING)
