@@ -36,7 +36,11 @@ class Parser(ArgumentParser):
 
 
 def arguments(
-    function: Callable[..., Any], args: Items[str], prog: str, positional: Items[str] = ()
+    function: Callable[..., Any],
+    args: Items[str],
+    prog: str,
+    positional: Items[str] = (),
+    repeated: Items[str] = (),
 ) -> dict[str, Any]:
     """Keyword arguments of a function from a command line.
 
@@ -48,6 +52,7 @@ def arguments(
         args: the command line.
         prog: name of the command in the help.
         positional: parameters given without their name; a list takes all of them.
+        repeated: lists whose option is given once per item.
     Raises:
         SystemExit: status 0 after --help, 2 for wrong arguments.
     """
@@ -66,6 +71,8 @@ def arguments(
                 add_option(parser, *field)
         elif name in positional:
             add_positional(parser, name, hint, default, text)
+        elif name in repeated:
+            parser.add_argument(f"--{name}", action="append", type=item_type(hint), help=text)
         else:
             add_option(parser, name, hint, default, text)
     values = dict(vars(parser.parse_args(list(args))))

@@ -30,30 +30,40 @@ def answer(
     run: Run,
     ask: Ask,
     files: list[str] = (),
+    image: list[str] | None = None,
     choices: list[str] | None = None,
     out: Path | None = None,
 ) -> int:
-    """Answers a question about each picture, or about none.
+    """Answers a question about each image, about several images at once, or about none.
 
     mmdlm answer scene.png --question "what colour is the circle ?"
     mmdlm answer scenes/ --question "is there a square ?" --choices yes,no --out answers.jsonl
+    mmdlm answer --image a.png --image b.png --question "what has changed ?" --model my-model
 
     Args:
-        question: what is asked.
-        files: pictures, and folders that are searched for pictures.
+        question: the question.
+        files: images, and folders that are searched for images; one answer each.
+        image: an image of the question; given several times, the question is about all of them.
         choices: possible answers, separated by commas; the most probable one is given.
         out: JSON Lines file; run again to go on where it stopped and to retry broken files.
         run: which model runs, and where.
         ask: how the answer is decoded.
     """
     options = ask.options() | {"choices": choices}
+    if files and image:
+        raise ValueError("--image is for one question; leave out either it or the files")
     if files:
         return _over_files("answer", files, run, out, options | {"question": question}, ask=ask)
     if out is not None:
-        raise ValueError("--out is for answers about files; name pictures or a folder")
+        raise ValueError("--out is for answers about files; name images or a folder")
     from mmdlm.tasks.answer import answer as tell
 
-    result = tell(run.load(), question, batch_size=run.batch_size, **options)
+    asked: Any = question
+    if image:
+        parts = [{"type": "image", "image": file} for file in image]
+        parts.append({"type": "text", "text": question})
+        asked = [{"role": "user", "content": parts}]
+    result = tell(run.load(), asked, batch_size=run.batch_size, **options)
     print_result(ask.draw({"question": question, **plain(result)}), run.json, "question")
     return 0
 

@@ -84,7 +84,8 @@ def _run(args: list[str]) -> int:
         return 0
     from mmdlm.commands.arguments import arguments
 
-    return int(call(**arguments(call, rest, f"mmdlm {name}", command.positional)) or 0)
+    given = arguments(call, rest, f"mmdlm {name}", command.positional, command.repeated)
+    return int(call(**given) or 0)
 
 
 def _split(args: list[str]) -> tuple[str | None, list[str]]:

@@ -15,19 +15,21 @@ class Command:
         line: what it does, for the overview.
         group: heading in the overview.
         positional: parameters given without their name.
+        repeated: lists whose option is given once per item.
     """
 
     place: str
     line: str
     group: str
     positional: tuple[str, ...] = ()
+    repeated: tuple[str, ...] = ()
 
 
 ASK, TRAIN, LOOK = "Ask a model", "Train and measure", "Look around"
 TRAINING = "train:run"
 COMMANDS = {
     "caption": Command("ask:caption", "what pictures show", ASK, ("files",)),
-    "answer": Command("ask:answer", "a question about pictures", ASK, ("files",)),
+    "answer": Command("ask:answer", "a question about images", ASK, ("files",), ("image",)),
     "describe": Command("ask:describe", "what sounds are", ASK, ("files",)),
     "transcribe": Command("ask:transcribe", "what is said", ASK, ("files",)),
     "generate": Command("text:generate", "what follows a text", ASK, ("texts",)),

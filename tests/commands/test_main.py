@@ -186,6 +186,18 @@ def test_answer_with_and_without_pictures(loaded, photos, capsys):
     assert "--question" in capsys.readouterr().err
 
 
+def test_one_question_about_several_images(loaded, photos, capsys):
+    first, second = str(photos / "0.png"), str(photos / "1.png")
+    given = ["--question", "is it red ?", "--length", "2"]
+    assert main(["answer", "--image", first, "--image", second, *given]) == 0
+    content = [{"type": "image", "image": first}, {"type": "image", "image": second}]
+    content.append({"type": "text", "text": "is it red ?"})
+    wanted = mmdlm.answer(loaded, [{"role": "user", "content": content}], length=2)
+    assert capsys.readouterr().out == f"is it red ?: {wanted}\n"
+    assert main(["answer", first, "--image", second, *given]) == 2
+    assert "--image is for one question" in capsys.readouterr().err
+
+
 def test_infill_and_embed(loaded, photos, capsys):
     image = str(photos / "0.png")
     assert main(["infill", "a [MASK] circle", "[MASK:2] circle", "--image", image]) == 0
