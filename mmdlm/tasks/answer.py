@@ -1,4 +1,4 @@
-"""Answers to questions, in the model's own words or from fixed choices."""
+"""Answer questions, freely or by choosing among given texts."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from mmdlm.model import MultimodalDLM
 from mmdlm.processor import MediaCache
 from mmdlm.tasks.generate import (
     Answer,
+    as_list,
     batches,
     generate,
-    listed,
-    settings,
-    shown,
+    resolve_settings,
+    unwrap,
     words,
 )
 
@@ -48,105 +48,112 @@ def answer(
     details: bool = False,
     seed: int | None = None,
 ) -> Any:
-    """The answer to a question, with or without an image, or in a conversation.
+    """Answer a question, with or without an image, or continue a conversation.
 
-    Several questions about one image, one question about several images one by one, or two lists
-    of equal length give a list. An image that several questions are about is encoded once. Several
-    images or clips in ONE question, or several turns, are a conversation.
+    A list of questions, a list of images, or two lists of equal length give a list of answers.
+    An image used by several questions is encoded once. Several images or clips in ONE question,
+    or several turns, are passed as a conversation.
 
     Args:
-        model: the model.
-        question: a text; a conversation, see `mmdlm.messages.conversation`, whose messages hold
-            text, images and clips in any order; or a list of either.
+        model: model.
+        question: text, or a conversation of messages with text, images and clips in any order
+            (see `mmdlm.messages.conversation`), or a list of either.
         image: see `mmdlm.caption`; None for a question without an image, or a conversation.
-        images: a list of images; the same as `image=[...]`.
-        choices: texts of which the most probable is the answer, see `choose`; nothing is decoded,
-            so `strategies` and `seed` have no effect.
-        prompt: instruction around the question, with {question} in it; None for the checkpoint's
-            own, or the bare question. Conversations are taken as they are.
-        length: tokens of the canvas; None for the checkpoint's own, else 32.
-        strategies: a preset's name or a list, see `mmdlm.decode`; None for the checkpoint's own.
-        batch_size: questions decoded together; it does not change the answers.
+        images: list of images; the same as `image=[...]`.
+        choices: candidate texts; the most probable one is returned, see `choose`. Nothing is
+            decoded, so `strategies` and `seed` have no effect.
+        prompt: instruction that contains {question}; None: the checkpoint's default, else the
+            question alone. Not used for conversations.
+        length: canvas length in tokens; None: the checkpoint's default, else 32.
+        strategies: preset name or list, see `mmdlm.decode`; None: the checkpoint's default.
+        batch_size: questions per batch; it does not change the answers.
         details: return `mmdlm.tasks.generate.Answer` instead of text.
-        seed: of strategies that draw random numbers.
+        seed: random seed, the same for every question; None: torch's default generator.
+    Returns:
+        str, or list[str] for a list; `Answer` instead of str if details=True.
     Raises:
-        ValueError: lists of unequal length, or an image, question or choice is not valid.
+        ValueError: lists differ in length, or an image, question or choice is not valid.
     """
     if images is not None:
         if image is not None:
             raise ValueError("give image= or images=, not both")
         image = list(images)
-    how = settings(model, "answer", prompt, length, strategies, needs_prompt=False)
-    is_many, asked = _conversations(model, question, image, how.prompt or "{question}")
+    settings = resolve_settings(model, "answer", prompt, length, strategies, needs_prompt=False)
+    is_many, conversations = _conversations(model, question, image, settings.prompt or "{question}")
     if choices is not None:
-        own = (model.preset.get("answer") or {}).get("length")
-        options = completed(model, choices, length, own)
-        examples = [Example((*one, assistant(Slot(length=options.shape[1])))) for one in asked]
+        default = (model.preset.get("answer") or {}).get("length")
+        options = encode_choices(model, choices, length, default)
+        slot = assistant(Slot(length=options.shape[1]))
+        examples = [Example((*messages, slot)) for messages in conversations]
         answers = choose(model, examples, choices, options, batch_size)
     else:
-        examples = [Example((*one, assistant(Slot(length=how.length)))) for one in asked]
-        answers = generate(model, examples, how.strategies, batch_size=batch_size, seed=seed)
-    return shown(answers, is_many, details)
+        slot = assistant(Slot(length=settings.length))
+        examples = [Example((*messages, slot)) for messages in conversations]
+        answers = generate(model, examples, settings.strategies, batch_size=batch_size, seed=seed)
+    return unwrap(answers, is_many, details)
 
 
 def _conversations(
     model: MultimodalDLM, question: Any, image: Any, pattern: str
 ) -> tuple[bool, list[tuple[Message, ...]]]:
-    """Whether a list was asked for, and the messages of each question."""
+    """(whether to return a list, messages of each question)."""
     is_one = is_conversation(question)
     if is_one or (isinstance(question, list) and any(map(is_conversation, question))):
         if image is not None:
-            raise ValueError("a conversation holds its images; leave image= out")
+            raise ValueError(
+                "image= was given with a conversation; put the image into its messages"
+            )
         return not is_one, [conversation(q) for q in ([question] if is_one else question)]
     if image is not None:
         model.processor.require("image")
     if "{question}" not in pattern:
+        raise ValueError(f"prompt is {pattern!r}, expected a text that contains {{question}}")
+    messages = []
+    for text, item in pair_questions(question, image):
+        media = () if item is None else (Media("image", item),)
+        messages.append((user(*media, pattern.replace("{question}", text)),))
+    return isinstance(question, list) or isinstance(image, list), messages
+
+
+def pair_questions(question: str | list[str], image: Any) -> list[tuple[str, Any]]:
+    """(question, image) pairs; a single value is repeated for the other's list."""
+    questions, images = as_list(question), as_list(image)
+    for text in questions:
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"question is {text!r}, expected text or a conversation")
+    if isinstance(question, list) and isinstance(image, list) and len(questions) != len(images):
         raise ValueError(
-            f"prompt {pattern!r} has no place for the question; write {{question}} where it goes"
+            f"got {len(questions)} questions and {len(images)} images, expected lists of equal "
+            "length, or one question or one image"
         )
-    asked = [
-        (user(*(() if it is None else (Media("image", it),)), pattern.replace("{question}", one)),)
-        for one, it in pairs(question, image)
-    ]
-    return isinstance(question, list) or isinstance(image, list), asked
+    count = max(len(questions), len(images)) if questions and images else 0
+    return [(questions[i % len(questions)], images[i % len(images)]) for i in range(count)]
 
 
-def pairs(question: str | list[str], image: Any) -> list[tuple[str, Any]]:
-    """Questions with the image of each."""
-    asked, seen = listed(question), listed(image)
-    for one in asked:
-        if not isinstance(one, str) or not one.strip():
-            raise ValueError(f"question is {one!r}, expected text or a conversation")
-    if isinstance(question, list) and isinstance(image, list) and len(asked) != len(seen):
-        raise ValueError(
-            f"{len(asked)} questions and {len(seen)} images; give one of either, or as many"
-        )
-    count = max(len(asked), len(seen)) if asked and seen else 0
-    return [(asked[i % len(asked)], seen[i % len(seen)]) for i in range(count)]
-
-
-def completed(
-    model: MultimodalDLM, choices: Items[str], length: int | None, own: int | None
+def encode_choices(
+    model: MultimodalDLM, choices: Items[str], length: int | None, default: int | None
 ) -> Tensor:
-    """Token ids [O G] int64 of the choices, completed with end tokens to one canvas.
+    """Token ids [O G] int64 of the choices, padded with end tokens to the same length.
 
     Args:
-        model: its tokenizer and end id.
+        model: model with a tokenizer.
         choices: at least two distinct texts.
-        length: the caller's canvas; None for the checkpoint's, or one end token after the longest.
-        own: the checkpoint's canvas.
+        length: canvas length G in tokens; None: `default`, else the longest choice plus one.
+        default: the checkpoint's canvas length.
     Raises:
-        ValueError: a choice is empty, given twice, or longer than the caller's canvas.
+        ValueError: a choice is empty, given twice, or longer than `length`.
     """
     if isinstance(choices, str) or len(choices) < 2 or len(set(choices)) < len(choices):
         raise ValueError(f"choices is {choices!r}, expected two or more distinct texts")
     ids = [model.processor.encode(choice) for choice in choices]
     longest = max(len(one) for one in ids)
     if min(len(one) for one in ids) == 0:
-        raise ValueError(f"choices {choices!r} hold an empty text")
-    size = max(own or longest + 1, longest) if length is None else length
+        raise ValueError(f"choices is {choices!r}, expected no empty text")
+    size = max(default or longest + 1, longest) if length is None else length
     if size < longest:
-        raise ValueError(f"a choice has {longest} tokens, the canvas {size}; pass a larger length")
+        raise ValueError(
+            f"length is {size}, but a choice has {longest} tokens; pass a larger length"
+        )
     table = torch.full((len(ids), size), model.spec.eos_id)
     for row, one in zip(table, ids, strict=True):
         row[: len(one)] = one
@@ -161,16 +168,16 @@ def choose(
     options: Tensor,
     batch_size: int,
 ) -> list[Answer]:
-    """The most probable choice of each example, from one forward per batch.
+    """Most probable choice of each example, from one forward per batch.
 
-    The forward sees a canvas of masks. A choice scores the sum of the log probabilities of its
-    tokens, completed with end tokens; a softmax over the choices gives their probabilities.
+    The input canvas holds masks only. The score of a choice is the sum of the log probabilities
+    of its tokens, end tokens included. A softmax over the choices gives their probabilities.
 
     Args:
-        model: the model.
-        examples: with a slot as long as the options.
+        model: model.
+        examples: examples with a slot of G tokens.
         choices: O texts.
-        options: [O G] int64, see `completed`.
+        options: [O G] int64, see `encode_choices`.
         batch_size: examples per batch.
     """
     media = MediaCache(examples)
@@ -182,49 +189,49 @@ def choose(
         sequence = model.embed(packed.rows, media.embeddings)
         media.forget()
         scored = _log_probabilities(model, sequence, table)  # [B O G]
-        chance = scored.sum(2).softmax(1)  # [B O]
+        probabilities = scored.sum(2).softmax(1)  # [B O]
         seconds = time.perf_counter() - begin
-        for row, sure in zip(chance.tolist(), scored.exp().tolist(), strict=True):
-            answers.append(_chosen(model, choices, row, sure, seconds))
+        for row, per_token in zip(probabilities.tolist(), scored.exp().tolist(), strict=True):
+            answers.append(_choice_answer(model, choices, row, per_token, seconds))
     return answers
 
 
-def _chosen(
+def _choice_answer(
     model: MultimodalDLM,
     choices: Items[str],
-    chance: list[float],
-    sure: list[list[float]],
+    probabilities: list[float],
+    per_token: list[list[float]],
     seconds: float,
 ) -> Answer:
-    """The answer of one example.
+    """Answer of one example.
 
     Args:
-        model: the model.
+        model: model.
         choices: O texts.
-        chance: probability of each.
-        sure: probability of each token of each.
+        probabilities: O probabilities of the choices.
+        per_token: O lists of token probabilities.
         seconds: see `Answer`.
     """
-    best = max(range(len(choices)), key=chance.__getitem__)
+    best = max(range(len(choices)), key=probabilities.__getitem__)
     tokens = model.processor.encode(choices[best]).tolist()
-    step, own = (0,) * len(tokens), tuple(sure[best][: len(tokens)])
+    step, confidence = (0,) * len(tokens), tuple(per_token[best][: len(tokens)])
     return Answer(
         choices[best],
         tuple(tokens),
         1,
         seconds,
-        own,
+        confidence,
         step,
-        words(model, tokens, step, own),
-        probabilities=dict(zip(choices, chance, strict=True)),
+        words(model, tokens, step, confidence),
+        probabilities=dict(zip(choices, probabilities, strict=True)),
     )
 
 
 def _log_probabilities(model: MultimodalDLM, sequence: Sequence, options: Tensor) -> Tensor:
-    """[B O G] float32 log probability of each token of each option on a canvas of masks."""
+    """[B O G] float32 log probability of each token of each option, given a masked canvas."""
     batch = len(sequence.tokens)
     logits = model.logits_at(sequence, sequence.is_answer).float()  # [B*G V]
-    logits[:, model.spec.mask_id] = -torch.inf  # as in decoding: the mask is never an answer
+    logits[:, model.spec.mask_id] = -torch.inf  # as in decoding: the mask id is never predicted
     logp = logits.log_softmax(1).unflatten(0, (batch, -1))  # [B G V]
     at = options.T.expand(batch, -1, -1)  # [B G O]
     return logp.gather(2, at).transpose(1, 2)  # [B O G]

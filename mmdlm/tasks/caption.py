@@ -1,4 +1,4 @@
-"""What a picture shows."""
+"""Caption images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from mmdlm.decoding.preset import Choice
 from mmdlm.model import MultimodalDLM
-from mmdlm.tasks.generate import ask
+from mmdlm.tasks.generate import generate_from_media
 
 
 def caption(
@@ -20,30 +20,22 @@ def caption(
     details: bool = False,
     seed: int | None = None,
 ) -> Any:
-    """The caption of a picture; of a list of pictures, the list of their captions.
+    """Caption an image, or each image of a list.
 
     Args:
         model: a model that takes images.
         image: path, file bytes, PIL image, array or tensor, see `mmdlm.media.read_image`; or a
             list of them.
-        prompt: the instruction; None for the checkpoint's own.
-        length: tokens of the canvas; None for the checkpoint's own, else 32.
-        strategies: a preset's name or a list, see `mmdlm.decode`; None for the checkpoint's own.
-        batch_size: pictures decoded together; it does not change the captions.
+        prompt: instruction; None: the checkpoint's default.
+        length: canvas length in tokens; None: the checkpoint's default, else 32.
+        strategies: preset name or list, see `mmdlm.decode`; None: the checkpoint's default.
+        batch_size: images per batch; it does not change the captions.
         details: return `mmdlm.tasks.generate.Answer` instead of text.
-        seed: of strategies that draw random numbers; equal pictures get equal captions.
+        seed: random seed, the same for every image; None: torch's default generator.
+    Returns:
+        str, or list[str] for a list; `Answer` instead of str if details=True.
     Raises:
-        ValueError: a picture is not valid, the model takes none, or there is no instruction.
+        ValueError: an image is not valid, the model has no image encoder, or there is no prompt.
     """
-    return ask(
-        model,
-        "caption",
-        "image",
-        image,
-        prompt=prompt,
-        length=length,
-        strategies=strategies,
-        batch_size=batch_size,
-        details=details,
-        seed=seed,
-    )
+    given = (prompt, length, strategies, batch_size, details, seed)
+    return generate_from_media(model, "caption", "image", image, *given)

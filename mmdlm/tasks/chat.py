@@ -1,4 +1,4 @@
-"""Answers to texts and conversations."""
+"""Generate text from prompts and conversations."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 from mmdlm.decoding.preset import Choice
 from mmdlm.messages import Example, Slot, assistant, conversation, is_conversation
 from mmdlm.model import MultimodalDLM
-from mmdlm.tasks.generate import generate as fill_in
-from mmdlm.tasks.generate import settings, shown
+from mmdlm.tasks.generate import generate as generate_answers
+from mmdlm.tasks.generate import resolve_settings, unwrap
 
-LENGTH = 128  # tokens of an answer where neither the caller nor the checkpoint says
+LENGTH = 128  # default canvas length in tokens
 
 
 def generate(
@@ -24,33 +24,36 @@ def generate(
     seed: int | None = None,
     chat: bool | None = None,
 ) -> Any:
-    """What a model says to a text or in a conversation; of a list of them, the list.
+    """Generate the reply to a prompt or conversation, or to each of a list.
 
     Args:
-        model: the model.
-        prompt: a text, or a conversation (see `mmdlm.messages.conversation`; text, images and
-            clips), or a list of either.
-        length: tokens of the canvas; None for the checkpoint's own, else 128.
-        strategies: a preset's name or a list, see `mmdlm.decode`; None for the checkpoint's own.
-        batch_size: prompts decoded together; it does not change the answers.
+        model: model.
+        prompt: text, or a conversation with text, images and clips (see
+            `mmdlm.messages.conversation`), or a list of either.
+        length: canvas length in tokens; None: the checkpoint's default, else 128.
+        strategies: preset name or list, see `mmdlm.decode`; None: the checkpoint's default.
+        batch_size: prompts per batch; it does not change the answers.
         details: return `mmdlm.tasks.generate.Answer` instead of text.
-        seed: of strategies that draw random numbers; equal prompts get equal answers.
-        chat: True: a text is what a user says; False: it is continued as it is, without the chat
-            template; None: as the checkpoint's files say, see `mmdlm.processor.Processor.prompt`.
+        seed: random seed, the same for every prompt; None: torch's default generator.
+        chat: True: a text is a user message; False: it is continued without the chat template;
+            None: decided by the checkpoint's files, see `mmdlm.processor.Processor.prompt`.
+    Returns:
+        str, or list[str] for a list; `Answer` instead of str if details=True.
     Raises:
-        ValueError: a prompt is empty, holds the mask token or is no conversation, or the checkpoint
-            lacks the tokenizer or chat template it takes.
+        ValueError: a prompt is empty, contains the mask token or is not a valid conversation, or
+            the checkpoint has no tokenizer or chat template.
     """
     is_many = isinstance(prompt, list) and not is_conversation(prompt)
-    own = (model.preset.get("generate") or {}).get("length")
-    length = own or LENGTH if length is None else length
-    how = settings(model, "generate", None, length, strategies, needs_prompt=False)
+    default = (model.preset.get("generate") or {}).get("length")
+    length = default or LENGTH if length is None else length
+    settings = resolve_settings(model, "generate", None, length, strategies, needs_prompt=False)
     examples, prompts = [], prompt if is_many else [prompt]
     for i, one in enumerate(prompts):
         if not one or (isinstance(one, str) and not one.strip()):
-            raise ValueError(f"prompt {i} is empty; say something")
-        examples.append(Example((*conversation(one), assistant(Slot(length=how.length)))))
+            raise ValueError(f"prompt {i} is empty, expected text or a conversation")
+        examples.append(Example((*conversation(one), assistant(Slot(length=settings.length)))))
     if chat is None and not all(isinstance(one, str) for one in prompts):
-        chat = True  # a conversation needs the template, and texts beside it take it too
-    answers = fill_in(model, examples, how.strategies, batch_size=batch_size, seed=seed, chat=chat)
-    return shown(answers, is_many, details)
+        chat = True  # conversations need the template; texts in the same list use it too
+    run = {"batch_size": batch_size, "seed": seed, "chat": chat}
+    answers = generate_answers(model, examples, settings.strategies, **run)
+    return unwrap(answers, is_many, details)

@@ -1,4 +1,4 @@
-"""What a sound is."""
+"""Describe recordings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from mmdlm.decoding.preset import Choice
 from mmdlm.model import MultimodalDLM
-from mmdlm.tasks.generate import ask
+from mmdlm.tasks.generate import generate_from_media
 
 
 def describe(
@@ -20,30 +20,22 @@ def describe(
     details: bool = False,
     seed: int | None = None,
 ) -> Any:
-    """The description of a sound; of a list of sounds, the list of their descriptions.
+    """Describe a recording, or each recording of a list.
 
     Args:
         model: a model that takes audio.
         audio: path, file bytes or (samples, rate), see `mmdlm.media.read_audio`; or a list of
             them.
-        prompt: the instruction; None for the checkpoint's own.
-        length: tokens of the canvas; None for the checkpoint's own, else 32.
-        strategies: a preset's name or a list, see `mmdlm.decode`; None for the checkpoint's own.
-        batch_size: recordings decoded together; it does not change the descriptions.
+        prompt: instruction; None: the checkpoint's default.
+        length: canvas length in tokens; None: the checkpoint's default, else 32.
+        strategies: preset name or list, see `mmdlm.decode`; None: the checkpoint's default.
+        batch_size: recordings per batch; it does not change the descriptions.
         details: return `mmdlm.tasks.generate.Answer` instead of text.
-        seed: of strategies that draw random numbers; equal recordings get equal descriptions.
+        seed: random seed, the same for every recording; None: torch's default generator.
+    Returns:
+        str, or list[str] for a list; `Answer` instead of str if details=True.
     Raises:
-        ValueError: a recording is not valid, the model takes none, or there is no instruction.
+        ValueError: a recording is not valid, the model has no audio encoder, or there is no prompt.
     """
-    return ask(
-        model,
-        "describe",
-        "audio",
-        audio,
-        prompt=prompt,
-        length=length,
-        strategies=strategies,
-        batch_size=batch_size,
-        details=details,
-        seed=seed,
-    )
+    given = (prompt, length, strategies, batch_size, details, seed)
+    return generate_from_media(model, "describe", "audio", audio, *given)

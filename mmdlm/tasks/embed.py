@@ -1,4 +1,4 @@
-"""Vectors of images, sounds and texts."""
+"""Embed images, recordings and texts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from mmdlm.messages import RAW, Example, Media, Message, Text
 from mmdlm.model import MultimodalDLM
 from mmdlm.processor import MediaCache
-from mmdlm.tasks.generate import check_batch_size, listed
+from mmdlm.tasks.generate import as_list, check_batch_size
 
 
 @torch.no_grad()
@@ -22,20 +22,20 @@ def embed(
     text: str | list[str] | None = None,
     batch_size: int = 16,
 ) -> Tensor:
-    """A vector of unit length for an image, a sound, a text, or several of them together.
+    """Unit-length embedding of an image, a recording, a text, or a combination of them.
 
-    It is the mean of the backbone's final hidden states over all real tokens of the item (media,
-    then text; no canvas, no padding), divided by its length. Models here are not trained for
-    retrieval, so compare vectors of one model and one kind of input only.
+    Mean of the backbone's final hidden states over all real tokens of the item, L2-normalized.
+    The tokens are media, then text; there is no canvas. The models are not trained for retrieval:
+    compare embeddings of the same model and the same kind of input only.
 
     Args:
-        model: the model.
+        model: model.
         image: see `mmdlm.caption`; or a list.
         audio: see `mmdlm.transcribe`; or a list.
-        text: words; or a list. Lists have one length; a single value goes with all their items.
-        batch_size: items computed together; it does not change the vectors.
+        text: text, or a list of texts. All lists need the same length; a single value is repeated.
+        batch_size: items per batch; it does not change the embeddings.
     Returns:
-        float32 [D] on the CPU, or [N D] where a list was given; dot products are cosines.
+        float32 [D] on the CPU, or [N D] if a list was given; dot products are cosines.
     Raises:
         ValueError: nothing was given, lists differ in length, or an item is not valid.
     """
@@ -44,19 +44,19 @@ def embed(
     given = {name: value for name, value in given.items() if value is not None}
     sizes = {name: len(value) for name, value in given.items() if isinstance(value, list)}
     if not given:
-        raise ValueError("embed: nothing to embed; give image=, audio= or text=")
+        raise ValueError("embed: got no input, expected image=, audio= or text=")
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"embed: lists of lengths {sizes}; expected the same")
+        raise ValueError(f"embed: lists have lengths {sizes}, expected equal lengths")
     for kind in given.keys() - {"text"}:
         model.processor.require(kind)
     count = next(iter(sizes.values()), 1)
     items = {
-        name: [*listed(value)] * (1 if name in sizes else count) for name, value in given.items()
+        name: [*as_list(value)] * (1 if name in sizes else count) for name, value in given.items()
     }
     kinds = [kind for kind in ("image", "audio") if kind in given]
     examples = [
         Example(
-            (  # raw: a vector of the text alone, not of a chat around it
+            (  # raw: without the chat template
                 Message(
                     RAW,
                     (
@@ -78,5 +78,5 @@ def embed(
         media.forget()
         hidden = model.hidden(sequence).float() * sequence.mask[..., None]  # [B L D]
         vectors.append(torch.nn.functional.normalize(hidden.sum(1), dim=1).cpu())
-    found = torch.cat(vectors) if vectors else torch.zeros(0, model.spec.transformer.width)
-    return found if sizes else found[0]
+    table = torch.cat(vectors) if vectors else torch.zeros(0, model.spec.transformer.width)
+    return table if sizes else table[0]

@@ -1,4 +1,4 @@
-"""A task over many files: results are kept as they come, broken files do not stop it."""
+"""Run a task over many files, writing one JSON line per result; failures do not stop the job."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmdlm.tasks.answer import answer
 from mmdlm.tasks.caption import caption
 from mmdlm.tasks.describe import describe
 from mmdlm.tasks.embed import embed
-from mmdlm.tasks.generate import Answer, check_batch_size, settings
+from mmdlm.tasks.generate import Answer, check_batch_size, resolve_settings
 from mmdlm.tasks.transcribe import transcribe
 
 KINDS: dict[str, Literal["image", "audio"]] = {
@@ -32,7 +32,7 @@ TASKS = (*KINDS, "embed")
 
 @dataclass(frozen=True)
 class Counts:
-    """What a folder job did: files finished now, finished by an earlier run, and broken."""
+    """Number of files done in this run, skipped (done by an earlier run), and failed."""
 
     done: int
     skipped: int
@@ -51,27 +51,28 @@ def run_folder(
     on_record: Callable[[dict[str, Any]], None] | None = None,
     **options: Any,
 ) -> Counts:
-    """What was done, after every file has its line in `out` or in the list of failures.
+    """Run a task over files and folders, appending results to a JSON Lines file.
 
-    A line is written as soon as its batch is finished. A file that cannot be read, or whose result
-    cannot be computed, is named with its error in `<out>.failed.jsonl` beside `out`, and the others
-    go on. Called again with the same `out`, only files without a line for this task (and question)
-    are worked on, failures among them.
+    Results are written after each batch. A file that fails is recorded with its error in
+    `<out>.failed.jsonl`, and the job continues. A second call with the same `out` resumes: it
+    processes the files without a result for this task (and question), failures included.
 
     Args:
-        model: the model.
+        model: model.
         task: "caption", "answer" (with question=...), "describe", "transcribe" or "embed".
-        paths: files, and folders that are searched for files.
+        paths: files, and folders to search for files.
         out: JSON Lines file, appended to.
         batch_size: files per batch.
-        kind: what to look for, with "embed".
-        progress: show a bar; None: on a terminal only.
-        on_record: called with each line, failures ("error") included.
-        **options: of the task's function.
+        kind: kind of files to search for with "embed".
+        progress: show a progress bar; None: on a terminal only.
+        on_record: called with each record, including failures (key "error").
+        **options: keyword arguments of the task function.
+    Returns:
+        numbers of files done, skipped and failed.
     Raises:
         FileNotFoundError: a path does not exist.
         ValueError: the task, its options or `out` are not valid; nothing was written.
-        ImportError: a library that the files need does not load.
+        ImportError: a library needed to read the files does not load.
     """
     out = Path(out)
     kind = _kind(task, kind)
@@ -81,7 +82,7 @@ def run_folder(
     records = each(model, task, todo, batch_size=batch_size, kind=kind, **options)
     failures = out.with_suffix(".failed.jsonl")
     failed = 0
-    failures.unlink(missing_ok=True)  # this run tries them again
+    failures.unlink(missing_ok=True)  # they are tried again
     out.parent.mkdir(parents=True, exist_ok=True)
     bar = tqdm(
         total=len(todo), desc=task, unit="file", disable=None if progress is None else not progress
@@ -111,15 +112,15 @@ def each(
     kind: Literal["image", "audio"] | None = None,
     **options: Any,
 ) -> Iterator[dict[str, Any]]:
-    """A record for each file: its result, or its "error".
+    """Yields a record per file with its result or its "error".
 
     Args:
-        model: the model.
+        model: model.
         task: see `run_folder`.
         files: media files.
         batch_size: files per batch.
         kind: see `run_folder`.
-        **options: of the task's function.
+        **options: keyword arguments of the task function.
     Raises:
         ValueError: the task or its options are not valid; raised before the first record.
     """
@@ -143,9 +144,9 @@ def _each(
         try:
             batch[file] = model.processor.prepare(kind, file)
         except ImportError:
-            raise  # a library is missing or broken: every other file would fail in the same way
-        except Exception as error:  # noqa: BLE001 - decoders of damaged files raise of every kind
-            yield _record(task, file, options) | {"error": _said(error)}
+            raise  # a missing or broken library fails for every file
+        except Exception as error:  # noqa: BLE001 - damaged files raise all kinds of exceptions
+            yield _record(task, file, options) | {"error": _error_text(error)}
         if len(batch) == batch_size:
             yield from _results(model, task, batch, options)
             batch = {}
@@ -156,14 +157,14 @@ def _each(
 def _results(
     model: MultimodalDLM, task: str, batch: dict[Path, Prepared], options: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """Records of a batch; should it fail as a whole, of its items one by one."""
+    """Yields the records of a batch; if the batch fails, its items are run one by one."""
     try:
         results = _run(model, task, list(batch.values()), options)
     except ImportError:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever it is, it must not cost the other files
+    except Exception as error:  # noqa: BLE001 - one failure must not stop the other files
         if len(batch) == 1:
-            yield _record(task, *batch, options) | {"error": _said(error)}
+            yield _record(task, *batch, options) | {"error": _error_text(error)}
             return
         for file, item in batch.items():
             yield from _results(model, task, {file: item}, options)
@@ -175,18 +176,18 @@ def _results(
 def _run(
     model: MultimodalDLM, task: str, items: list[Prepared], options: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """What a task gives for a batch, as plain types."""
+    """Results of a batch as JSON-serializable dicts."""
     size = len(items)
     if task == "embed":
         vectors = embed(model, **{items[0].kind: items}, batch_size=size, **options)
         return [{"embedding": vector} for vector in vectors.tolist()]
     if task == "answer":
         rest = {name: value for name, value in options.items() if name != "question"}
-        found = answer(model, options["question"], items, batch_size=size, **rest)
+        results = answer(model, options["question"], items, batch_size=size, **rest)
     else:
         verb = {"caption": caption, "describe": describe, "transcribe": transcribe}[task]
-        found = verb(model, items, batch_size=size, **options)
-    return [one.to_dict() if isinstance(one, Answer) else {"text": one} for one in found]
+        results = verb(model, items, batch_size=size, **options)
+    return [one.to_dict() if isinstance(one, Answer) else {"text": one} for one in results]
 
 
 def _kind(task: str, kind: Literal["image", "audio"] | None) -> Literal["image", "audio"]:
@@ -196,48 +197,48 @@ def _kind(task: str, kind: Literal["image", "audio"] | None) -> Literal["image",
 
 
 def _check_options(model: MultimodalDLM, task: str, options: dict[str, Any]) -> None:
-    """Raises once what would otherwise fail for every file."""
+    """Raises ValueError for options that would fail for every file."""
     if task == "embed":
         return
     if (task == "answer") != ("question" in options):
-        raise ValueError("question='...' goes with the task 'answer', and with no other")
-    how = settings(
+        raise ValueError("question='...' is required by the task 'answer' and by no other task")
+    settings = resolve_settings(
         model,
         task,
         *(options.get(name) for name in ("prompt", "length", "strategies")),
         needs_prompt=task != "answer",
     )
-    asked = (how.prompt or "{question}").replace("{question}", options.get("question", ""))
-    model.processor.prompt(asked)
+    prompt = settings.prompt or "{question}"
+    model.processor.prompt(prompt.replace("{question}", options.get("question", "")))
 
 
 def _record(task: str, file: Path, options: dict[str, Any]) -> dict[str, Any]:
-    asked = {"question": options["question"]} if task == "answer" else {}
-    return {"file": str(file), "task": task, **asked}
+    question = {"question": options["question"]} if task == "answer" else {}
+    return {"file": str(file), "task": task, **question}
 
 
-def _said(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
 def _finished(out: Path, task: str, question: str | None) -> set[Path]:
-    """Files that have a line for this task; a last line that was cut short is taken off."""
+    """Files with a result for this task; an incomplete last line is removed from `out`."""
     if not out.exists():
         return set()
     data = out.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
+    complete = data[: data.rfind(b"\n") + 1]
     files = set()
-    for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], 1):
+    for number, line in enumerate(complete.decode("utf-8").split("\n")[:-1], 1):
         try:
             record = json.loads(line)
             if (record["task"], record.get("question")) == (task, question):
                 files.add(Path(record["file"]).resolve())
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{out}, line {number} is no result of mmdlm; give another file for the results"
+                f"{out}, line {number} is not a result of mmdlm; pass another output file"
             ) from error
-    if len(whole) < len(data):
-        if data[len(whole) :].lstrip()[:1] != b"{":
-            raise ValueError(f"{out} is no file of results; give another one")
-        out.write_bytes(whole)
+    if len(complete) < len(data):
+        if data[len(complete) :].lstrip()[:1] != b"{":
+            raise ValueError(f"{out} is not a results file of mmdlm; pass another output file")
+        out.write_bytes(complete)
     return files

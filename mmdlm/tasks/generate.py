@@ -1,4 +1,4 @@
-"""Examples in, answers out: what every task that fills a canvas shares."""
+"""Generate answers for examples; shared by all tasks that decode."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from mmdlm.messages import Example, Media, Slot, assistant, user
 from mmdlm.model import MultimodalDLM
 from mmdlm.processor import MediaCache
 
-LENGTH = 32  # tokens of an answer where neither the caller nor the checkpoint says
-WORD_STARTS = ("Ġ", "Ċ", "▁", " ", "\n")  # byte-level and sentencepiece marks of a new word
+LENGTH = 32  # default canvas length in tokens
+WORD_STARTS = ("Ġ", "Ċ", "▁", " ", "\n")  # word prefixes of byte-level BPE and sentencepiece
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished answer and how it came about.
+    """A generated answer with decoding statistics.
 
     Args:
-        text: what the model says; empty for a checkpoint without a tokenizer.
-        tokens: ids of the text, without what follows its end.
-        forwards: forwards of the backbone until the answer was complete.
-        seconds: time its batch took, encoders included, reading files not.
-        confidence: probability of each token when it was committed; 0 where it was given.
-        step: 0-based step that committed each token; -1 where it was given.
-        words: (word, step of its last token, lowest confidence of its tokens) each.
-        truncated: the canvas was filled without an end; a larger `length` may say more.
-        probabilities: of each choice, where choices were given.
+        text: generated text; empty for a checkpoint without a tokenizer.
+        tokens: token ids of the text, up to the first end token.
+        forwards: backbone forwards until the answer was complete.
+        seconds: wall time of its batch, including encoders, excluding file reading.
+        confidence: probability of each token when it was committed; 0 for given tokens.
+        step: 0-based step that committed each token; -1 for given tokens.
+        words: (word, step of its last token, lowest confidence of its tokens) of each word.
+        truncated: True if the canvas was filled without an end token.
+        probabilities: probability of each choice if `choices` were given, else None.
     """
 
     text: str
@@ -54,13 +54,13 @@ class Answer:
         return len(self.tokens) / self.forwards if self.forwards else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON."""
+        """Dict of JSON-serializable values."""
         return asdict(self) | {"tokens_per_forward": self.tokens_per_forward}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a task is run: instruction, tokens of the canvas, strategies."""
+    """Instruction, canvas length in tokens and strategies of a task."""
 
     prompt: str | None
     length: int
@@ -69,12 +69,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Filled:
-    """A canvas after decoding.
+    """A decoded canvas.
 
     Args:
-        tokens: G ids.
-        step: G steps that committed them, -1 for none.
-        confidence: G probabilities at that step.
+        tokens: G token ids.
+        step: G commit steps, -1 for given tokens.
+        confidence: G probabilities at the commit step.
         forwards: see `Answer`.
         seconds: see `Answer`.
     """
@@ -85,8 +85,24 @@ class Filled:
     forwards: int
     seconds: float
 
+    def answer(
+        self, model: MultimodalDLM, text: str, size: int, *, truncated: bool = False
+    ) -> Answer:
+        """Answer with the given text for the first `size` tokens of the canvas."""
+        tokens = self.tokens[:size]
+        return Answer(
+            text,
+            tuple(tokens),
+            self.forwards,
+            self.seconds,
+            tuple(self.confidence[:size]),
+            tuple(self.step[:size]),
+            words(model, tokens, self.step, self.confidence),
+            truncated,
+        )
 
-def settings(
+
+def resolve_settings(
     model: MultimodalDLM,
     task: str,
     prompt: str | None = None,
@@ -95,68 +111,71 @@ def settings(
     *,
     needs_prompt: bool = True,
 ) -> Settings:
-    """What the caller asked for, completed from the checkpoint's decoding.yaml.
+    """Settings of a task: the caller's arguments, then the checkpoint's decoding.yaml.
 
-    Without an entry there the canvas has 32 tokens and the loop's defaults decode it.
+    Without an entry there, the canvas has 32 tokens and the default strategies are used.
 
     Args:
-        model: its `preset` holds the defaults by task.
+        model: model; `model.preset` holds the defaults per task.
         task: "caption", "answer", ...
-        prompt: the caller's own instruction.
-        length: the caller's own canvas, in tokens.
-        strategies: the caller's own strategies, or a preset's name.
-        needs_prompt: whether the task is nothing without an instruction.
+        prompt: instruction; None: the checkpoint's default.
+        length: canvas length in tokens; None: the checkpoint's default.
+        strategies: strategies or preset name; None: the checkpoint's default.
+        needs_prompt: raise if there is no instruction.
     Raises:
         ValueError: there is no instruction, or the length is not positive.
     """
-    own = model.preset.get(task) or {}
-    prompt = own.get("prompt") if prompt is None else prompt
+    defaults = model.preset.get(task) or {}
+    prompt = defaults.get("prompt") if prompt is None else prompt
     if prompt is None and needs_prompt:
         has = sorted(name for name, entry in model.preset.items() if entry.get("prompt"))
         raise ValueError(
-            f"this checkpoint names no prompt for {task!r}"
+            f"this checkpoint has no default prompt for {task!r}"
             + (f", only for {', '.join(has)}" if has else "")
-            + f"; say what to do with prompt='...' (mmdlm {task} --prompt)"
+            + f"; pass prompt='...' (mmdlm {task} --prompt)"
         )
-    length = own.get("length") or LENGTH if length is None else length
+    length = defaults.get("length") or LENGTH if length is None else length
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise ValueError(f"length is {length!r}, expected tokens of the answer, 1 or more")
-    if strategies is None:  # what a checkpoint brings was chosen for its answers
-        return Settings(prompt, length, preset.strategies(own.get("strategies")))
+        raise ValueError(f"length is {length!r}, expected an integer number of tokens, at least 1")
+    if strategies is None:  # the checkpoint's strategies need no check against the length
+        return Settings(prompt, length, preset.strategies(defaults.get("strategies")))
     return Settings(prompt, length, preset.effective(strategies, length))
 
 
-def ask(
+def generate_from_media(
     model: MultimodalDLM,
     task: str,
     kind: str,
     item: Any,
-    *,
-    details: bool,
+    prompt: str | None,
+    length: int | None,
+    strategies: preset.Choice,
     batch_size: int,
+    details: bool,
     seed: int | None,
-    **chosen: Any,
 ) -> Any:
-    """Answers of a task that gives every item of one modality the same instruction.
+    """Answers to one instruction for each image or recording.
 
     Args:
-        model: the model.
-        task: name of the task in the checkpoint's preset.
+        model: model.
+        task: task name in the checkpoint's preset.
         kind: "image" or "audio".
-        item: one item, or a list of them.
-        details: see `shown`.
+        item: one item, or a list of items.
+        prompt: see `resolve_settings`.
+        length: see `resolve_settings`.
+        strategies: see `resolve_settings`.
         batch_size: see `generate`.
+        details: see `unwrap`.
         seed: see `generate`.
-        **chosen: prompt, length and strategies, see `settings`.
     """
     model.processor.require(kind)
-    how = settings(model, task, **chosen)
+    settings = resolve_settings(model, task, prompt, length, strategies)
     examples = [
-        Example((user(Media(kind, one), how.prompt), assistant(Slot(length=how.length))))
-        for one in listed(item)
+        Example((user(Media(kind, one), settings.prompt), assistant(Slot(length=settings.length))))
+        for one in as_list(item)
     ]
-    answers = generate(model, examples, how.strategies, batch_size=batch_size, seed=seed)
-    return shown(answers, isinstance(item, list), details)
+    answers = generate(model, examples, settings.strategies, batch_size=batch_size, seed=seed)
+    return unwrap(answers, isinstance(item, list), details)
 
 
 def generate(
@@ -168,10 +187,10 @@ def generate(
     seed: int | None = None,
     chat: bool | None = None,
 ) -> list[Answer]:
-    """The answer of each example, in order, with one warning when canvases were too short.
+    """Answer of each example, in order; warns once if answers were truncated.
 
     Args:
-        model: the model.
+        model: model.
         examples: see `fill`.
         strategies: see `mmdlm.decode`.
         batch_size: see `fill`.
@@ -184,8 +203,8 @@ def generate(
     if full:
         which = "the answer" if len(answers) == 1 else f"{len(full)} of {len(answers)} answers"
         warnings.warn(
-            f"{which} filled the canvas of {len(full[0].tokens)} tokens without an end; pass a "
-            "larger length= (--length) if words are missing",
+            f"{which} filled the canvas of {len(full[0].tokens)} tokens without an end token; "
+            "pass a larger length= (--length) if words are missing",
             stacklevel=4,
         )
     return answers
@@ -201,20 +220,20 @@ def fill(
     seed: int | None = None,
     chat: bool | None = None,
 ) -> list[Filled]:
-    """The filled canvas of each example, in order; the batch it is in does not change it.
+    """Decoded canvas of each example, in order, independent of the batching.
 
-    A medium that several examples share is encoded once: the same path or object in the whole
-    call, equal content at least within a batch.
+    Media shared by several examples are encoded once. The same path or object is recognised
+    within the whole call, equal content at least within a batch.
 
     Args:
-        model: the model.
-        examples: one conversation each; canvases of one length share batches.
+        model: model.
+        examples: one conversation each; canvases of equal length share batches.
         strategies: see `mmdlm.decode`.
         batch_size: examples per batch.
-        seed: every example draws random numbers from a generator of this seed; None: torch's own.
+        seed: seed of a separate generator per example; None: torch's default generator.
         chat: see `mmdlm.processor.Processor.prompt`.
     Raises:
-        ValueError: an example cannot be read; a note of the error says which one it was.
+        ValueError: an example is not valid; a note of the exception gives its index.
     """
     processor, media = model.processor, MediaCache(examples)
     sizes = [len(processor.canvas(example.messages)) for example in examples]
@@ -240,13 +259,13 @@ def fill(
 
 
 def _filled(decoded: Decoded, size: int, seconds: float) -> list[Filled]:
-    """The canvas of each row of a decode."""
+    """Decoded canvas of each batch row."""
     history = decoded.history
     steps = history.step.amax(1) + 1  # [B]
     shared = max(1, int(steps.max()))
     return [
         # A row leaves the batch when it is complete, so it took part in its share of the forwards;
-        # guidance makes several per step.
+        # guidance needs several forwards per step.
         Filled(tokens, step, confidence, -(-decoded.nfe * own // shared), seconds)
         for tokens, step, confidence, own in zip(
             decoded.tokens[:, -size:].tolist(),
@@ -259,21 +278,12 @@ def _filled(decoded: Decoded, size: int, seconds: float) -> list[Filled]:
 
 
 def finish(model: MultimodalDLM, filled: Filled) -> Answer:
-    """The answer that a filled canvas holds: what stands before its first end token."""
+    """Answer in a decoded canvas: the tokens before the first end token."""
     ends = end_ids(model)
-    tokens, step, confidence = filled.tokens, filled.step, filled.confidence
+    tokens = filled.tokens
     size = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
     text = "" if model.tokenizer is None else model.tokenizer.decode(tokens[:size]).strip()
-    return Answer(
-        text,
-        tuple(tokens[:size]),
-        filled.forwards,
-        filled.seconds,
-        tuple(confidence[:size]),
-        tuple(step[:size]),
-        words(model, tokens[:size], step, confidence),
-        truncated=size == len(tokens),
-    )
+    return filled.answer(model, text, size, truncated=size == len(tokens))
 
 
 def words(
@@ -299,31 +309,37 @@ def words(
     )
 
 
-def blank(model: MultimodalDLM, length: int) -> Tensor:
-    """A canvas of masks, int64 [length]."""
+def masked_canvas(model: MultimodalDLM, length: int) -> Tensor:
+    """Canvas of mask tokens, int64 [length]."""
     return torch.full((length,), model.spec.mask_id)
 
 
 def end_ids(model: MultimodalDLM) -> set[int]:
-    """The ids after which nothing belongs to an answer."""
+    """Token ids that end an answer."""
     return {model.spec.eos_id, *model.spec.stop_ids}
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Raises unless at least one request is to share a batch."""
+    """Raises ValueError unless the batch size is positive."""
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
+        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
 
 
-def listed(item: Any) -> list[Any]:
-    """The items of a list, or the one item that is no list."""
+def as_list(item: Any) -> list[Any]:
+    """The list itself, or a list of the single item."""
     return item if isinstance(item, list) else [item]
 
 
-def shown(answers: list[Answer], many: bool, details: bool) -> Any:
-    """Answers as the caller asked for them: many or one, texts or all details."""
-    found = answers if details else [answer.text for answer in answers]
-    return found if many else found[0]
+def unwrap(answers: list[Answer], is_many: bool, details: bool) -> Any:
+    """Return value of a task: answers or their texts, as a list or a single one.
+
+    Args:
+        answers: at least one answer.
+        is_many: return a list.
+        details: return `Answer` instead of text.
+    """
+    results = answers if details else [answer.text for answer in answers]
+    return results if is_many else results[0]
 
 
 def _generators(model: MultimodalDLM, seed: int | None, count: int) -> list[torch.Generator] | None:
@@ -333,10 +349,10 @@ def _generators(model: MultimodalDLM, seed: int | None, count: int) -> list[torc
 
 
 def batches(sizes: Items[int], batch_size: int) -> list[list[int]]:
-    """Indices of examples whose canvases have one length, `batch_size` at a time.
+    """Batches of example indices; all canvases of a batch have the same length.
 
     Args:
-        sizes: length of each canvas.
+        sizes: canvas length of each example.
         batch_size: examples per batch, at least 1.
     """
     check_batch_size(batch_size)

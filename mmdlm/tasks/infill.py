@@ -1,4 +1,4 @@
-"""Missing words of a text."""
+"""Fill in the [MASK] slots of a text, or the values of a JSON schema."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from mmdlm.decoding.strategy import Strategy
 from mmdlm.messages import RAW, Example, Media, Message, Slot, Text, assistant
 from mmdlm.model import MultimodalDLM
 from mmdlm.processor import NOTHING
-from mmdlm.tasks.generate import Answer, Filled, blank, end_ids, fill, settings, shown, words
+from mmdlm.tasks.generate import (
+    Answer,
+    Filled,
+    end_ids,
+    fill,
+    masked_canvas,
+    resolve_settings,
+    unwrap,
+)
 from mmdlm.tasks.scaffold import Form, complete
 from mmdlm.tasks.schema import STRING
 
@@ -23,12 +31,12 @@ SLOT = re.compile(r"\[MASK(?::(\d+))?\]")
 
 
 @dataclass(frozen=True)
-class Template:
-    """A text with slots, cut up: text, slot, text, ..., slot, text.
+class ClozeText:
+    """A text with slots, split into text, slot, text, ..., slot, text.
 
     Args:
-        texts: the known texts around the slots, verbatim; one more than slots.
-        sizes: tokens of each slot.
+        texts: known texts around the slots, verbatim; one more than there are slots.
+        sizes: number of tokens of each slot.
     """
 
     texts: tuple[str, ...]
@@ -36,8 +44,13 @@ class Template:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where a template lies in its canvas: its slots, and the size of it all without completion."""
+class Span:
+    """Canvas positions of a template.
+
+    Args:
+        slots: positions of each slot.
+        size: number of tokens without the end tokens that pad the canvas.
+    """
 
     slots: tuple[slice, ...]
     size: int
@@ -57,173 +70,171 @@ def infill(
     slot: int = STRING,
     fence: bool = True,
 ) -> Any:
-    """The text with its slots filled in, or a JSON text of a schema; of a list, the list of them.
+    """Fill in the slots of a text, or generate JSON that conforms to a schema.
 
-    In a text, `[MASK]` stands for one token and `[MASK:3]` for three; everything else is known and
-    comes back as it was written. Words on both sides of a slot count, and a slot never ends the
-    text. A JSON schema (a dict, see `mmdlm.tasks.schema.parse`) gets a JSON text that parses and
-    has the types, choices, limits and sizes of the schema, whatever the model writes; a value that
-    had to be changed for that is named in a warning.
+    In a text, `[MASK]` is one token and `[MASK:3]` are three; all other text is kept verbatim. The
+    model attends to the text on both sides of a slot. End tokens are never predicted in a slot.
+    For a JSON schema (a dict, see `mmdlm.tasks.schema.parse`) the result is always valid JSON with
+    the types, choices and limits of the schema. A warning lists values that were changed for that.
 
-    Only what is given here as `template` is filled in. It is the author's part: the model completes
-    it as its own words, and refuses less than it would in an answer. So build it yourself, and put
-    what others wrote into `prompt`, where a mask token is refused.
+    Security: the template is part of the assistant's turn, which is checked less strictly than
+    user text. Do not build it from untrusted text; pass that as `prompt`.
 
     Args:
-        model: the model.
+        model: model.
         template: text with slots, or a JSON schema; or a list of either.
-        image: what the text is about, see `mmdlm.caption`. Lists of templates, images and prompts
-            have one length and go together one by one; what is no list goes with all.
-        prompt: instruction before the text; None for the checkpoint's own. Without either and
-            without an image, the text before the first slot is the prompt. For a schema,
-            `mmdlm.tasks.scaffold.instruction` writes one that asks for unknown values too.
-        length: tokens to which the text is completed with end tokens, as in training; None for the
-            checkpoint's own, else the text itself.
-        strategies: a preset's name or a list, see `mmdlm.decode`; None for the checkpoint's own.
-        batch_size: texts decoded together; it does not change what is filled in.
+        image: context of the text, see `mmdlm.caption`. Lists of templates, images and prompts
+            need equal lengths; a single value is repeated.
+        prompt: instruction before the text; None: the checkpoint's default. Without prompt and
+            image, the text before the first slot is the prompt. For a schema, see
+            `mmdlm.tasks.scaffold.instruction`.
+        length: canvas length in tokens, padded with end tokens as in training; None: the
+            checkpoint's default, else the length of the text.
+        strategies: preset name or list, see `mmdlm.decode`; None: the checkpoint's default.
+        batch_size: texts per batch; it does not change the results.
         details: return `mmdlm.tasks.generate.Answer`; known tokens have step -1, confidence 0.
-        seed: of strategies that draw random numbers.
-        slot: tokens of a string, where the schema does not say.
-        fence: put the JSON into a Markdown code fence on the canvas; it is not in the result.
+        seed: random seed, the same for every text; None: torch's default generator.
+        slot: default number of tokens of a string of the schema.
+        fence: write the JSON in a Markdown code fence on the canvas; the result is without it.
+    Returns:
+        str, or list[str] for a list; `Answer` instead of str if details=True.
     Raises:
-        ValueError: a text has no slot, is longer than `length`, or begins with a slot and has
-            nothing before it; or a schema asks for what cannot be promised.
+        ValueError: a text has no slot, is longer than `length`, or begins with a slot and has no
+            prompt; or the schema uses an unsupported keyword.
     """
     if image is not None:
         model.processor.require("image")
     rows = _rows(template, image, prompt)
-    is_form = _is_form(rows)
-    one = None if isinstance(prompt, list) else prompt
-    how = settings(model, "infill", one, length, strategies, needs_prompt=False)
-    own = (model.preset.get("infill") or {}).get("length")
-    heads = [how.prompt if head is None else head for _, _, head in rows]
-    media = [() if image is None else (Media("image", seen),) for _, seen, _ in rows]
-    asked = [(given, *rest) for (given, _, _), *rest in zip(rows, heads, media, strict=True)]
-    run = {"strategies": how.strategies, "batch_size": batch_size, "seed": seed}
-    run |= {"length": length, "own": own}
-    if is_form:
-        forms = [Form(*one) for one in asked]
+    is_schema = _are_schemas(rows)
+    single = None if isinstance(prompt, list) else prompt
+    settings = resolve_settings(model, "infill", single, length, strategies, needs_prompt=False)
+    default = (model.preset.get("infill") or {}).get("length")
+    requests = [
+        (
+            template,
+            settings.prompt if instruction is None else instruction,
+            () if image is None else (Media("image", item),),
+        )
+        for template, item, instruction in rows
+    ]
+    run = {"strategies": settings.strategies, "batch_size": batch_size, "seed": seed}
+    run |= {"length": length, "default": default}
+    if is_schema:
+        forms = [Form(*request) for request in requests]
         answers = complete(model, forms, slot=slot, fence=fence, **run)
     else:
-        answers = _texts(model, asked, **run)
-    return shown(answers, any(isinstance(x, list) for x in (template, image, prompt)), details)
+        answers = _fill_texts(model, requests, **run)
+    return unwrap(answers, any(isinstance(x, list) for x in (template, image, prompt)), details)
 
 
-def _is_form(rows: list[tuple]) -> bool:
-    """Whether the templates are schemas.
+def _are_schemas(rows: list[tuple]) -> bool:
+    """True if all templates are schemas, False if all are texts.
 
     Raises:
-        TypeError: some are.
+        TypeError: there are both.
     """
-    found = {isinstance(template, Mapping) for template, *_ in rows}
-    if len(found) > 1:
-        raise TypeError("templates are texts and schemas; fill them in by one call each")
-    return found == {True}
+    kinds = {isinstance(template, Mapping) for template, *_ in rows}
+    if len(kinds) > 1:
+        raise TypeError("template is a list of texts and schemas, expected only one kind per call")
+    return kinds == {True}
 
 
-def _texts(
+def _fill_texts(
     model: MultimodalDLM,
-    asked: list[tuple[str, str | None, tuple[Media, ...]]],
+    requests: list[tuple[str, str | None, tuple[Media, ...]]],
     strategies: list[Strategy],
     length: int | None,
-    own: int | None,
+    default: int | None,
     batch_size: int,
     seed: int | None,
 ) -> list[Answer]:
-    """The texts (template, prompt, media) with their slots filled in."""
-    parsed = [parse(template) for template, _, _ in asked]
-    laid = [
-        _example(model, cut, prompt, media, length, own)
-        for cut, (_, prompt, media) in zip(parsed, asked, strict=True)
+    """Answers of requests (template, prompt, media)."""
+    parsed = [parse(template) for template, _, _ in requests]
+    built = [
+        _example(model, cloze, prompt, media, length, default)
+        for cloze, (_, prompt, media) in zip(parsed, requests, strict=True)
     ]
     strategies = [*strategies, Suppress(ids=sorted(end_ids(model)))]
-    examples = [example for example, _ in laid]
+    examples = [example for example, _ in built]
     filled = fill(model, examples, strategies, batch_size=batch_size, seed=seed)
     return [
-        _finish(model, cut, layout, each)
-        for cut, (_, layout), each in zip(parsed, laid, filled, strict=True)
+        _finish(model, cloze, span, canvas)
+        for cloze, (_, span), canvas in zip(parsed, built, filled, strict=True)
     ]
 
 
 def _rows(template: Any, image: Any, prompt: Any) -> list[tuple[Any, Any, Any]]:
-    """(template, image, prompt) of each text; what is no list goes with all of the others."""
+    """(template, image, prompt) of each text; single values are repeated."""
     given = {"templates": template, "images": image, "prompts": prompt}
     sizes = {name: len(value) for name, value in given.items() if isinstance(value, list)}
     if len(set(sizes.values())) > 1:
-        found = " and ".join(f"{size} {name}" for name, size in sizes.items())
-        raise ValueError(f"{found}; give as many, or one")
+        counts = " and ".join(f"{size} {name}" for name, size in sizes.items())
+        raise ValueError(f"got {counts}, expected lists of equal length, or one value")
     count = next(iter(sizes.values()), 1)
     columns = [x if isinstance(x, list) else [x] * count for x in given.values()]
     return list(zip(*columns, strict=True))
 
 
-def parse(text: str) -> Template:
-    """A template cut up at its slots.
+def parse(text: str) -> ClozeText:
+    """Split a template at its slots.
 
     Raises:
-        ValueError: it has none, or one of no tokens.
+        TypeError: the template is not a string.
+        ValueError: it has no slot, or a slot of 0 tokens.
     """
     if not isinstance(text, str):
         raise TypeError(f"template is a {type(text).__name__}, expected text")
-    cut = SLOT.split(text)
-    sizes = tuple(1 if size is None else int(size) for size in cut[1::2])
+    pieces = SLOT.split(text)
+    sizes = tuple(1 if size is None else int(size) for size in pieces[1::2])
     if not sizes or min(sizes) < 1:
         raise ValueError(
-            f"template {text!r} has {'a slot of no tokens' if sizes else 'no slot'}; write [MASK] "
+            f"template {text!r} has {'a slot of 0 tokens' if sizes else 'no slot'}; write [MASK] "
             "for one missing token, [MASK:3] for three"
         )
-    return Template(tuple(cut[::2]), sizes)
+    return ClozeText(tuple(pieces[::2]), sizes)
 
 
 def _example(
     model: MultimodalDLM,
-    cut: Template,
+    cloze: ClozeText,
     prompt: str | None,
     media: tuple[Media, ...],
     length: int | None,
-    own: int | None,
-) -> tuple[Example, Layout]:
-    """The example of a template, and how it lies in the canvas."""
-    # The word before a slot ends at its last letter: the space belongs to what fills the slot.
-    texts = [model.processor.encode(text.rstrip(" ")) for text in cut.texts]
-    head = () if prompt is None else (Text(prompt),)
+    default: int | None,
+) -> tuple[Example, Span]:
+    """Example of a template, and its positions on the canvas."""
+    # Tokenizers attach the space before a word to the word, so it is part of the slot.
+    texts = [model.processor.encode(text.rstrip(" ")) for text in cloze.texts]
+    instruction = () if prompt is None else (Text(prompt),)
     role = "user"
     if prompt is None and not media:
         if not len(texts[0]):
             raise ValueError(
-                "the template begins with a slot and nothing stands before it; pass prompt='...'"
+                "the template begins with a slot and there is no prompt; pass prompt='...'"
             )
-        role, head, texts[0] = RAW, (Text(texts[0]),), NOTHING
-    parts, slots, at = [texts[0]], [], len(texts[0])
-    for size, text in zip(cut.sizes, texts[1:], strict=True):
-        parts += [blank(model, size), text]
-        slots.append(slice(at, at + size))
-        at += size + len(text)
-    if length is not None and at > length:
-        raise ValueError(f"the template has {at} tokens, the canvas {length}; pass a larger length")
-    rest = max(0, (length or own or 0) - at)
-    parts.append(torch.full((rest,), model.spec.eos_id))
-    example = Example((Message(role, (*media, *head)), assistant(Slot(value=torch.cat(parts)))))
-    return example, Layout(tuple(slots), at)
+        role, instruction, texts[0] = RAW, (Text(texts[0]),), NOTHING
+    parts, slots, end = [texts[0]], [], len(texts[0])
+    for size, text in zip(cloze.sizes, texts[1:], strict=True):
+        parts += [masked_canvas(model, size), text]
+        slots.append(slice(end, end + size))
+        end += size + len(text)
+    if length is not None and end > length:
+        raise ValueError(
+            f"length is {length}, but the template has {end} tokens; pass a larger one"
+        )
+    parts.append(torch.full((max(0, (length or default or 0) - end),), model.spec.eos_id))
+    question = Message(role, (*media, *instruction))
+    return Example((question, assistant(Slot(value=torch.cat(parts))))), Span(tuple(slots), end)
 
 
-def _finish(model: MultimodalDLM, cut: Template, layout: Layout, filled: Filled) -> Answer:
-    """The template with its slots filled in."""
-    text = cut.texts[0]
-    for slot, following in zip(layout.slots, cut.texts[1:], strict=True):
+def _finish(model: MultimodalDLM, cloze: ClozeText, span: Span, filled: Filled) -> Answer:
+    """Answer whose text is the template with its slots filled in."""
+    text = cloze.texts[0]
+    for slot, following in zip(span.slots, cloze.texts[1:], strict=True):
         new = model.tokenizer.decode(filled.tokens[slot])
         if not text or text[-1].isspace():
             new = new.lstrip()
         if following[:1].isspace():
             new = new.rstrip()
         text += new + following
-    size = layout.size
-    return Answer(
-        text,
-        tuple(filled.tokens[:size]),
-        filled.forwards,
-        filled.seconds,
-        tuple(filled.confidence[:size]),
-        tuple(filled.step[:size]),
-        words(model, filled.tokens[:size], filled.step, filled.confidence),
-    )
+    return filled.answer(model, text, span.size)

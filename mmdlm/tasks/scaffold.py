@@ -1,10 +1,10 @@
-"""JSON that fits a schema: its structure written beforehand, its values filled in.
+"""Schema scaffolding: generate JSON that conforms to a schema.
 
-The canvas holds all that a schema fixes (braces, names, commas) and a place for every value, so the
-model writes nothing but values; `mmdlm.tasks.schema` reads them.
+The structure of the JSON text (braces, names, commas) is written to the canvas beforehand. The
+model fills in the slots of the values, and `mmdlm.tasks.schema` parses them.
 
-Source: Self-adaptive Schema Scaffolding, Eric2i/dLLM-CtrlGen: scaffolding/schema.py. Its values are
-strings; numbers, choices, lists and nested objects are ours.
+Source: Self-adaptive Schema Scaffolding, Eric2i/dLLM-CtrlGen: scaffolding/schema.py. There, all
+values are strings; numbers, choices, lists and nested objects are our extension.
 """
 
 from __future__ import annotations
@@ -26,23 +26,25 @@ from mmdlm.decoding.strategy import Strategy
 from mmdlm.messages import Example, Media, assistant, user
 from mmdlm.messages import Slot as Place
 from mmdlm.model import MultimodalDLM
-from mmdlm.tasks.generate import Answer, Filled, blank, end_ids, fill, words
+from mmdlm.tasks.generate import Answer, end_ids, fill, masked_canvas
 from mmdlm.tasks.schema import NONE, STRING, Array, Fixed, Node, Number, Object, Pick, Text, parse
 from mmdlm.text import Tokenizer
 
 INDENT = "  "
-DIGITS = tuple(f"{i:0{n}}" for n in (1, 2, 3) for i in range(10**n))  # as tokenizers cut numbers
-SPACES = (" ", "\n", "  ")  # what may stand between a value and the comma behind it
+DIGITS = tuple(
+    f"{i:0{n}}" for n in (1, 2, 3) for i in range(10**n)
+)  # number tokens of common tokenizers
+SPACES = (" ", "\n", "  ")  # allowed between a value and the following comma
 
 
 @dataclass(frozen=True)
 class Scaffold:
-    """The canvas of a schema.
+    """Canvas of a schema.
 
     Args:
-        root: what the schema asks for.
-        tokens: int64 [G], the mask id in the places of values.
-        slots: what may stand in each place, in the order of the canvas.
+        root: parsed schema.
+        tokens: int64 [G], mask ids in the slots.
+        slots: positions and allowed tokens of each slot, in canvas order.
     """
 
     root: Object
@@ -50,11 +52,13 @@ class Scaffold:
     slots: tuple[Slot | Choice, ...]
 
     def read(self, tokenizer: Tokenizer, tokens: Items[int]) -> tuple[dict[str, Any], list[str]]:
-        """The object that a filled canvas stands for, and what was not taken as it was written.
+        """Parse a filled canvas.
 
         Args:
-            tokenizer: of the model.
-            tokens: G ids or more; those in the places of values may be any.
+            tokenizer: tokenizer of the model.
+            tokens: at least G ids, with any ids in the slots.
+        Returns:
+            the object, and a note for each value that was changed to conform to the schema.
         """
         notes: list[str] = []
         filled = iter([(slot, list(tokens[slot.start : slot.stop])) for slot in self.slots])
@@ -63,12 +67,12 @@ class Scaffold:
 
 @dataclass(frozen=True)
 class Form:
-    """One object to fill in.
+    """One object to generate.
 
     Args:
         schema: see `mmdlm.tasks.schema.parse`.
-        prompt: the text before the object.
-        media: what stands before the prompt.
+        prompt: instruction.
+        media: media before the instruction.
     """
 
     schema: Mapping[str, Any]
@@ -84,135 +88,121 @@ def complete(
     slot: int = STRING,
     fence: bool = True,
     length: int | None = None,
-    own: int | None = None,
+    default: int | None = None,
     batch_size: int = 16,
     seed: int | None = None,
 ) -> list[Answer]:
-    """The object of each form as JSON text, in order; forms of one schema share batches.
+    """JSON text of each form, in order; forms with equal schemas share batches.
 
     Args:
-        model: the model.
-        forms: what is to be filled in.
+        model: model.
+        forms: objects to generate.
         strategies: see `mmdlm.decode`.
         slot: see `scaffold`.
         fence: see `scaffold`.
-        length: tokens to which the canvas is completed with end tokens; None: `own`, if larger.
-        own: the checkpoint's.
+        length: canvas length in tokens, padded with end tokens; None: `default`, or the length of
+            the scaffold if that is larger.
+        default: the checkpoint's canvas length.
         batch_size: see `mmdlm.tasks.generate.fill`.
         seed: see `mmdlm.tasks.generate.fill`.
     Raises:
-        ValueError: see `scaffold`; or a canvas is longer than `length`, or nothing stands before.
+        ValueError: a scaffold is longer than `length`, a form has neither prompt nor media, or see
+            `scaffold`.
     """
     groups: dict[str, list[int]] = {}
     for i, form in enumerate(forms):
         if form.prompt is None and not form.media:
-            raise ValueError("a schema says how to answer, not what about; pass prompt='...'")
+            raise ValueError("a schema needs an instruction or an image; pass prompt='...'")
         groups.setdefault(json.dumps(form.schema, default=str), []).append(i)
-    found: dict[int, Answer] = {}
+    answers: dict[int, Answer] = {}
     notes: list[str] = []
-    limits = [Suppress(ids=sorted(end_ids(model)))]
+    no_end = Suppress(ids=sorted(end_ids(model)))
     for group in groups.values():
         made = scaffold(model, forms[group[0]].schema, slot, fence)
-        canvas = _completed(model, made, length, own)
+        canvas = _pad(model, made.tokens, length, default)
         examples = [_example(forms[i], canvas) for i in group]
-        given = [*strategies, *limits, Allowed(made.slots)]
-        filled = fill(model, examples, given, batch_size=batch_size, seed=seed)
+        constrained = [*strategies, no_end, Allowed(made.slots)]
+        filled = fill(model, examples, constrained, batch_size=batch_size, seed=seed)
         for i, one in zip(group, filled, strict=True):
-            found[i], changed = _answer(model, made, one)
+            value, changed = made.read(model.tokenizer, one.tokens)
+            text = json.dumps(value, indent=2, ensure_ascii=False)
+            answers[i] = one.answer(model, text, len(made.tokens))
             notes += changed
     if notes:
-        warnings.warn(
-            f"what the model wrote was changed to fit the schema: {'; '.join(notes)}", stacklevel=3
-        )
-    return [found[i] for i in range(len(forms))]
+        warnings.warn(f"values were changed to fit the schema: {'; '.join(notes)}", stacklevel=3)
+    return [answers[i] for i in range(len(forms))]
 
 
 def _example(form: Form, canvas: Tensor) -> Example:
-    """A form with its canvas."""
+    """Example of a form."""
     prompt = () if form.prompt is None else (form.prompt,)
     return Example((user(*form.media, *prompt), assistant(Place(value=canvas))))
 
 
-def _completed(model: MultimodalDLM, made: Scaffold, length: int | None, own: int | None) -> Tensor:
-    """The canvas of a scaffold, completed with end tokens; int64 [length]."""
-    size = len(made.tokens)
+def _pad(model: MultimodalDLM, tokens: Tensor, length: int | None, default: int | None) -> Tensor:
+    """Canvas padded with end tokens, int64 [length]."""
+    size = len(tokens)
     if length is not None and size > length:
         raise ValueError(
-            f"the schema takes {size} tokens, the canvas has {length}; pass a larger length"
+            f"length is {length}, but the schema takes {size} tokens; pass a larger one"
         )
-    rest = torch.full((max(0, (length or own or 0) - size),), model.spec.eos_id)
-    return torch.cat([made.tokens, rest])
-
-
-def _answer(model: MultimodalDLM, made: Scaffold, filled: Filled) -> tuple[Answer, list[str]]:
-    """The JSON text that a filled canvas stands for, and what was changed for it."""
-    size = len(made.tokens)
-    value, changed = made.read(model.tokenizer, filled.tokens)
-    answer = Answer(
-        json.dumps(value, indent=2, ensure_ascii=False),
-        tuple(filled.tokens[:size]),
-        filled.forwards,
-        filled.seconds,
-        tuple(filled.confidence[:size]),
-        tuple(filled.step[:size]),
-        words(model, filled.tokens[:size], filled.step, filled.confidence),
-    )
-    return answer, changed
+    rest = torch.full((max(0, (length or default or 0) - size),), model.spec.eos_id)
+    return torch.cat([tokens, rest])
 
 
 def scaffold(
     model: MultimodalDLM, schema: Mapping[str, Any], slot: int = STRING, fence: bool = True
 ) -> Scaffold:
-    """The canvas of a JSON schema; the lines of an object are tokenised one by one.
+    """Canvas of a JSON schema; the lines of an object are tokenized separately.
 
     Args:
-        model: its tokenizer and mask id.
+        model: model with a tokenizer.
         schema: see `mmdlm.tasks.schema.parse`.
-        slot: tokens of a string whose schema does not say how long it is.
-        fence: put the object into a Markdown code fence, as chat models do.
+        slot: number of tokens of a string whose schema gives no size.
+        fence: write the object in a Markdown code fence, as chat models do.
     Raises:
-        ValueError: see `parse`; or a text of the schema holds the mask token, or the tokenizer
-            cannot spell JSON.
+        ValueError: see `parse`; or a text of the schema contains the mask token, or the vocabulary
+            cannot represent JSON.
     """
     root, builder = parse(schema, slot), _Builder(model)
     if fence:
-        builder.know("```json\n")
+        builder.text("```json\n")
     builder.write(root, "", "", "")
     if fence:
-        builder.know("\n```")
+        builder.text("\n```")
     return Scaffold(root, torch.cat(builder.parts), tuple(builder.slots))
 
 
 def instruction(schema: Mapping[str, Any], text: str = "") -> str:
-    """A prompt that names the values of a schema and asks for `<none>` where there is none.
+    """Prompt that lists the properties of a schema and requests `<none>` for unknown values.
 
     Args:
-        schema: see `mmdlm.tasks.schema.parse`; descriptions of its properties are quoted.
-        text: what the values are about.
+        schema: see `mmdlm.tasks.schema.parse`; descriptions of its properties are included.
+        text: text from which the values are to be extracted.
     """
     given = schema.get("properties", {})
     about = {name: given[name].get("description") for name, _ in parse(schema).properties}
-    wanted = "\n".join(f"- {n}: {told}" if told else f"- {n}" for n, told in about.items())
-    asked = (
-        f"Answer with one JSON object of these values and nothing else:\n{wanted}\n"
+    listed = "\n".join(f"- {n}: {told}" if told else f"- {n}" for n, told in about.items())
+    prompt = (
+        f"Answer with one JSON object of these values and nothing else:\n{listed}\n"
         f"Where a value is not known, write {NONE} in its place, as often as there is room."
     )
-    return f"{asked}\n\n{text}" if text else asked
+    return f"{prompt}\n\n{text}" if text else prompt
 
 
 class _Builder:
-    """Writes a canvas piece by piece.
+    """Builds a canvas from texts and slots.
 
     Args:
-        model: its tokenizer and mask id.
+        model: model with a tokenizer.
     """
 
     def __init__(self, model: MultimodalDLM) -> None:
         tokenizer = model.tokenizer
         if tokenizer is not None and tokenizer.words is not None:
             raise ValueError(
-                f"this model's vocabulary is a list of {len(tokenizer.words)} words and cannot "
-                "spell JSON; take a text model (--model), or a text with [MASK]"
+                f"the vocabulary of this model has only {len(tokenizer.words)} words and cannot "
+                "represent JSON; use a text model (--model), or a text with [MASK]"
             )
         self.model = model
         self.parts: list[Tensor] = []
@@ -221,103 +211,103 @@ class _Builder:
 
     @property
     def size(self) -> int:
-        """Tokens so far."""
+        """Number of tokens so far."""
         return sum(map(len, self.parts))
 
-    def know(self, text: str) -> None:
-        """Adds a text that is known."""
-        self.parts.append(_spelt(self.model, text))
+    def text(self, text: str) -> None:
+        """Appends a known text."""
+        self.parts.append(_encode(self.model, text))
 
-    def place(self, slot: Slot | Choice) -> None:
-        """Adds a place for a value."""
+    def slot(self, slot: Slot | Choice) -> None:
+        """Appends a slot."""
         self.slots.append(slot)
-        self.parts.append(blank(self.model, slot.stop - slot.start))
+        self.parts.append(masked_canvas(self.model, slot.stop - slot.start))
 
     def write(
         self, node: Node, indent: str, before: str, after: str, optional: bool = False
     ) -> None:
-        """Adds a value with what stands around it.
+        """Appends a value with the text around it.
 
         Args:
-            node: the value.
-            indent: of the line it is in.
-            before: text in front of it, on its line.
-            after: text behind it.
-            optional: its place may say that there is none.
+            node: parsed schema of the value.
+            indent: indentation of its line.
+            before: text before it, on its line.
+            after: text after it.
+            optional: the value may be null.
         """
-        at, tokenizer = self.size, self.model.tokenizer
+        tokenizer = self.model.tokenizer
         if isinstance(node, Fixed):
-            self.know(before + node.literal + after)
+            self.text(before + node.literal + after)
         elif isinstance(node, Text):
-            self.know(before + '"')
+            self.text(before + '"')
             ends = _quotes(tokenizer)
-            self.place(Slot(self.size, self.size + node.size, rest=self.rest, ends=ends))
-            self.know('"' + after)
+            self.slot(Slot(self.size, self.size + node.size, rest=self.rest, ends=ends))
+            self.text('"' + after)
         elif isinstance(node, Number):
-            self.know(before)
-            at = self.size
-            self.place(_number(node, tokenizer, at, self.rest, optional or node.nullable))
-            self.know(after)
+            self.text(before)
+            optional = optional or node.nullable
+            self.slot(_number(node, tokenizer, self.size, self.rest, optional))
+            self.text(after)
         elif isinstance(node, Pick):
             literals = node.literals
             if optional and "null" not in literals:
                 literals = (*literals, "null")
             quote = all(literal.startswith('"') for literal in literals)
-            self.know(before + '"' * quote)
-            options = [_spelt(self.model, text[quote:]).tolist() for text in literals]
-            self.place(Choice(self.size, options, self.rest))
-            self.know(after)
+            self.text(before + '"' * quote)
+            options = [_encode(self.model, text[quote:]).tolist() for text in literals]
+            self.slot(Choice(self.size, options, self.rest))
+            self.text(after)
         elif isinstance(node, Array):
             for i in range(node.most):
                 head, last = (before + "[") if i == 0 else "", i == node.most - 1
                 self.write(node.item, indent, head, f"]{after}" if last else ", ", i >= node.least)
         else:
-            self.know(before + "{\n")
+            self.text(before + "{\n")
             inner = indent + INDENT
             for i, (name, part) in enumerate(node.properties, 1):
                 head = f"{inner}{json.dumps(name, ensure_ascii=False)}: "
                 self.write(part, inner, head, "\n" if i == len(node.properties) else ",\n")
-            self.know(f"{indent}}}{after}")
+            self.text(f"{indent}}}{after}")
 
 
-def _number(node: Number, tokenizer: Tokenizer, at: int, rest: int, optional: bool) -> Slot:
-    """The place of a number: digits, then whatever else."""
+def _number(node: Number, tokenizer: Tokenizer, start: int, rest: int, optional: bool) -> Slot:
+    """Slot of a number: digits, optionally with sign and decimal point, then white space."""
     digits = _ids(tokenizer, DIGITS)
     body = digits if node.is_whole else [*digits, *_ids(tokenizer, (".",))]
     sign = _ids(tokenizer, ("-",)) if node.low is None or node.low < 0 else []
     if not digits:
-        raise ValueError("the tokenizer has no token for a digit; ask for strings only")
-    return Slot(at, at + node.size, body, [*digits, *sign], rest, [rest], optional)
+        raise ValueError("the tokenizer has no token for a digit; use a schema without numbers")
+    return Slot(start, start + node.size, body, [*digits, *sign], rest, [rest], optional)
 
 
 def _ids(tokenizer: Tokenizer, texts: Items[str]) -> list[int]:
-    """Ids of the texts that are tokens."""
-    found = (tokenizer.id(text) for text in texts)
-    return [number for number in found if number is not None]
+    """Ids of those texts that are tokens."""
+    ids = (tokenizer.id(text) for text in texts)
+    return [i for i in ids if i is not None]
 
 
 @lru_cache(maxsize=4)
 def _quotes(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Tokens that end a string: those with a quote that is not escaped within them."""
+    """Ids of tokens that end a JSON string: those with an unescaped quote."""
     vocab = tokenizer.backend.get_vocab()
     return tuple(sorted(i for text, i in vocab.items() if '"' in text.replace('\\"', "")))
 
 
 def _space(model: MultimodalDLM) -> int:
-    """A token of white space, which JSON allows around values."""
-    found = [model.processor.encode(text).tolist() for text in SPACES]
-    ids = next((ids for ids in found if len(ids) == 1), None)
+    """Id of a white-space token, which JSON allows around values."""
+    encoded = [model.processor.encode(text).tolist() for text in SPACES]
+    ids = next((ids for ids in encoded if len(ids) == 1), None)
     if ids is None:
         raise ValueError("the tokenizer has no token for a space or a line break; JSON needs one")
     return ids[0]
 
 
-def _spelt(model: MultimodalDLM, text: str) -> Tensor:
-    """Token ids [n] of a text of the schema; special tokens in it are text like any other."""
-    model.processor.encode(text)  # refuses the mask token, which may look like text when spelt out
+def _encode(model: MultimodalDLM, text: str) -> Tensor:
+    """Token ids [n] of a text of the schema; special tokens in it are encoded as plain text."""
+    model.processor.encode(text)  # raises ValueError if the text contains the mask token
     ids = torch.tensor(model.tokenizer.encode(text, special=False), dtype=torch.long)
     if (ids == model.spec.mask_id).any():
-        raise ValueError(f"text {text!r} of the schema holds the mask token; rename it")
+        raise ValueError(f"text {text!r} of the schema contains the mask token; rename it")
     return ids
 
 
@@ -328,7 +318,7 @@ def _value(
     path: str,
     notes: list[str],
 ) -> Any:
-    """The value of a part; adds to `notes` what was not taken as it was written."""
+    """Parsed value of a schema node; appends to `notes` if it was changed."""
     if isinstance(node, Fixed):
         return json.loads(node.literal)
     if isinstance(node, Object):
@@ -342,20 +332,21 @@ def _value(
     if isinstance(node, Text):
         return node.read(tokenizer.decode(tokens))
     if isinstance(node, Pick):
-        places = [[*o, *[slot.rest] * (len(tokens) - len(o))] for o in slot.options]
-        fits = [sum(a == b for a, b in zip(place, tokens, strict=True)) for place in places]
-        best = max(range(len(fits)), key=fits.__getitem__)
-        if fits[best] < len(tokens):
+        options = [[*o, *[slot.rest] * (len(tokens) - len(o))] for o in slot.options]
+        matches = [sum(a == b for a, b in zip(o, tokens, strict=True)) for o in options]
+        best = max(range(len(matches)), key=matches.__getitem__)
+        if matches[best] < len(tokens):
             written = tokenizer.decode(tokens)
             notes.append(f"{path} {written!r} to the nearest choice")
         return json.loads(node.literals[best]) if best < len(node.literals) else None
     size = next((i for i, token in enumerate(tokens) if token == slot.rest), len(tokens))
     if slot.optional and not size:
         return None
-    # Not by `decode`, which may put spaces between tokens.
+    # `decode` may put spaces between tokens.
     written = "".join(tokenizer.backend.id_to_token(token) or "" for token in tokens[:size])
-    value, said = node.read(written), Number(node.size, node.is_whole, nullable=True).read(written)
-    if said is None or value != said:
+    value = node.read(written)
+    unbounded = Number(node.size, node.is_whole, nullable=True).read(written)
+    if unbounded is None or value != unbounded:
         notes.append(f"{path} {written!r} to {value}")
     return value
 
@@ -367,16 +358,16 @@ def _items(
     path: str,
     notes: list[str],
 ) -> list[Any]:
-    """The items of a list, without those behind the least that say nothing."""
-    found = [_value(node.item, filled, tokenizer, f"{path}[{i}]", notes) for i in range(node.most)]
-    is_null_said = isinstance(node.item, Pick | Fixed) and "null" in (
+    """Parsed items of a list; empty items beyond `minItems` are dropped."""
+    values = [_value(node.item, filled, tokenizer, f"{path}[{i}]", notes) for i in range(node.most)]
+    allows_null = isinstance(node.item, Pick | Fixed) and "null" in (
         node.item.literals if isinstance(node.item, Pick) else (node.item.literal,)
     )
-    if is_null_said:
-        return found
-    spare = len(found) - node.least
+    if allows_null:
+        return values
+    spare = len(values) - node.least
     kept = []
-    for value in reversed(found):
+    for value in reversed(values):
         if value in (None, "") and spare > 0:
             spare -= 1
         else:

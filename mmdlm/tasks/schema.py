@@ -1,7 +1,7 @@
-"""JSON schemas whose every value has a place of known size, and the values that texts stand for.
+"""Parser of the supported subset of JSON Schema, in which every value has a slot of fixed size.
 
-Whatever a model writes into the places, what is read there is a value of the schema. So a schema
-may only ask for what can be promised this way; anything else is refused with its name.
+Any generated text can be parsed as a value of the schema. Keywords for which this cannot be
+guaranteed are rejected.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 NONE = "<none>"
-"""What a model writes where it does not know a value, as often as it likes."""
-STRING = 16  # tokens of a string, as in Eric2i/dLLM-CtrlGen: scaffolding/s3.py
-NUMBER = 8  # tokens of a number without bounds
-MOST = 64  # tokens of a number; more digits than that are no number of any use
-FEW = 64  # whole numbers that are offered one by one rather than digit by digit
+"""Text for an unknown value; repetitions are allowed."""
+STRING = 16  # default tokens of a string, as in Eric2i/dLLM-CtrlGen: scaffolding/s3.py
+NUMBER = 8  # default tokens of a number without bounds
+MAX_NUMBER = 64  # upper limit of the tokens of a number
+MAX_CHOICES = 64  # integer ranges up to this size are choices rather than digits
 NOTES = {
     *("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"),
     *("$schema", "$id", "$comment", "$defs", "definitions"),
@@ -34,7 +34,7 @@ KEYWORDS = {
     "object": {"properties", "required", "additionalProperties"},
 }
 SIZE = "x-tokens"
-# A JSON string up to the quote that ends it, and the escapes that mean something.
+# A JSON string up to its closing quote, and the valid escapes.
 BODY = re.compile(r'(?:[^"\\]|\\.)*', re.DOTALL)
 ESCAPE = re.compile(r'\\(?:u[0-9a-fA-F]{4}|["\\/bfnrt])')
 
@@ -44,9 +44,9 @@ class Text:
     """A string.
 
     Args:
-        size: tokens of its place.
-        limit: most characters; None for no limit.
-        nullable: null may stand in its place.
+        size: tokens of its slot.
+        limit: maximum number of characters; None for no limit.
+        nullable: the value may be null.
     """
 
     size: int
@@ -54,9 +54,9 @@ class Text:
     nullable: bool = False
 
     def read(self, written: str) -> str | None:
-        """The string that JSON text after an opening quote begins with; None: it is not known."""
+        """String at the start of JSON text after an opening quote; None for an unknown value."""
         body = ESCAPE.sub(lambda found: json.loads(f'"{found[0]}"'), BODY.match(written)[0])
-        # Half of a pair of escapes is no character, and no file or terminal would take it.
+        # An unpaired surrogate cannot be encoded as UTF-8; it is replaced.
         body = body.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         value = body.replace(NONE, "").strip()[: self.limit].rstrip()
         if not value and NONE in body:
@@ -69,11 +69,11 @@ class Number:
     """A number.
 
     Args:
-        size: tokens of its place.
-        is_whole: it has no fraction.
-        low: least value; None for no limit.
-        high: greatest value; None for no limit.
-        nullable: null may stand in its place.
+        size: tokens of its slot.
+        is_whole: True for an integer.
+        low: minimum; None for no limit.
+        high: maximum; None for no limit.
+        nullable: the value may be null.
     """
 
     size: int
@@ -83,36 +83,36 @@ class Number:
     nullable: bool = False
 
     def read(self, written: str) -> float | None:
-        """The number a text begins with, moved inside the limits; None: there is none."""
+        """First number in a text, clamped to the limits; None if there is none."""
         digits = r"-?\d+" if self.is_whole else r"-?(?:\d+(?:\.\d+)?|\.\d+)"
-        found = re.search(digits, written[: 4 * MOST], re.ASCII)
-        if found is None:
+        match = re.search(digits, written[: 4 * MAX_NUMBER], re.ASCII)
+        if match is None:
             return None if self.nullable else self.nearest(0)
-        return self.nearest(int(found[0]) if "." not in found[0] else float(found[0]))
+        return self.nearest(int(match[0]) if "." not in match[0] else float(match[0]))
 
     def nearest(self, value: float) -> float:
-        """The value inside the limits that is nearest."""
+        """Value clamped to the limits."""
         value = value if self.low is None else max(value, self.low)
         return value if self.high is None else min(value, self.high)
 
 
 @dataclass(frozen=True)
 class Pick:
-    """One of several values, as JSON."""
+    """A choice among JSON literals."""
 
     literals: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """A value that is known, as JSON."""
+    """A constant JSON literal."""
 
     literal: str
 
 
 @dataclass(frozen=True)
 class Array:
-    """A list with places for `most` items, of which at least `least` stay."""
+    """A list with slots for `most` items, of which at least `least` are kept."""
 
     item: Text | Number | Pick | Fixed
     least: int
@@ -121,7 +121,7 @@ class Array:
 
 @dataclass(frozen=True)
 class Object:
-    """Named values, in order."""
+    """An object with named values, in order."""
 
     properties: tuple[tuple[str, Node], ...]
 
@@ -130,47 +130,50 @@ Node = Text | Number | Pick | Fixed | Array | Object
 
 
 def parse(schema: Mapping[str, Any], slot: int = STRING) -> Object:
-    """What a JSON schema asks for.
+    """Parse a JSON schema.
 
-    An object of strings, numbers, integers, booleans, enum, const, arrays of those with `maxItems`,
-    and objects; each may be null too (`anyOf` or a list of types), and `$ref` may point into
-    `$defs`. A value's place has as many tokens as `x-tokens` says, else as `maxLength` has
-    characters or the bounds of an integer have digits, else `slot` (numbers: 8). Every property
-    is given, required or not.
+    Supported are objects of strings, numbers, integers, booleans, enum, const, objects, and arrays
+    of scalars with `maxItems`. Each may be nullable (`anyOf` or a list of types), and `$ref` may
+    point into `$defs`. The number of tokens of a value is `x-tokens`, else `maxLength` or the
+    number of digits of an integer's bounds, else `slot` (8 for numbers). All properties are
+    generated, required or not.
 
     Args:
-        schema: as `json.load` or pydantic's `model_json_schema()` give it.
-        slot: tokens of a string whose schema does not say.
+        schema: schema as from `json.load` or pydantic's `model_json_schema()`.
+        slot: number of tokens of a string whose schema gives no size.
     Raises:
-        ValueError: the schema asks for what cannot be promised, or contradicts itself.
+        TypeError: the schema is not a dict.
+        ValueError: the schema uses an unsupported keyword, or contradicts itself.
     """
     if not isinstance(schema, Mapping):
         raise TypeError(f"schema is a {type(schema).__name__}, expected a dict (a JSON schema)")
     if isinstance(slot, bool) or not isinstance(slot, int) or slot < 1:
-        raise ValueError(f"slot is {slot!r}, expected tokens of a string, 1 or more")
+        raise ValueError(f"slot is {slot!r}, expected an integer number of tokens, at least 1")
     root = _Parser(schema, slot).node(schema, "schema", ())
     if not isinstance(root, Object):
-        raise ValueError("schema describes no object; put the value into an object's properties")
+        raise ValueError(
+            "schema does not describe an object; put the value into an object's properties"
+        )
     return root
 
 
 class _Parser:
-    """Reads the parts of one schema."""
+    """Recursive parser of one schema."""
 
     def __init__(self, schema: Mapping[str, Any], slot: int) -> None:
         self.schema, self.slot = schema, slot
 
     def node(self, given: Any, path: str, refs: tuple[str, ...]) -> Node:
-        """What a part asks for; `refs` are the references that led to it."""
+        """Parsed subschema; `refs` are the references followed so far."""
         if not isinstance(given, Mapping):
-            raise ValueError(f"{path} is {given!r}, expected a table")
+            raise ValueError(f"{path} is {given!r}, expected a dict")
         if "$ref" in given:
             _check(given, path, {"$ref"})
             return self.node(*self.target(given["$ref"], path, refs))
         if "anyOf" in given:
             return self.either(given, path, refs)
         if "const" in given or "enum" in given:
-            return _listed(given, path)
+            return _enum(given, path)
         kind = given.get("type")
         if kind is None and "properties" in given:
             kind = "object"
@@ -185,90 +188,92 @@ class _Parser:
         return getattr(self, kind)(given, path, refs)
 
     def target(self, ref: Any, path: str, refs: tuple[str, ...]) -> tuple[Any, str, tuple]:
-        """The part a reference points to."""
+        """Target of a reference."""
         if ref in refs:
-            raise ValueError(f"{path} refers to itself through {ref!r}; its size has no end")
+            raise ValueError(
+                f"{path} refers to itself through {ref!r}; recursive schemas are not supported"
+            )
         found: Any = self.schema
         for name in str(ref).removeprefix("#/").split("/"):
             name = name.replace("~1", "/").replace("~0", "~")
             found = found.get(name) if isinstance(found, Mapping) else None
         if found is None or not str(ref).startswith("#/"):
-            raise ValueError(f"{path} refers to {ref!r}, which the schema does not hold")
+            raise ValueError(f"{path} refers to {ref!r}, which is not in the schema")
         return found, path, (*refs, ref)
 
     def either(self, given: Mapping[str, Any], path: str, refs: tuple[str, ...]) -> Node:
-        """A part that may be null."""
+        """Parsed `anyOf` of one subschema and null."""
         _check(given, path, {"anyOf"})
         parts = given["anyOf"] if isinstance(given["anyOf"], list) else []
         full = [part for part in parts if part != {"type": "null"}]
         if len(full) != 1:
-            raise ValueError(
-                f"{path} may be of {len(full)} kinds; expected one, and null beside it if need be"
-            )
+            raise ValueError(f"{path}.anyOf has {len(full)} types besides null, expected one")
         node = self.node(full[0], path, refs)
         if len(full) == len(parts) or isinstance(node, Array | Object):
-            return node  # is always given
+            return node  # always generated
         if isinstance(node, Text | Number):
             return replace(node, nullable=True)
         own = (node.literal,) if isinstance(node, Fixed) else node.literals
         return Pick(tuple(dict.fromkeys((*own, "null"))))
 
     def string(self, given: Mapping[str, Any], path: str, refs: tuple[str, ...]) -> Node:
-        """A string; one of no characters is known."""
+        """Parsed string; with maxLength 0 a constant."""
         if _count(given, "minLength", path):
-            raise ValueError(f"{path}.minLength cannot be promised; drop it, and check the result")
+            raise ValueError(f"{path}.minLength is not supported; remove it and check the result")
         limit = _count(given, "maxLength", path)
         if limit == 0:
             return Fixed('""')
         return Text(_count(given, SIZE, path, 1) or limit or self.slot, limit)
 
     def integer(self, given: Mapping[str, Any], path: str, refs: tuple[str, ...]) -> Node:
-        """A whole number; one of few is chosen."""
+        """Parsed integer; a choice if its range is small."""
         low, high = _limits(given, path)
         low = None if low is None else math.ceil(low)
         high = None if high is None else math.floor(high)
         return self.bounded(given, path, Number(NUMBER, True, low, high))
 
     def number(self, given: Mapping[str, Any], path: str, refs: tuple[str, ...]) -> Node:
-        """A number with or without a fraction."""
+        """Parsed number."""
         return self.bounded(given, path, Number(NUMBER, False, *_limits(given, path)))
 
     def bounded(self, given: Mapping[str, Any], path: str, node: Number) -> Node:
-        """A number with its place."""
+        """Number with its slot size."""
         low, high, own = node.low, node.high, _count(given, SIZE, path, 1)
         closed = low is not None and high is not None
         if closed and low > high:
             raise ValueError(f"{path} has no value between {low} and {high}")
-        if own is not None and own > MOST:
-            raise ValueError(f"{path}.{SIZE} is {own}, expected at most {MOST}")
+        if own is not None and own > MAX_NUMBER:
+            raise ValueError(f"{path}.{SIZE} is {own}, expected at most {MAX_NUMBER}")
         if closed and node.is_whole and own is None:
-            if high - low < FEW:
-                return _picked(map(str, range(low, high + 1)))
-            own = min(MOST, max(len(str(low)), len(str(high))))
+            if high - low < MAX_CHOICES:
+                return _pick(map(str, range(low, high + 1)))
+            own = min(MAX_NUMBER, max(len(str(low)), len(str(high))))
         return replace(node, size=own or NUMBER)
 
     def boolean(self, given: Mapping[str, Any], path: str, refs: tuple[str, ...]) -> Node:
-        """True or false."""
+        """Parsed boolean: a choice of true and false."""
         return Pick(("true", "false"))
 
     def null(self, given: Mapping[str, Any], path: str, refs: tuple[str, ...]) -> Node:
-        """Null."""
+        """Parsed null: a constant."""
         return Fixed("null")
 
     def array(self, given: Mapping[str, Any], path: str, refs: tuple[str, ...]) -> Node:
-        """A list with a place for every item."""
+        """Parsed list with a slot for every item."""
         most, least = _count(given, "maxItems", path), _count(given, "minItems", path) or 0
         if most is None:
-            raise ValueError(f"{path} needs maxItems, to know how many places to keep")
+            raise ValueError(f"{path} has no maxItems, which is required to reserve the slots")
         if least > most:
-            raise ValueError(f"{path} has minItems {least} and maxItems {most}")
+            raise ValueError(f"{path} has minItems {least}, expected at most maxItems ({most})")
         item = self.node(given.get("items"), f"{path}.items", refs)
         if isinstance(item, Array | Object):
-            raise ValueError(f"{path}.items: lists hold strings, numbers and choices only")
+            raise ValueError(
+                f"{path}.items is a list or object, expected strings, numbers or choices"
+            )
         return Array(item, least, most) if most else Fixed("[]")
 
     def object(self, given: Mapping[str, Any], path: str, refs: tuple[str, ...]) -> Node:
-        """Named values."""
+        """Parsed object."""
         properties = given.get("properties", {})
         missing = sorted(set(given.get("required", ())) - set(properties))
         if missing:
@@ -280,25 +285,25 @@ class _Parser:
 
 
 def _check(given: Mapping[str, Any], path: str, known: set[str]) -> None:
-    """Raises for a keyword whose meaning would be lost."""
+    """Raises ValueError for an unsupported keyword."""
     wrong = sorted(set(given) - known - NOTES)
     if wrong:
         raise ValueError(
-            f"{path} has {wrong[0]!r}, which cannot be promised for what a model writes; supported "
-            f"there: {', '.join(sorted(known))}; drop it, and check the result yourself"
+            f"{path} has {wrong[0]!r}, which is not supported; expected only "
+            f"{', '.join(sorted(known))}; remove it and check the result yourself"
         )
 
 
 def _count(given: Mapping[str, Any], name: str, path: str, least: int = 0) -> int | None:
-    """A count that a keyword gives, None without it."""
+    """Non-negative integer value of a keyword; None without it."""
     value = given.get(name)
     if value is not None and not (is_a(value, "integer") and value >= least):
-        raise ValueError(f"{path}.{name} is {value!r}, expected a whole number, {least} or more")
+        raise ValueError(f"{path}.{name} is {value!r}, expected an integer, at least {least}")
     return None if value is None else int(value)
 
 
 def _limits(given: Mapping[str, Any], path: str) -> tuple[float | None, float | None]:
-    """The least and the greatest value."""
+    """(minimum, maximum)."""
     is_whole = given["type"] == "integer"
     for name in KEYWORDS["number"] & set(given):
         if not is_a(given[name], "number") or not math.isfinite(given[name]):
@@ -315,26 +320,28 @@ def _limits(given: Mapping[str, Any], path: str) -> tuple[float | None, float | 
     return low, high
 
 
-def _listed(given: Mapping[str, Any], path: str) -> Node:
-    """The values of `enum` or `const`, without those that `type` excludes."""
+def _enum(given: Mapping[str, Any], path: str) -> Node:
+    """Parsed `enum` or `const`, without the values that `type` excludes."""
     _check(given, path, {"type", "enum" if "enum" in given else "const"})
     values = given["enum"] if "enum" in given else [given["const"]]
     kinds = given.get("type", list(KEYWORDS))
     kinds = kinds if isinstance(kinds, list) else [kinds]
     fits = [value for value in values if any(is_a(value, kind) for kind in kinds)]
     if not fits:
-        raise ValueError(f"{path} has no value: {values!r} of type {' or '.join(map(str, kinds))}")
-    return _picked(json.dumps(value, ensure_ascii=False, allow_nan=False) for value in fits)
+        raise ValueError(
+            f"{path} has no value of type {' or '.join(map(str, kinds))} in {values!r}"
+        )
+    return _pick(json.dumps(value, ensure_ascii=False, allow_nan=False) for value in fits)
 
 
-def _picked(literals: Items[str]) -> Pick | Fixed:
-    """A choice, or the value itself where there is but one."""
+def _pick(literals: Items[str]) -> Pick | Fixed:
+    """A choice, or a constant if there is only one literal."""
     found = tuple(dict.fromkeys(literals))
     return Pick(found) if len(found) > 1 else Fixed(found[0])
 
 
 def is_a(value: Any, kind: str) -> bool:
-    """Whether a value is of a JSON type; 1.0 is an integer there, and true is no number."""
+    """Whether a value is of a JSON type; 1.0 is an integer, True is not a number."""
     if kind in ("integer", "number"):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         return is_number and (kind == "number" or value % 1 == 0)

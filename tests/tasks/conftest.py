@@ -26,7 +26,7 @@ def build(seed: int = 0, attention: str = "cascade", shift: bool = False) -> Mul
     spec = Spec("mmdlm", config, **ends, attention=attention, shift=shift)
     model = MultimodalDLM(spec, encoders, adapters, tokenizer)
     model.backbone.reset(torch.Generator().manual_seed(seed))
-    with torch.no_grad():  # large enough that pictures and sounds change what is said
+    with torch.no_grad():  # large enough that images and sounds change what is said
         for weight in model.backbone.blocks.parameters():
             weight *= 8 if weight.ndim > 1 else 1
         for weight in model.adapters.parameters():
@@ -51,9 +51,9 @@ def model() -> MultimodalDLM:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory) -> list[str]:
+def images(tmp_path_factory) -> list[str]:
     """Five different PNG files."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     paths = []
     for i in range(5):
         pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)

@@ -10,25 +10,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*filled the canvas")
 QUESTIONS = ["what is it ?", "is it red ?", "is the circle left of the square ?"]
 
 
-def test_many_questions_about_one_picture(model, pictures, encoded):
-    found = mmdlm.answer(model, QUESTIONS, image=pictures[0])
+def test_list_of_questions_about_one_image(model, images, encoded):
+    found = mmdlm.answer(model, QUESTIONS, image=images[0])
     assert encoded == [1]
-    assert found == [mmdlm.answer(model, q, image=pictures[0]) for q in QUESTIONS]
+    assert found == [mmdlm.answer(model, q, image=images[0]) for q in QUESTIONS]
 
 
-def test_one_question_about_many_pictures(model, pictures):
-    found = mmdlm.answer(model, QUESTIONS[0], images=pictures)
-    assert found == [mmdlm.answer(model, QUESTIONS[0], image=one) for one in pictures]
-    assert found == mmdlm.answer(model, QUESTIONS[0], pictures)
+def test_one_question_about_a_list_of_images(model, images):
+    found = mmdlm.answer(model, QUESTIONS[0], images=images)
+    assert found == [mmdlm.answer(model, QUESTIONS[0], image=one) for one in images]
+    assert found == mmdlm.answer(model, QUESTIONS[0], images)
 
 
-def test_lists_of_equal_length_go_in_pairs(model, pictures):
-    found = mmdlm.answer(model, QUESTIONS, pictures[:3], batch_size=2)
-    pairs = zip(QUESTIONS, pictures, strict=False)
+def test_lists_of_equal_length_are_paired(model, images):
+    found = mmdlm.answer(model, QUESTIONS, images[:3], batch_size=2)
+    pairs = zip(QUESTIONS, images, strict=False)
     assert found == [mmdlm.answer(model, q, one) for q, one in pairs]
 
 
-def test_question_without_a_picture(model):
+def test_question_without_an_image(model):
     assert isinstance(mmdlm.answer(model, QUESTIONS[0]), str)
 
 
@@ -39,13 +39,13 @@ def test_prompt_wraps_the_question(model):
         mmdlm.answer(model, "is it red", prompt="say")
 
 
-def test_lists_of_unequal_length_are_refused(model, pictures):
+def test_lists_of_unequal_length_are_rejected(model, images):
     with pytest.raises(ValueError, match="3 questions and 2 images"):
-        mmdlm.answer(model, QUESTIONS, pictures[:2])
+        mmdlm.answer(model, QUESTIONS, images[:2])
     with pytest.raises(ValueError, match="not both"):
-        mmdlm.answer(model, QUESTIONS, pictures[0], images=pictures)
+        mmdlm.answer(model, QUESTIONS, images[0], images=images)
     with pytest.raises(ValueError, match="question is ''"):
-        mmdlm.answer(model, "", pictures[0])
+        mmdlm.answer(model, "", images[0])
 
 
 def slow_probabilities(model, question, image, choices, size):
@@ -73,13 +73,13 @@ def slow_probabilities(model, question, image, choices, size):
 
 @pytest.mark.parametrize("attention", ["cascade", "full"])
 @pytest.mark.parametrize("shift", [False, True])
-def test_choices_equal_a_slow_reference(make_model, pictures, attention, shift):
+def test_choices_match_a_slow_reference(make_model, images, attention, shift):
     import mmdlm.decoding.decode
 
     model = make_model(attention=attention, shift=shift)
     choices = ["yes", "no", "a red circle"]
-    found = mmdlm.answer(model, QUESTIONS, pictures[:3], choices=choices, details=True)
-    for question, image, answer in zip(QUESTIONS, pictures, found, strict=False):
+    found = mmdlm.answer(model, QUESTIONS, images[:3], choices=choices, details=True)
+    for question, image, answer in zip(QUESTIONS, images, found, strict=False):
         with torch.no_grad():
             wanted = slow_probabilities(model, question, image, choices, 4)
         assert list(answer.probabilities) == choices
@@ -90,18 +90,18 @@ def test_choices_equal_a_slow_reference(make_model, pictures, attention, shift):
         assert len(answer.tokens) == len(answer.confidence) == len(answer.words)
 
 
-def test_choices_take_one_forward_a_batch(model, pictures, monkeypatch):
+def test_choices_take_one_forward_per_batch(model, images, monkeypatch):
     calls = []
     hidden = model.hidden
     monkeypatch.setattr(model, "hidden", lambda s: calls.append(len(s.tokens)) or hidden(s))
-    found = mmdlm.answer(model, "is it red ?", pictures, choices=["yes", "no"], batch_size=3)
+    found = mmdlm.answer(model, "is it red ?", images, choices=["yes", "no"], batch_size=3)
     assert calls == [3, 2]
     assert set(found) <= {"yes", "no"}
 
 
-def test_choices_without_defaults_are_followed_by_one_end(model, pictures):
+def test_choices_without_default_length_end_with_one_end_token(model, images):
     model.preset = {}
-    answer = mmdlm.answer(model, "is it ?", pictures[0], choices=["yes", "a circle"], details=True)
+    answer = mmdlm.answer(model, "is it ?", images[0], choices=["yes", "a circle"], details=True)
     assert set(answer.probabilities) == {"yes", "a circle"}
 
 
@@ -115,11 +115,11 @@ def test_choices_without_defaults_are_followed_by_one_end(model, pictures):
         (["yes", "maybe"], "'maybe'"),
     ],
 )
-def test_bad_choices_are_refused(model, pictures, choices, message):
+def test_invalid_choices_are_rejected(model, images, choices, message):
     with pytest.raises(ValueError, match=message):
-        mmdlm.answer(model, "is it red ?", pictures[0], choices=choices)
+        mmdlm.answer(model, "is it red ?", images[0], choices=choices)
 
 
-def test_choice_longer_than_the_asked_canvas_is_refused(model, pictures):
-    with pytest.raises(ValueError, match="3 tokens, the canvas 2"):
-        mmdlm.answer(model, "is it ?", pictures[0], choices=["yes", "a red circle"], length=2)
+def test_choice_longer_than_the_canvas_is_rejected(model, images):
+    with pytest.raises(ValueError, match="length is 2, but a choice has 3 tokens"):
+        mmdlm.answer(model, "is it ?", images[0], choices=["yes", "a red circle"], length=2)

@@ -8,26 +8,26 @@ import mmdlm
 pytestmark = pytest.mark.filterwarnings("ignore:.*filled the canvas")
 
 
-def test_list_gives_what_each_picture_gives_alone(model, pictures):
-    together = mmdlm.caption(model, pictures)
-    assert together == [mmdlm.caption(model, one) for one in pictures]
-    assert together == mmdlm.caption(model, pictures, batch_size=2)
+def test_list_equals_single_images(model, images):
+    together = mmdlm.caption(model, images)
+    assert together == [mmdlm.caption(model, one) for one in images]
+    assert together == mmdlm.caption(model, images, batch_size=2)
     assert len(set(together)) > 1
 
 
-def test_kinds_of_pictures_are_one_picture(model, pictures):
-    image = Image.open(pictures[0])
+def test_image_types_give_equal_captions(model, images):
+    image = Image.open(images[0])
     pixels = np.asarray(image)
     kinds = [image, pixels, torch.from_numpy(pixels.copy()), pixels / 255.0, pixels.tobytes]
-    wanted = mmdlm.caption(model, pictures[0])
+    wanted = mmdlm.caption(model, images[0])
     assert [mmdlm.caption(model, kind) for kind in kinds[:-1]] == [wanted] * 4
     with pytest.raises(TypeError, match="read_image"):
         mmdlm.caption(model, kinds[-1])
 
 
-def test_details_agree_with_the_decoded_history(model, pictures):
-    answer = mmdlm.caption(model, pictures[0], details=True)
-    assert answer.text == mmdlm.caption(model, pictures[0])
+def test_details_match_the_decode_history(model, images):
+    answer = mmdlm.caption(model, images[0], details=True)
+    assert answer.text == mmdlm.caption(model, images[0])
     # Six positions, two a step.
     assert answer.forwards == 3
     assert len(answer.tokens) == len(answer.step) == len(answer.confidence)
@@ -39,23 +39,23 @@ def test_details_agree_with_the_decoded_history(model, pictures):
     assert answer.seconds > 0
 
 
-def test_prompt_length_and_strategies_are_used(model, pictures):
+def test_prompt_length_and_strategies_are_used(model, images):
     one = mmdlm.caption(
-        model, pictures[0], prompt="what is it ?", length=3, strategies="one_step", details=True
+        model, images[0], prompt="what is it ?", length=3, strategies="one_step", details=True
     )
     assert one.forwards == 1
     assert len(one.tokens) <= 3
 
 
-def test_no_pictures_give_no_captions(model):
+def test_empty_list_gives_no_captions(model):
     assert mmdlm.caption(model, []) == []
 
 
-def test_unknown_words_and_presets_are_named(model, pictures):
+def test_unknown_words_and_presets_raise(model, images):
     with pytest.raises(ValueError, match="pictuer.*picture"):
-        mmdlm.caption(model, pictures[0], prompt="describe the pictuer")
+        mmdlm.caption(model, images[0], prompt="describe the pictuer")
     with pytest.raises(FileNotFoundError, match="no decoding preset 'fastt'"):
-        mmdlm.caption(model, pictures[0], strategies="fastt")
+        mmdlm.caption(model, images[0], strategies="fastt")
 
 
 @pytest.mark.parametrize(
@@ -67,12 +67,12 @@ def test_unknown_words_and_presets_are_named(model, pictures):
         lambda p: Image.new("RGB", (1, 1)).save(p, "PNG"),
     ],
 )
-def test_unusual_pictures_are_captioned(model, tmp_path, make):
-    make(tmp_path / "picture")
-    assert isinstance(mmdlm.caption(model, tmp_path / "picture"), str)
+def test_unusual_image_files_are_captioned(model, tmp_path, make):
+    make(tmp_path / "image")
+    assert isinstance(mmdlm.caption(model, tmp_path / "image"), str)
 
 
-def test_model_stays_usable_for_training_afterwards(model, pictures):
-    mmdlm.caption(model, pictures[:2])
+def test_model_is_trainable_after_captioning(model, images):
+    mmdlm.caption(model, images[:2])
     model.logits(torch.tensor([[3, 4]])).sum().backward()
     assert model.backbone.embed.weight.grad is not None

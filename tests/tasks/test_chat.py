@@ -29,7 +29,7 @@ def chatty(speller):
     return speller(MARKERS, template="chatml")
 
 
-def test_text_becomes_what_a_user_says(chatty):
+def test_text_becomes_a_user_message(chatty):
     found = mmdlm.generate(chatty, "hi", length=4)
     assert isinstance(found, str)
     assert found == mmdlm.generate(chatty, [{"role": "user", "content": "hi"}], length=4)
@@ -40,14 +40,14 @@ def test_text_becomes_what_a_user_says(chatty):
     assert list(answer.tokens) == tokens[: len(answer.tokens)]
 
 
-def test_conversation_is_what_came_before(chatty):
+def test_conversation_includes_earlier_turns(chatty):
     details = [mmdlm.generate(chatty, t, length=6, details=True) for t in (TALK, TALK[2:])]
     assert details[0].confidence != details[1].confidence
     assert len(chatty.prompt(TALK)) > len(chatty.prompt(TALK[2:]))
 
 
 @pytest.mark.parametrize("kind", ["texts", "conversations", "both"])
-def test_list_gives_what_each_gives_alone(chatty, kind):
+def test_list_equals_single_prompts(chatty, kind):
     items = {
         "texts": ["hi", "a much longer question", "why"],
         "conversations": [TALK, TALK[2:]],
@@ -58,12 +58,14 @@ def test_list_gives_what_each_gives_alone(chatty, kind):
     assert mmdlm.generate(chatty, [], length=5) == []
 
 
-def test_length_comes_from_the_caller_or_the_checkpoint(chatty, monkeypatch):
+def test_length_is_the_argument_or_the_checkpoint_default(chatty, monkeypatch):
     def size(**options):
         found = []
         with monkeypatch.context() as patched:
-            patched.setattr(module, "fill_in", lambda _, given, *__, **___: found.extend(given))
-            patched.setattr(module, "shown", lambda *_: None)
+            patched.setattr(
+                module, "generate_answers", lambda _, given, *__, **___: found.extend(given)
+            )
+            patched.setattr(module, "unwrap", lambda *_: None)
             mmdlm.generate(chatty, "hi", strategies="one_step", **options)
         return len(chatty.processor.canvas(found[0].messages))
 
@@ -74,7 +76,7 @@ def test_length_comes_from_the_caller_or_the_checkpoint(chatty, monkeypatch):
     assert size(length=2) == 2
 
 
-def test_seed_repeats_a_random_answer(chatty):
+def test_equal_seeds_give_equal_answers(chatty):
     drawn = [{"class_path": "mmdlm.decoding.scores.gumbel.Gumbel", "init_args": {}}]
     first = [mmdlm.generate(chatty, "hi", length=8, strategies=drawn, seed=1) for _ in range(2)]
     assert first[0] == first[1]
@@ -95,7 +97,7 @@ def test_model_without_a_template_continues_text(speaker):
             mmdlm.generate(speaker, "hi" if given else TALK, length=4, **given)
 
 
-def test_empty_prompts_are_refused(speaker, chatty):
+def test_empty_prompts_are_rejected(speaker, chatty):
     for prompt in ("", ["hi", ""]):
         with pytest.raises(ValueError, match=r"prompt \d is empty"):
             mmdlm.generate(chatty, prompt, length=2, chat=False)
@@ -103,13 +105,13 @@ def test_empty_prompts_are_refused(speaker, chatty):
         mmdlm.generate(chatty, TALK[:2], length=2)
 
 
-def test_question_without_a_picture_goes_through_the_template(chatty):
+def test_question_without_an_image_uses_the_template(chatty):
     asked = mmdlm.answer(chatty, "hi", length=4, details=True)
     said = mmdlm.generate(chatty, "hi", length=4, details=True)
     assert (asked.text, asked.confidence) == (said.text, said.confidence)
 
 
-def test_checkpoint_without_a_whole_tokenizer_file_answers_the_same(chatty, tmp_path):
+def test_checkpoint_without_a_full_tokenizer_file_gives_equal_answers(chatty, tmp_path):
     chatty.tokenizer.template = "{{ bos_token }}{{ messages[-1].content }}<|im_end|>"
     chatty.tokenizer.names = {"bos_token": "<|im_start|>"}
     checkpoint.save(chatty, tmp_path)

@@ -6,7 +6,7 @@ from encoders.whisper import WhisperEncoder
 pytestmark = pytest.mark.filterwarnings("ignore:.*filled the canvas")
 
 
-def test_description_follows_the_checkpoint_s_own_task(model):
+def test_describe_uses_the_checkpoint_defaults(model):
     clip = WhisperEncoder.example(0)
     model.preset["describe"] = {"prompt": "what is it ?", "length": 4, "strategies": []}
     found = mmdlm.describe(model, [clip, clip], details=True)

@@ -20,37 +20,37 @@ def tiny() -> MultimodalDLM:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     red, tall = Image.new("RGB", (64, 64), "white"), Image.new("RGB", (30, 90), "blue")
     red.paste("red", (10, 10, 40, 40))
     return [red, tall]
 
 
-def ask(name: str, model: MultimodalDLM, pictures: list[Image.Image]) -> object:
+def ask(name: str, model: MultimodalDLM, images: list[Image.Image]) -> object:
     if name == "caption":
-        return mmdlm.caption(model, pictures)
+        return mmdlm.caption(model, images)
     if name == "answer":
-        return mmdlm.answer(model, "how many shapes are there", image=pictures)
+        return mmdlm.answer(model, "how many shapes are there", image=images)
     if name == "transcribe":
         return mmdlm.transcribe(model, [SOUND, (SOUND[0][:5_000], 16_000)])
     if name == "infill":
-        return mmdlm.infill(model, "a [MASK] square", image=pictures[0])
+        return mmdlm.infill(model, "a [MASK] square", image=images[0])
     if name == "details":
-        return [a.tokens for a in mmdlm.caption(model, pictures, details=True)]
-    return mmdlm.embed(model, image=pictures).tolist()
+        return [a.tokens for a in mmdlm.caption(model, images, details=True)]
+    return mmdlm.embed(model, image=images).tolist()
 
 
 @pytest.mark.parametrize("name", ["caption", "answer", "transcribe", "infill", "details", "embed"])
-def test_a_task_on_a_gpu_mixes_no_devices(name: str, tiny, pictures, pretend) -> None:
-    want = ask(name, tiny, pictures)
+def test_tasks_on_a_fake_gpu_do_not_mix_devices(name: str, tiny, images, pretend) -> None:
+    want = ask(name, tiny, images)
     moved = deepcopy(tiny)
     with pretend(moved) as mode:
-        got = ask(name, moved, pictures)
+        got = ask(name, moved, images)
     assert got == want
     assert not mode.mixed
 
 
-def test_a_policy_on_a_gpu_mixes_no_devices(build, pretend) -> None:
+def test_policy_on_a_fake_gpu_does_not_mix_devices(build, pretend) -> None:
     model = build()
     obs = [Toy().reset(seed) for seed in (0, 1)]
     want = [one["actions"] for one in Policy(model).infer_batch(obs)]

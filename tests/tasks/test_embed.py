@@ -5,14 +5,14 @@ import mmdlm
 from encoders.whisper import WhisperEncoder
 
 
-def test_vectors_have_unit_length_and_do_not_depend_on_the_batch(model, pictures):
-    found = mmdlm.embed(model, image=pictures)
+def test_vectors_have_unit_length_and_do_not_depend_on_the_batch(model, images):
+    found = mmdlm.embed(model, image=images)
     assert found.shape == (5, 32)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.norm(dim=1), torch.ones(5))
-    alone = torch.stack([mmdlm.embed(model, image=one) for one in pictures])
+    alone = torch.stack([mmdlm.embed(model, image=one) for one in images])
     torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(found, mmdlm.embed(model, image=pictures, batch_size=2))
+    torch.testing.assert_close(found, mmdlm.embed(model, image=images, batch_size=2))
 
 
 def test_texts_of_unequal_length_are_not_changed_by_padding(model):
@@ -22,7 +22,7 @@ def test_texts_of_unequal_length_are_not_changed_by_padding(model):
     torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-4)
 
 
-def test_mean_over_all_tokens_is_what_it_says(model):
+def test_embedding_is_the_mean_over_all_tokens(model):
     tokens = model.prompt("a red circle")[None]
     hidden = model.hidden(mmdlm.layout.from_tokens(tokens, None, "cascade", None))[0].mean(0)
     torch.testing.assert_close(
@@ -30,16 +30,16 @@ def test_mean_over_all_tokens_is_what_it_says(model):
     )
 
 
-def test_modalities_go_together(model, pictures):
+def test_modalities_are_combined(model, images):
     clip = WhisperEncoder.example(0)
-    found = mmdlm.embed(model, image=pictures[:2], audio=clip, text="a circle")
+    found = mmdlm.embed(model, image=images[:2], audio=clip, text="a circle")
     assert found.shape == (2, 32)
     assert mmdlm.embed(model, audio=[clip]).shape == (1, 32)
     assert mmdlm.embed(model, image=[]).shape == (0, 32)
 
 
-def test_bad_calls_are_refused(model, pictures):
-    with pytest.raises(ValueError, match="nothing to embed"):
+def test_invalid_arguments_are_rejected(model, images):
+    with pytest.raises(ValueError, match="got no input"):
         mmdlm.embed(model)
-    with pytest.raises(ValueError, match="lists of lengths"):
-        mmdlm.embed(model, image=pictures, text=["a", "red"])
+    with pytest.raises(ValueError, match="lists have lengths"):
+        mmdlm.embed(model, image=images, text=["a", "red"])

@@ -24,7 +24,7 @@ def lines(path: Path) -> list[dict]:
 
 @pytest.fixture
 def photos(tmp_path):
-    """A hundred pictures, every tenth of them broken."""
+    """A hundred images, every tenth of them broken."""
     place = tmp_path / "photos"
     place.mkdir()
     for i in range(100):
@@ -35,7 +35,7 @@ def photos(tmp_path):
     return place
 
 
-def test_broken_files_are_named_and_the_others_done(model, photos, tmp_path):
+def test_broken_files_are_recorded_and_the_others_done(model, photos, tmp_path):
     out = tmp_path / "captions.jsonl"
     counts = run_folder(model, "caption", photos, out, batch_size=32)
     assert (counts.done, counts.skipped, counts.failed) == (90, 0, 10)
@@ -50,7 +50,7 @@ def test_broken_files_are_named_and_the_others_done(model, photos, tmp_path):
     assert all(Path(record["file"]).name in record["error"] for record in failed)
 
 
-def test_second_run_does_only_what_is_missing(model, photos, tmp_path, monkeypatch):
+def test_second_run_only_processes_missing_files(model, photos, tmp_path, monkeypatch):
     out = tmp_path / "captions.jsonl"
     run_folder(model, "caption", photos, out, batch_size=32)
     before = out.read_text(encoding="utf-8")
@@ -73,37 +73,35 @@ def test_second_run_does_only_what_is_missing(model, photos, tmp_path, monkeypat
     assert len(lines(tmp_path / "captions.failed.jsonl")) == 9
 
 
-def test_no_failures_leave_no_list_of_failures(model, pictures, tmp_path):
+def test_no_failures_write_no_failures_file(model, images, tmp_path):
     out = tmp_path / "sub" / "out.jsonl"
-    assert run_folder(model, "caption", pictures, out).failed == 0
+    assert run_folder(model, "caption", images, out).failed == 0
     assert not out.with_suffix(".failed.jsonl").exists()
 
 
-def test_line_that_was_cut_short_is_done_again(model, pictures, tmp_path):
+def test_truncated_last_line_is_redone(model, images, tmp_path):
     out = tmp_path / "out.jsonl"
-    run_folder(model, "caption", pictures, out)
+    run_folder(model, "caption", images, out)
     whole = out.read_text(encoding="utf-8")
     out.write_text(whole[:-20], encoding="utf-8")
-    counts = run_folder(model, "caption", pictures, out)
+    counts = run_folder(model, "caption", images, out)
     assert (counts.done, counts.skipped) == (1, 4)
     assert out.read_text(encoding="utf-8") == whole
 
 
-def test_other_file_is_not_overwritten(model, pictures, tmp_path):
+def test_other_file_is_not_overwritten(model, images, tmp_path):
     out = tmp_path / "notes.txt"
     out.write_text("my notes\n")
     with pytest.raises(ValueError, match="notes.txt, line 1"):
-        run_folder(model, "caption", pictures, out)
+        run_folder(model, "caption", images, out)
     out.write_text("my notes")
-    with pytest.raises(ValueError, match="no file of results"):
-        run_folder(model, "caption", pictures, out)
+    with pytest.raises(ValueError, match="not a results file"):
+        run_folder(model, "caption", images, out)
     assert out.read_text() == "my notes"
 
 
-def test_item_that_breaks_its_batch_does_not_lose_the_others(
-    model, pictures, tmp_path, monkeypatch
-):
-    bad = model.processor.prepare("image", pictures[2]).tensor
+def test_item_that_fails_its_batch_does_not_affect_the_others(model, images, tmp_path, monkeypatch):
+    bad = model.processor.prepare("image", images[2]).tensor
     encode = model.encode
 
     def fragile(kind, items):
@@ -113,40 +111,40 @@ def test_item_that_breaks_its_batch_does_not_lose_the_others(
 
     monkeypatch.setattr(model, "encode", fragile)
     out = tmp_path / "out.jsonl"
-    counts = run_folder(model, "caption", pictures, out)
+    counts = run_folder(model, "caption", images, out)
     assert (counts.done, counts.failed) == (4, 1)
     (failed,) = lines(out.with_suffix(".failed.jsonl"))
-    assert failed["file"] == pictures[2]
+    assert failed["file"] == images[2]
     assert failed["error"].startswith("RuntimeError: out of memory")
 
 
-def test_results_are_on_disk_before_the_next_batch(model, pictures, tmp_path, monkeypatch):
+def test_results_are_on_disk_before_the_next_batch(model, images, tmp_path, monkeypatch):
     out = tmp_path / "out.jsonl"
     there = []
     caption = folder.caption
     monkeypatch.setattr(
         folder, "caption", lambda *a, **k: there.append(len(lines(out))) or caption(*a, **k)
     )
-    run_folder(model, "caption", pictures, out, batch_size=2)
+    run_folder(model, "caption", images, out, batch_size=2)
     assert there == [0, 2, 4]
 
 
-def test_questions_share_a_file_of_results(model, pictures, tmp_path):
+def test_questions_share_a_results_file(model, images, tmp_path):
     out = tmp_path / "out.jsonl"
     for question in ("is it red ?", "what is it ?"):
-        counts = run_folder(model, "answer", pictures, out, question=question, details=True)
+        counts = run_folder(model, "answer", images, out, question=question, details=True)
         assert counts.done == 5
-    again = run_folder(model, "answer", pictures, out, question="what is it ?")
+    again = run_folder(model, "answer", images, out, question="what is it ?")
     assert (again.done, again.skipped) == (0, 5)
     assert lines(out)[-1]["question"] == "what is it ?"
     assert {"tokens", "forwards", "words", "confidence", "step"} <= set(lines(out)[-1])
 
 
-def test_vectors_are_kept_too(model, pictures, tmp_path):
-    run_folder(model, "embed", pictures, tmp_path / "v.jsonl", batch_size=2)
+def test_embeddings_are_written(model, images, tmp_path):
+    run_folder(model, "embed", images, tmp_path / "v.jsonl", batch_size=2)
     found = lines(tmp_path / "v.jsonl")
     assert found[3]["embedding"] == pytest.approx(
-        mmdlm.embed(model, image=pictures[3]).tolist(), abs=1e-5
+        mmdlm.embed(model, image=images[3]).tolist(), abs=1e-5
     )
 
 
@@ -162,10 +160,10 @@ def test_vectors_are_kept_too(model, pictures, tmp_path):
         ("describe", {}, "is image|no prompt"),
     ],
 )
-def test_what_would_fail_for_every_file_fails_at_once(
-    model, pictures, tmp_path, task, options, message
+def test_invalid_options_fail_before_the_first_file(
+    model, images, tmp_path, task, options, message
 ):
     out = tmp_path / "out.jsonl"
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        run_folder(model, task, pictures, out, **options)
+        run_folder(model, task, images, out, **options)
     assert not out.exists()

@@ -6,13 +6,13 @@ import torch
 from PIL import Image
 
 import mmdlm
-from mmdlm.tasks.generate import Filled, finish, settings
+from mmdlm.tasks.generate import Filled, finish, resolve_settings
 from mmdlm.text import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*filled the canvas")
 
 
-def test_details_of_an_answer_fit_together(model):
+def test_details_of_an_answer_are_consistent(model):
     ids = [model.tokenizer.id(w) for w in ["a", "red", "circle"]] + [1, 1]
     filled = Filled(ids, [2, 0, 1, 0, 0], [0.5, 0.9, 0.7, 1.0, 1.0], 3, 0.25)
     answer = finish(model, filled)
@@ -26,7 +26,7 @@ def test_details_of_an_answer_fit_together(model):
     assert answer.to_dict()["tokens_per_forward"] == 1.0
 
 
-def test_stop_ids_end_an_answer_too(model):
+def test_stop_ids_end_an_answer(model):
     word = model.tokenizer.id("a")
     spec = model.spec
     object.__setattr__(spec, "stop_ids", (word,))
@@ -47,7 +47,7 @@ def test_subwords_are_joined_to_words(model):
     assert answer.words == (("reddish", 4, 0.3), ("cat.", 2, 0.7))
 
 
-def test_full_canvas_warns_once_and_is_marked(model, pictures):
+def test_truncated_answers_warn_once(model, images):
     text = "describe"
 
     def never_end(weight):
@@ -59,7 +59,7 @@ def test_full_canvas_warns_once_and_is_marked(model, pictures):
             model.backbone.out.weight[model.spec.eos_id] = 0
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        found = mmdlm.caption(model, pictures, prompt=text, length=2, details=True)
+        found = mmdlm.caption(model, images, prompt=text, length=2, details=True)
     told = [str(w.message) for w in seen if "filled the canvas of 2 tokens" in str(w.message)]
     full = sum(answer.truncated for answer in found)
     assert full == sum(len(answer.tokens) == 2 for answer in found) > 0
@@ -67,86 +67,86 @@ def test_full_canvas_warns_once_and_is_marked(model, pictures):
     assert f"{full} of 5 answers" in told[0]
 
 
-def test_settings_come_from_the_checkpoint_or_the_caller(model):
-    own = settings(model, "caption")
+def test_settings_are_arguments_or_checkpoint_defaults(model):
+    own = resolve_settings(model, "caption")
     assert (own.prompt, own.length, len(own.strategies)) == ("describe the picture", 6, 1)
-    mine = settings(model, "caption", "say it", 9, [])
+    mine = resolve_settings(model, "caption", "say it", 9, [])
     assert (mine.prompt, mine.length, mine.strategies) == ("say it", 9, [])
 
 
-def test_missing_prompt_names_the_tasks_that_have_one(model):
+def test_missing_prompt_error_lists_tasks_with_prompts(model):
     with pytest.raises(
         ValueError, match="'describe', only for caption, infill, transcribe;.*prompt="
     ):
         mmdlm.describe(model, (np.zeros(8000, np.float32), 16000))
 
 
-def test_checkpoint_without_defaults_wants_a_prompt_and_has_a_length(model):
+def test_checkpoint_without_defaults_requires_a_prompt(model):
     model.preset = {}
-    with pytest.raises(ValueError, match="names no prompt for 'caption'; say"):
-        settings(model, "caption")
-    assert settings(model, "caption", "describe").length == 32
+    with pytest.raises(ValueError, match="no default prompt for 'caption'; pass"):
+        resolve_settings(model, "caption")
+    assert resolve_settings(model, "caption", "describe").length == 32
 
 
 @pytest.mark.parametrize("length", [0, -1, True, 2.5])
-def test_length_must_be_positive(model, pictures, length):
+def test_length_must_be_positive(model, images, length):
     with pytest.raises(ValueError, match="length is"):
-        mmdlm.caption(model, pictures[0], length=length)
+        mmdlm.caption(model, images[0], length=length)
 
 
-def test_wrong_batch_size_is_refused(model, pictures):
+def test_invalid_batch_size_is_rejected(model, images):
     with pytest.raises(ValueError, match="batch_size is 0"):
-        mmdlm.caption(model, pictures, batch_size=0)
+        mmdlm.caption(model, images, batch_size=0)
 
 
-def test_mask_token_in_a_prompt_is_refused(model, pictures):
+def test_mask_token_in_a_prompt_is_rejected(model, images):
     backend = model.tokenizer.backend
     backend.add_special_tokens(["<mask>"])
     model.tokenizer = Tokenizer(backend)
     model.tokenizer.words = None
     with pytest.raises(ValueError, match="mask token"):
-        mmdlm.caption(model, pictures[0], prompt="describe <mask> the picture")
+        mmdlm.caption(model, images[0], prompt="describe <mask> the picture")
 
 
-def test_missing_encoder_is_named_before_anything_is_read(model):
+def test_missing_encoder_raises_before_files_are_read(model):
     model.encoders.pop("audio")
     with pytest.raises(ValueError, match="takes image, not audio"):
         mmdlm.transcribe(model, "no-such-file.wav")
 
 
-def test_model_without_tokenizer_says_so(model, pictures):
+def test_model_without_tokenizer_raises(model, images):
     model.tokenizer = None
     with pytest.raises(ValueError, match="tokenizer"):
-        mmdlm.caption(model, pictures[0])
+        mmdlm.caption(model, images[0])
 
 
-def test_bad_item_of_a_list_is_pointed_out(model, pictures, tmp_path):
+def test_error_names_the_invalid_item_of_a_list(model, images, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="broken.png") as caught:
-        mmdlm.caption(model, [pictures[0], broken])
+        mmdlm.caption(model, [images[0], broken])
     assert "item 1" in caught.value.__notes__[0]
 
 
-def test_equal_pictures_are_encoded_once(model, pictures, encoded):
-    pixels = np.asarray(Image.open(pictures[0]))
-    same = [pictures[0], pixels, pixels.copy(), Image.fromarray(pixels), pictures[0]]
+def test_equal_images_are_encoded_once(model, images, encoded):
+    pixels = np.asarray(Image.open(images[0]))
+    same = [images[0], pixels, pixels.copy(), Image.fromarray(pixels), images[0]]
     found = mmdlm.caption(model, same)
     assert encoded == [1]
     assert len(set(found)) == 1
 
 
-def test_path_asked_about_in_many_batches_is_encoded_once(model, pictures, encoded):
-    asked = [pictures[0], pictures[1], pictures[2], pictures[0], pictures[1], pictures[0]]
+def test_path_used_in_many_batches_is_encoded_once(model, images, encoded):
+    asked = [images[0], images[1], images[2], images[0], images[1], images[0]]
     mmdlm.caption(model, asked, batch_size=2)
     assert sum(encoded) == 3
 
 
-def test_seed_makes_random_decoding_repeatable_in_any_batch(model, pictures):
+def test_seeded_decoding_does_not_depend_on_the_batch(model, images):
     drawn = [
         {"class_path": "mmdlm.decoding.scores.gumbel.Gumbel", "init_args": {}},
         {"class_path": "mmdlm.decoding.scores.random_order.RandomOrder", "init_args": {}},
     ]
-    together = mmdlm.caption(model, pictures, strategies=drawn[:1], seed=3)
-    alone = [mmdlm.caption(model, one, strategies=drawn[:1], seed=3) for one in pictures]
+    together = mmdlm.caption(model, images, strategies=drawn[:1], seed=3)
+    alone = [mmdlm.caption(model, one, strategies=drawn[:1], seed=3) for one in images]
     assert together == alone

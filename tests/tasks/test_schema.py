@@ -146,7 +146,7 @@ def model(build):
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_result_parses_and_is_of_the_schema_whatever_is_written(build, seed) -> None:
+def test_result_always_conforms_to_the_schema(build, seed) -> None:
     rng = random.Random(seed)
     model = build(seed, shift=bool(seed % 2), attention=("full", "prefix")[seed // 2 % 2])
     schema = random_schema(rng)
@@ -160,7 +160,7 @@ def test_result_parses_and_is_of_the_schema_whatever_is_written(build, seed) -> 
     text.encode()
 
 
-def test_any_ids_in_the_slots_are_read_as_values_of_the_schema(model) -> None:
+def test_any_slot_ids_are_parsed_as_values_of_the_schema(model) -> None:
     rng = random.Random(0)
     pieces = [model.tokenizer.id(piece) for piece in PIECES]
     for _ in range(300):
@@ -175,7 +175,7 @@ def test_any_ids_in_the_slots_are_read_as_values_of_the_schema(model) -> None:
         assert valid(value, schema), (value, schema)
 
 
-def test_the_validator_of_these_tests_can_say_no() -> None:
+def test_validator_rejects_invalid_values() -> None:
     person = {"name": "Ada", "age": 36, "height": 1.6, "alive": False, "job": "poet", "tags": []}
     person["home"] = {"town": None, "zip": 'a"b'}
     assert valid(person, PERSON)
@@ -190,7 +190,7 @@ def golden_cases(golden):
     return json.loads(file.read_text())["methods"]["schema_template"]["cases"]
 
 
-def test_canvas_is_that_of_s3_token_by_token(speller, golden_cases) -> None:
+def test_canvas_equals_that_of_s3(speller, golden_cases) -> None:
     model = speller()  # of single bytes, as the cases are of single letters
     assert len(golden_cases) == 20
     for case in golden_cases:
@@ -205,7 +205,7 @@ def test_canvas_is_that_of_s3_token_by_token(speller, golden_cases) -> None:
         assert places == case["output"]["value_positions"]
 
 
-def test_pieces_are_cut_where_s3_cuts_them(model, monkeypatch) -> None:
+def test_lines_are_tokenized_as_in_s3(model, monkeypatch) -> None:
     told: list[str] = []
     encode = model.tokenizer.encode
     monkeypatch.setattr(
@@ -229,7 +229,7 @@ def written(model, schema, *texts: str, **given):
     return made.read(model.tokenizer, tokens)
 
 
-def test_values_are_read_as_written(model) -> None:
+def test_values_are_parsed(model) -> None:
     value, notes = written(
         model, PERSON, "Ada Lovelace", "36", "1.65", "false", 'poet"', "math", "x", "<none><none>"
     )
@@ -262,13 +262,13 @@ def test_values_are_read_as_written(model) -> None:
         ("", ""),
     ],
 )
-def test_what_would_break_a_string_is_escaped_or_ends_it(text, value) -> None:
+def test_quotes_end_strings_and_control_characters_are_escaped(text, value) -> None:
     assert Text(16).read(text) == value
     assert json.loads(json.dumps(value)) == value
     assert Text(16, nullable=True).read("<none> <none>") is None
 
 
-def test_lists_keep_what_was_said_and_as_many_as_they_must(model) -> None:
+def test_lists_drop_empty_items_down_to_min_items(model) -> None:
     items = {"type": "array", "items": {"type": "string"}, "maxItems": 3}
     schema = {"properties": {"tags": items}}
     assert written(model, schema, "a", "<none>", "b")[0] == {"tags": ["a", "b"]}
@@ -281,7 +281,7 @@ def test_lists_keep_what_was_said_and_as_many_as_they_must(model) -> None:
     assert written(model, schema, '"x"', "null", '"y"')[0] == {"tags": ["x", "y"]}
 
 
-def test_changed_values_are_told(model) -> None:
+def test_changed_values_warn(model) -> None:
     schema = {"properties": {"n": {"type": "integer", "minimum": 3}, "k": {"enum": ["ab", "cd"]}}}
     value, notes = written(model, schema, "1", "ad")
     assert value == {"n": 3, "k": "ab"}
@@ -292,7 +292,7 @@ def test_changed_values_are_told(model) -> None:
         mmdlm.infill(model, schema, prompt="x", strategies=[Threshold(0.0)])
 
 
-def test_details_of_a_schema_tell_known_from_filled(model) -> None:
+def test_details_of_a_schema_distinguish_known_from_filled(model) -> None:
     answer = mmdlm.infill(model, PERSON, prompt="x", strategies="one_step", details=True)
     made = scaffold(model, PERSON)
     assert len(answer.tokens) == len(made.tokens)
@@ -303,7 +303,7 @@ def test_details_of_a_schema_tell_known_from_filled(model) -> None:
     assert valid(json.loads(answer.text), PERSON)
 
 
-def test_slots_hold_nothing_that_would_have_to_be_changed(build) -> None:
+def test_generated_values_need_no_change(build) -> None:
     schema = {
         "properties": {
             "n": {"type": "integer"},
@@ -325,7 +325,7 @@ def test_slots_hold_nothing_that_would_have_to_be_changed(build) -> None:
             assert line.split() == ['"rate":', f"{written['rate']},"]
 
 
-def test_list_of_schemas_gives_what_each_gives_alone(model) -> None:
+def test_list_of_schemas_equals_single_schemas(model) -> None:
     other = {"properties": {"x": {"type": "boolean"}}}
     fast = {"strategies": [Threshold(0.05)]}
     asked = [PERSON, other, PERSON]
@@ -340,22 +340,24 @@ def test_list_of_schemas_gives_what_each_gives_alone(model) -> None:
     ]
 
 
-def test_canvas_is_completed_like_any_other(model) -> None:
+def test_canvas_is_padded_with_end_tokens(model) -> None:
     schema = {"properties": {"x": {"type": "boolean"}}}
     size = len(scaffold(model, schema).tokens)
     wide = mmdlm.infill(model, schema, prompt="x", length=size + 5, details=True)
     assert len(wide.tokens) == size
-    with pytest.raises(ValueError, match=f"takes {size} tokens, the canvas has {size - 1}"):
+    with pytest.raises(
+        ValueError, match=f"length is {size - 1}, but the schema takes {size} tokens"
+    ):
         mmdlm.infill(model, schema, prompt="x", length=size - 1)
 
 
-def test_schema_of_known_values_takes_no_forward(model) -> None:
+def test_schema_of_constants_takes_no_forward(model) -> None:
     schema = {"properties": {"v": {"const": 1}, "w": {"type": "null"}}}
     answer = mmdlm.infill(model, schema, prompt="x", details=True)
     assert (json.loads(answer.text), answer.forwards) == ({"v": 1, "w": None}, 0)
 
 
-def test_schema_as_pydantic_writes_it_is_understood(model) -> None:
+def test_pydantic_schema_is_parsed(model) -> None:
     schema = {
         "$defs": {"Town": {"properties": {"zip": {"type": "string", "title": "Zip"}}}},
         "properties": {
@@ -372,24 +374,24 @@ def test_schema_as_pydantic_writes_it_is_understood(model) -> None:
     assert list(value["home"]) == list(value["work"]) == ["zip"]
 
 
-def test_schema_is_about_pictures_where_there_are_some(model, make_model, pictures) -> None:
+def test_schema_with_images(model, make_model, images) -> None:
     vit = ViT.tiny()
     torch.manual_seed(0)
     sees = {"image": MLP(vit.dim, model.spec.transformer.width)}
     seer = MultimodalDLM(model.spec, {"image": vit}, sees, model.tokenizer).eval()
-    found = mmdlm.infill(seer, PERSON, pictures[:3], strategies=[Threshold(0.01)])
+    found = mmdlm.infill(seer, PERSON, images[:3], strategies=[Threshold(0.01)])
     assert all(valid(json.loads(text), PERSON) for text in found)
-    assert found[1] == mmdlm.infill(seer, PERSON, pictures[1], strategies=[Threshold(0.01)])
-    with pytest.raises(ValueError, match="list of 22 words and cannot spell JSON"):
-        mmdlm.infill(make_model(), PERSON, pictures[0])
+    assert found[1] == mmdlm.infill(seer, PERSON, images[1], strategies=[Threshold(0.01)])
+    with pytest.raises(ValueError, match="only 22 words and cannot represent JSON"):
+        mmdlm.infill(make_model(), PERSON, images[0])
 
 
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ({"type": "string", "pattern": "a+"}, "schema.x has 'pattern', which cannot be promised"),
+        ({"type": "string", "pattern": "a+"}, "schema.x has 'pattern', which is not supported"),
         ({"type": "string", "format": "date"}, "'format'"),
-        ({"type": "string", "minLength": 1}, "x.minLength cannot be promised"),
+        ({"type": "string", "minLength": 1}, "x.minLength is not supported"),
         ({"type": "string", "maxLength": -1}, "maxLength is -1"),
         ({"type": "string", "x-tokens": 0}, "x-tokens is 0"),
         ({"type": "number", "multipleOf": 2}, "'multipleOf'"),
@@ -397,42 +399,45 @@ def test_schema_is_about_pictures_where_there_are_some(model, make_model, pictur
         ({"type": "number", "minimum": "2"}, "minimum is '2'"),
         ({"type": "integer", "exclusiveMinimum": 1, "maximum": 1}, "no value between 2 and 1"),
         ({"type": "integer", "x-tokens": 65}, "at most 64"),
-        ({"type": "array", "items": {"type": "string"}}, "needs maxItems"),
+        ({"type": "array", "items": {"type": "string"}}, "has no maxItems"),
         ({"type": "array", "maxItems": 2}, "x.items is None"),
         ({"type": "array", "items": {}, "maxItems": 2}, "x.items has type None"),
-        ({"type": "array", "maxItems": 1, "minItems": 2}, "minItems 2 and maxItems 1"),
+        (
+            {"type": "array", "maxItems": 1, "minItems": 2},
+            r"minItems 2, expected at most maxItems \(1\)",
+        ),
         ({"type": "array", "maxItems": 2, "items": {"properties": {"y": {}}}}, "y has type None"),
         ({"type": "date"}, "type 'date', expected one of string, integer"),
         ({"enum": []}, "no value"),
-        ({"type": "integer", "enum": ["a"]}, r"no value: \['a'\] of type integer"),
-        ({"anyOf": [{"type": "string"}, {"type": "integer"}]}, "2 kinds"),
-        ({"$ref": "#/$defs/y"}, "refers to '#/\\$defs/y', which the schema does not hold"),
+        ({"type": "integer", "enum": ["a"]}, r"no value of type integer in \['a'\]"),
+        ({"anyOf": [{"type": "string"}, {"type": "integer"}]}, "2 types besides null"),
+        ({"$ref": "#/$defs/y"}, "refers to '#/\\$defs/y', which is not in the schema"),
         ({"$ref": "#/properties/x"}, "refers to itself"),
         ({"properties": {}, "required": ["y"]}, r"requires \['y'\]"),
         (3, "schema.x is 3"),
     ],
 )
-def test_what_cannot_be_promised_is_named(part, message) -> None:
+def test_unsupported_keywords_are_rejected(part, message) -> None:
     with pytest.raises(ValueError, match=message):
         parse({"properties": {"x": part}})
 
 
-def test_what_is_no_schema_is_refused(model) -> None:
+def test_invalid_schemas_are_rejected(model) -> None:
     with pytest.raises(TypeError, match="schema is a list"):
         parse([])
-    with pytest.raises(ValueError, match="describes no object"):
+    with pytest.raises(ValueError, match="does not describe an object"):
         parse({"type": "string"})
     with pytest.raises(ValueError, match="slot is 0"):
         parse(PERSON, 0)
-    with pytest.raises(ValueError, match="not what about; pass prompt="):
+    with pytest.raises(ValueError, match="needs an instruction or an image; pass prompt="):
         mmdlm.infill(model, PERSON)
-    with pytest.raises(TypeError, match="one call each"):
+    with pytest.raises(TypeError, match="one kind per call"):
         mmdlm.infill(model, [PERSON, "a [MASK]"], prompt="x")
     with pytest.raises(ValueError, match="2 templates and 3 prompts"):
         mmdlm.infill(model, [PERSON, PERSON], prompt=["x"] * 3)
 
 
-def test_instruction_names_what_is_wanted() -> None:
+def test_instruction_lists_the_properties() -> None:
     text = instruction(PERSON, "Ada, 36")
     assert "- name: full name\n- age\n" in text
     assert "<none>" in text

@@ -13,22 +13,22 @@ def clips():
     return [WhisperEncoder.example(seed) for seed in range(3)]
 
 
-def test_recordings_of_unequal_length_give_what_they_give_alone(model, clips):
+def test_recordings_of_unequal_length_equal_single_recordings(model, clips):
     assert len({len(samples) for samples, _ in clips}) == 3
     together = mmdlm.transcribe(model, clips)
     assert together == [mmdlm.transcribe(model, clip) for clip in clips]
 
 
-def test_file_gives_what_its_samples_give(model, clips, tmp_path):
+def test_file_equals_its_samples(model, clips, tmp_path):
     samples, rate = clips[0]
     soundfile.write(tmp_path / "clip.wav", samples, rate, subtype="FLOAT")
     assert mmdlm.transcribe(model, tmp_path / "clip.wav") == mmdlm.transcribe(model, clips[0])
 
 
-def test_describe_has_its_own_prompt(model, clips):
+def test_describe_has_a_separate_prompt(model, clips):
     text = mmdlm.describe(model, clips, prompt="what is it ?", length=3)
     assert len(text) == 3
-    with pytest.raises(ValueError, match="no prompt for 'describe'"):
+    with pytest.raises(ValueError, match="no default prompt for 'describe'"):
         mmdlm.describe(model, clips)
 
 
@@ -40,7 +40,7 @@ def test_describe_has_its_own_prompt(model, clips):
         ((np.zeros(16000 * 5, np.float32) + 0.1, 16000), "4"),
     ],
 )
-def test_recordings_that_cannot_be_used_are_refused(model, item, message):
+def test_invalid_recordings_are_rejected(model, item, message):
     with pytest.raises(ValueError, match=message):
         mmdlm.transcribe(model, item)
 
