@@ -1,1 +1,1 @@
-"""Decodes that are repeated in several ways, of which the best is kept."""
+"""Search over several decodes of one prompt."""

@@ -1,4 +1,4 @@
-"""One prompt decoded several times, and the best answer of them."""
+"""Best of n: decode a prompt several times and keep the answer with the highest score."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from mmdlm.decoding.decode import Decoded, decode
 from mmdlm.decoding.scores.gumbel import Gumbel
 from mmdlm.layout import Sequence
 from mmdlm.model import MultimodalDLM
-from mmdlm.search.candidates import answers, chosen, sources
+from mmdlm.search.candidates import answer_ids, generators, select
 
 Score = Callable[[list[int]], float]
-"""From the ids of an answer, up to its end, to how good it is; higher is better."""
+"""Score of an answer's token ids up to its end token; higher is better."""
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """What there was to choose from.
+    """All candidates with their scores.
 
     Args:
-        winner: for each row, which candidate was kept.
-        seeds: of each candidate.
-        scores: for each row, the score of each candidate.
-        candidates: the decodes.
+        winner: index of the selected candidate of each row.
+        seeds: seed of each candidate.
+        scores: scores of the candidates, for each row.
+        candidates: decodes.
     """
 
     winner: tuple[int, ...]
@@ -56,29 +56,28 @@ def best_of_n(
     canvas: Tensor | None = None,
     columns: slice | None = None,
 ) -> tuple[Decoded, Candidates]:
-    """The answer with the highest score of several decodes, for every row of the batch alone.
+    """Best of n: the answer with the highest score, selected for each batch row separately.
 
-    The first of equals is kept.
+    Ties go to the earlier candidate.
 
     Args:
-        model: the model.
+        model: model.
         prompt: see `mmdlm.decode`.
         length: positions G to fill.
-        strategies: of every decode, see `mmdlm.decode`; with a temperature none that decides
-            `pick`.
-        n: number of decodes, where no seeds are given.
-        seeds: one decode each, in which every row draws from a generator of this seed; None: 0 to
-            n - 1.
-        temperature: of `mmdlm.decoding.scores.gumbel.Gumbel`; 0 for strategies that draw
-            themselves.
-        score: of an answer, higher is better; None: `mean_log_probability`.
+        strategies: strategies of every decode, see `mmdlm.decode`; if temperature > 0, none of them
+            may define `pick`.
+        n: number of decodes if `seeds` is None.
+        seeds: one seed per decode, used for every row; None: 0 to n - 1.
+        temperature: temperature of `mmdlm.decoding.scores.gumbel.Gumbel`; 0 for strategies that
+            sample themselves.
+        score: score of an answer, higher is better; None: `mean_log_probability`.
         mask: see `mmdlm.decode`.
         canvas: see `mmdlm.decode`.
         columns: see `mmdlm.decode`.
     Returns:
-        the best decode, its forwards being those of all decodes, and all there was to choose from.
+        the best decode, with `nfe` summed over all decodes, and all candidates.
     Raises:
-        ValueError: there is nothing to choose from, or a score is NaN; see also `mmdlm.decode`.
+        ValueError: there is no candidate, a score is NaN, or see `mmdlm.decode`.
     """
     seeds = tuple(range(n)) if seeds is None else tuple(seeds)
     if not seeds:
@@ -91,7 +90,7 @@ def best_of_n(
             length,
             [*([Gumbel(temperature)] if temperature else []), *shared],
             mask=mask,
-            generator=sources(model, prompt, seed),
+            generator=generators(model, prompt, seed),
             columns=columns,
             canvas=canvas,
         )
@@ -99,36 +98,34 @@ def best_of_n(
     )
     scores = tuple(zip(*(_scores(model, c, score) for c in candidates), strict=True))
     if any(math.isnan(value) for row in scores for value in row):
-        raise ValueError(f"a score is NaN (of the rows: {scores}); make `score` return a number")
+        raise ValueError(f"a score is NaN, expected numbers; scores per row: {scores}")
     winner = tuple(max(range(len(row)), key=lambda i: (row[i], -i)) for row in scores)
-    return chosen(model, candidates, winner), Candidates(winner, seeds, scores, candidates)
+    return select(model, candidates, winner), Candidates(winner, seeds, scores, candidates)
 
 
 def mean_log_probability(model: MultimodalDLM, decoded: Decoded) -> list[float]:
-    """How sure each row was of its answer, in nats per token, at most 0.
+    """Mean log probability of each row's answer in nats per token, at most 0.
 
-    The mean over what the decode filled, up to the first end token, of the log of the probability
-    each token had when it was committed; what follows the end is easy and would dilute it.
+    The probabilities are those at commit time. The mean is over generated tokens up to and
+    including the first end token; later end tokens are nearly certain and are left out.
 
     Args:
-        model: says which tokens end an answer.
-        decoded: a finished decode.
+        model: model, for its end token ids.
+        decoded: finished decode.
     """
-    found = []
-    steps, sure = decoded.history.step.tolist(), decoded.history.confidence.double().tolist()
-    for ids, step, probability in zip(answers(model, decoded), steps, sure, strict=True):
-        to = len(ids) + 1  # the end token is part of what was said
-        logs = [
-            math.log(max(p, 1e-45))
-            for s, p in zip(step[:to], probability[:to], strict=True)
-            if s >= 0
-        ]
-        found.append(sum(logs) / len(logs) if logs else 0.0)
-    return found
+    means = []
+    history = decoded.history
+    steps, confidences = history.step.tolist(), history.confidence.double().tolist()
+    for ids, step, row in zip(answer_ids(model, decoded), steps, confidences, strict=True):
+        size = len(ids) + 1  # including the end token
+        pairs = zip(step[:size], row[:size], strict=True)
+        logs = [math.log(max(p, 1e-45)) for s, p in pairs if s >= 0]
+        means.append(sum(logs) / len(logs) if logs else 0.0)
+    return means
 
 
 def _scores(model: MultimodalDLM, decoded: Decoded, score: Score | None) -> list[float]:
-    """The score of each row."""
+    """Score of each row."""
     if score is None:
         return mean_log_probability(model, decoded)
-    return [float(score(ids)) for ids in answers(model, decoded)]
+    return [float(score(ids)) for ids in answer_ids(model, decoded)]

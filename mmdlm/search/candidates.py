@@ -1,4 +1,4 @@
-"""Several decodes of one batch: how they draw, what they say, and one of them per row."""
+"""Several decodes of one batch: random generators, answer ids and selection per row."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from mmdlm.layout import Sequence
 from mmdlm.model import MultimodalDLM
 
 
-def sources(model: MultimodalDLM, prompt: Tensor | Sequence, seed: int) -> list[torch.Generator]:
-    """One generator per row, all of one seed, so that a row of a batch draws what it draws alone.
+def generators(model: MultimodalDLM, prompt: Tensor | Sequence, seed: int) -> list[torch.Generator]:
+    """One generator per batch row with the same seed, so that samples do not depend on the batch.
 
     Args:
-        model: the generators are on its device.
+        model: model; the generators are on its device.
         prompt: see `mmdlm.decode`.
-        seed: of every generator.
+        seed: seed of every generator.
     """
     rows = len(prompt if isinstance(prompt, Tensor) else prompt.tokens)
     return [torch.Generator(model.device).manual_seed(seed) for _ in range(rows)]
 
 
-def answers(model: MultimodalDLM, decoded: Decoded) -> list[list[int]]:
-    """Ids of each row's answer, without its end token and what follows it."""
+def answer_ids(model: MultimodalDLM, decoded: Decoded) -> list[list[int]]:
+    """Token ids of each row's answer up to its end token."""
     ends = {model.spec.eos_id, *model.spec.stop_ids}
-    found = []
+    rows = []
     for ids in decoded.tokens[:, -decoded.history.step.shape[1] :].tolist():
         size = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-        found.append(ids[:size])
-    return found
+        rows.append(ids[:size])
+    return rows
 
 
-def chosen(model: MultimodalDLM, candidates: Items[Decoded], winner: Items[int]) -> Decoded:
-    """The rows that won as one decode, whose forwards are those of all candidates.
+def select(model: MultimodalDLM, candidates: Items[Decoded], winner: Items[int]) -> Decoded:
+    """One decode made of the winning candidate of each row; `nfe` is the sum over all candidates.
 
     Args:
-        model: shorter answers are followed by its end token.
+        model: model; shorter answers are padded with its end token.
         candidates: decodes of the same batch.
-        winner: for each row, the index of the candidate it is taken from.
+        winner: index of the candidate of each row.
     """
 
     def pick(tensors: list[Tensor], fill: float) -> Tensor:

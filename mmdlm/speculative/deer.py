@@ -1,4 +1,4 @@
-"""A block-diffusion model that drafts for a causal one, a block per forward."""
+"""DEER: speculative decoding with a block-diffusion drafter and a causal verifier."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmdlm.speculative.verifier import Scorer, as_verifier
 
 
 class _Block:
-    """Drafts a block of tokens in one forward, each position on its own."""
+    """Drafts a block of tokens in one forward, each position independently."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class _Block:
         self.temperature, self.source = temperature, source
 
     def propose(self, answer: list[int], room: int) -> Draft:
-        """The first choice of every position; with a temperature a draw of each."""
+        """Argmax of every position; with a temperature, a sample."""
         count = min(self.size, room)
         logits = masks(self.model, self.prompt, answer, count, self.vocab)
         if self.temperature == 0:
@@ -41,7 +41,7 @@ class _Block:
         return Draft(drawn.tolist(), 1, proposal)
 
     def learn(self, accepted: int) -> None:
-        """Blocks are of one size, however they went."""
+        """Does nothing: the block size is fixed."""
 
 
 def deer(
@@ -55,31 +55,29 @@ def deer(
     mask: Tensor | None = None,
     generator: Source = None,
 ) -> Verified:
-    """The verifier's own text, in fewer of its forwards.
+    """DEER: the verifier's text, with fewer verifier forwards.
 
-    In each round one forward of the diffusion model drafts a block, all positions at once, and one
-    forward of the verifier accepts the beginning of it by the rule of speculative sampling. Without
-    temperature the answer is the verifier's greedy text; with temperature it follows the
-    verifier's distribution at that temperature. How good the drafts are decides only how many
-    forwards it takes: the method trains its drafter to continue a text (on answers of the
-    verifier), so that its drafts stay right for long.
+    In each round, one forward of the diffusion model drafts a block of tokens in parallel. One
+    forward of the verifier accepts a prefix of it by speculative sampling. With temperature 0 the
+    result is the verifier's greedy text, else a sample of its distribution. The quality of the
+    drafts only affects the number of forwards. In the paper, the drafter is trained to continue
+    answers of the verifier.
 
-    DEER (arXiv 2512.15176), from the paper's description, not checked against its code. Its drafter
-    is trained with a separator between text and block, which a model of that kind would have to
-    find in its prompt; none is added here.
+    Source: DEER (arXiv 2512.15176), from the paper's description, not compared with its code. Its
+    drafter is trained with a separator between text and block; none is added here.
 
     Args:
-        model: the diffusion model, a block-causal one or one trained to continue.
-        verifier: a causal model of transformers with the same vocabulary, or see
-            `mmdlm.speculative.verifier`.
-        prompt: token ids [B P]; both models read the same ids. Rows are decoded one by one.
-        length: positions G to fill; end ids follow an answer that ends earlier.
-        block: tokens of a draft.
-        temperature: of both models; 0 for their first choices.
+        model: diffusion model, block-causal or trained to continue a prefix.
+        verifier: causal transformers model with the same vocabulary, or a
+            `mmdlm.speculative.verifier.Scorer`.
+        prompt: token ids [B P], shared by both models. Rows are decoded one by one.
+        length: positions G to fill; a shorter answer is padded with end tokens.
+        block: tokens per draft.
+        temperature: temperature of both models; 0 for argmax.
         mask: [B P] key padding of the prompt, True = real; on the left.
-        generator: source of random draws, one for the batch or one per row; None: torch's own.
+        generator: one for the batch or one per row; None: torch's default generator.
     Returns:
-        tokens, forwards of both models, and what was accepted.
+        tokens, forwards of both models, and acceptance statistics.
     Raises:
         ValueError: an argument is out of range, or see `speculate`.
     """
@@ -87,7 +85,7 @@ def deer(
     if block < 1:
         raise ValueError(f"block is {block}, expected at least 1 token per draft")
     if not temperature >= 0:
-        raise ValueError(f"temperature is {temperature}, expected 0 or more")
+        raise ValueError(f"temperature is {temperature}, expected at least 0")
 
     def drafter(row: list[int], source: torch.Generator) -> _Block:
         return _Block(model, verifier.vocab, row, block, temperature, source)

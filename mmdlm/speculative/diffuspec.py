@@ -1,4 +1,4 @@
-"""A diffusion model that drafts for a causal one, along a path that reads well."""
+"""DiffuSpec: speculative decoding with a diffusion drafter and a path search."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from mmdlm.speculative.speculate import Draft, Verified, masks, speculate
 from mmdlm.speculative.verifier import Scorer, as_verifier
 
 Proxy = Callable[[list[int], list[int]], list[float]]
-"""From a text and ids that may follow it to their log-probabilities under a cheap causal model."""
+"""(text ids, candidate next ids) -> log-probabilities of the candidates; a cheap causal model."""
 
 
 class DraftLength:
-    """How long the next draft should be, from how the last ones went.
+    """Adaptive draft-length controller of DiffuSpec.
 
-    Two moving averages are kept: of how much was drafted before an end token, and of how much was
-    accepted. The next draft is as long as the former, and longer while acceptance keeps up.
+    It tracks exponential moving averages of drafted tokens before an end token and of accepted
+    tokens. The next length is the former, plus `growth` if the latter is at least as large.
 
     Source: adaptive draft-length controller of DiffuSpec (arXiv 2510.02358, equations 10 and 11;
     pluto0x0/DiffuSpec: diffuspec/control/adl.py, a third-party port).
 
     Args:
-        shortest: tokens, at least one.
-        longest: tokens; the first draft is of this length.
-        growth: tokens added while acceptance keeps up.
+        shortest: minimum length in tokens, at least 1.
+        longest: maximum length in tokens; also the length of the first draft.
+        growth: tokens added if all drafted tokens are accepted on average.
         rate: weight of the newest draft in the averages, 0 to 1.
     Raises:
         ValueError: a number is out of range.
@@ -45,21 +45,21 @@ class DraftLength:
     ) -> None:
         if not 1 <= shortest <= longest:
             raise ValueError(
-                f"a draft of {shortest} to {longest} tokens; expected 1 or more, rising"
+                f"shortest is {shortest}, longest is {longest}; expected 1 <= shortest <= longest"
             )
         if growth < 0 or not 0 <= rate <= 1:
-            raise ValueError(f"growth is {growth} and rate {rate}; expected 0 or more, and 0 to 1")
+            raise ValueError(f"growth is {growth}, rate is {rate}; expected at least 0, and 0 to 1")
         self.shortest, self.longest, self.growth, self.rate = shortest, longest, growth, rate
         self.drafted = self.accepted = 0.0
         self.tokens = longest
         """Length of the next draft."""
 
     def learn(self, drafted: int, accepted: int) -> None:
-        """Takes in how a draft went.
+        """Updates the averages after a draft.
 
         Args:
-            drafted: its tokens before the first end token.
-            accepted: how many tokens of the path were accepted.
+            drafted: number of tokens before the first end token.
+            accepted: number of accepted tokens.
         """
         self.drafted += self.rate * (drafted - self.drafted)
         self.accepted += self.rate * (accepted - self.accepted)
@@ -68,24 +68,26 @@ class DraftLength:
 
 
 class NGram:
-    """Log-probabilities of a token from how often it followed the same tokens.
+    """n-gram language model with additive smoothing.
 
-    Counts are smoothed by a constant; a context that was never seen is shortened until one was.
+    An unseen context is shortened until a seen one is found.
 
     Args:
-        vocab: number of ids.
-        order: tokens that are counted together, 3 for a trigram.
-        smoothing: added to every count, above 0.
+        vocab: vocabulary size.
+        order: n, 3 for trigrams.
+        smoothing: constant added to every count, above 0.
     """
 
     def __init__(self, vocab: int, order: int = 3, smoothing: float = 0.1) -> None:
         if order < 1 or not smoothing > 0:
-            raise ValueError(f"order is {order} and smoothing {smoothing}; expected 1, and above 0")
+            raise ValueError(
+                f"order is {order}, smoothing is {smoothing}; expected at least 1, and above 0"
+            )
         self.vocab, self.order, self.smoothing = vocab, order, smoothing
         self.follows: dict[tuple[int, ...], Counter[int]] = {}
 
     def fit(self, text: Items[int], start: int = 0) -> NGram:
-        """Counts the tokens of a text from `start` on, each after what stands before it."""
+        """Counts the n-grams that end at or after index `start`; returns self."""
         for i in range(start, len(text)):
             for size in range(min(self.order, i + 1)):
                 context = tuple(text[i - size : i])
@@ -93,7 +95,7 @@ class NGram:
         return self
 
     def __call__(self, text: list[int], candidates: list[int]) -> list[float]:
-        """See `Proxy`."""
+        """Log-probabilities of the candidates, see `Proxy`."""
         size = min(self.order - 1, len(text))
         while size and tuple(text[len(text) - size :]) not in self.follows:
             size -= 1
@@ -105,41 +107,41 @@ class NGram:
 def lattice(
     logits: Tensor, eos_id: int, *, most: int = 15, mass: float = 0.8
 ) -> list[list[tuple[int, float]]]:
-    """The candidates of each position, (id, log-probability), the likeliest first.
+    """Candidates of each position as (id, log-probability), most probable first.
 
-    A position keeps its likeliest tokens until they hold a share of the probability and the end
-    token is among them, but no more than `most`; an end token that is left out is added last. The
-    positions stop with the first at which the end token is among the likeliest.
+    A position keeps its most probable tokens until their total probability is at least `mass` and
+    the end token is among them, but at most `most`. A missing end token is appended. The lattice
+    ends after the first position at which the end token is among the most probable.
 
     Args:
         logits: [k V] float32.
-        eos_id: the end token.
-        most: candidates of a position.
-        mass: share of the probability, 0 to 1.
+        eos_id: end token id.
+        most: maximum number of candidates per position.
+        mass: probability mass, 0 to 1.
     """
     log = logits.log_softmax(-1).cpu()
-    # Sorted, not topk, whose order among equals is unspecified.
+    # A stable sort, because topk leaves the order of ties unspecified.
     order = log.sort(dim=-1, descending=True, stable=True)
-    found = []
+    positions = []
     for i, (ids, values) in enumerate(
         zip(order.indices[:, :most].tolist(), order.values[:, :most].tolist(), strict=True)
     ):
         candidates: list[tuple[int, float]] = []
-        held, ends = 0.0, False
+        total, has_end = 0.0, False
         for token, value in zip(ids, values, strict=True):
             if value == -math.inf:
                 break
             candidates.append((token, value))
-            held += math.exp(value)
-            ends = ends or token == eos_id
-            if held >= mass and ends:
+            total += math.exp(value)
+            has_end = has_end or token == eos_id
+            if total >= mass and has_end:
                 break
-        if not ends and log[i, eos_id] > -torch.inf:
+        if not has_end and log[i, eos_id] > -torch.inf:
             candidates.append((eos_id, float(log[i, eos_id])))
-        found.append(candidates)
-        if ends:
+        positions.append(candidates)
+        if has_end:
             break
-    return found
+    return positions
 
 
 def path(
@@ -151,21 +153,21 @@ def path(
     beam: int = 3,
     weight: float = 0.5,
 ) -> list[int]:
-    """The best way through the candidates, from left to right, by beam search.
+    """Causal-consistency path search: the best path through a lattice, by beam search.
 
-    A path scores the sum of `weight` times the drafter's log-probability and 1 - `weight` times the
-    proxy's. One that has ended grows no more and competes with the others as it is.
+    The score of a path is the sum of `weight` * log p_drafter + (1 - `weight`) * log p_proxy. A
+    path that has reached the end token is not extended.
 
     Source: causal-consistency path search of DiffuSpec (arXiv 2510.02358, equation 8;
     pluto0x0/DiffuSpec: diffuspec/search/cps.py, a third-party port).
 
     Args:
         candidates: see `lattice`.
-        text: what stands before them.
+        text: token ids before the lattice.
         proxy: see `Proxy`.
-        eos_id: the end token.
-        beam: paths that are followed.
-        weight: of the drafter, 0 to 1.
+        eos_id: end token id.
+        beam: beam width.
+        weight: weight of the drafter, 0 to 1.
     """
     beams: list[tuple[float, list[int]]] = [(0.0, [])]
     for options in candidates:
@@ -183,8 +185,8 @@ def path(
     return beams[0][1]
 
 
-class _Searching:
-    """Drafts with one forward and a search; keeps the length of the drafts and the trigrams."""
+class _SearchDrafter:
+    """Drafts with one forward and a path search."""
 
     def __init__(
         self,
@@ -203,7 +205,7 @@ class _Searching:
         self.counted, self.drafted = len(prompt), 0
 
     def propose(self, answer: list[int], room: int) -> Draft:
-        """The path through the lattice of the next masks."""
+        """Best path through the lattice of the next masks."""
         text, eos_id = self.prompt + answer, self.model.spec.eos_id
         if self.own is not None:
             self.own.fit(text, self.counted)
@@ -217,7 +219,7 @@ class _Searching:
         return Draft(path(options, text, self.proxy, eos_id, beam=beam, weight=weight))
 
     def learn(self, accepted: int) -> None:
-        """Sets the length of the next draft."""
+        """Updates the draft length."""
         self.length.learn(self.drafted, accepted)
 
 
@@ -240,38 +242,37 @@ def diffuspec(
     mask: Tensor | None = None,
     generator: Source = None,
 ) -> Verified:
-    """The verifier's own text, in fewer of its forwards.
+    """DiffuSpec: the verifier's text, with fewer verifier forwards.
 
-    In each round one forward of the diffusion model says what may stand at each of the next
-    positions; a beam search takes from it a path that is also likely from left to right; and the
-    verifier keeps of that path what it would have written itself, and one token more. Without
-    temperature the answer is the verifier's greedy text, with temperature a sample of its
-    distribution, whatever was drafted.
+    In each round, one forward of the diffusion model gives candidates for the next positions. A
+    beam search selects a path that is also probable from left to right. The verifier accepts a
+    prefix of the path and adds one token. With temperature 0 the result is the verifier's greedy
+    text, else a sample of its distribution.
 
-    Source: DiffuSpec (arXiv 2510.02358), read in a third-party port (pluto0x0/DiffuSpec). There,
-    the proxy is a trigram model of a large text; and with a temperature the path is accepted as if
-    it had been drawn, here with the probability of its tokens, since it was searched.
+    Source: DiffuSpec (arXiv 2510.02358; pluto0x0/DiffuSpec, a third-party port). There, the proxy
+    is a trigram model of a large corpus, and with a temperature the path is accepted as if it had
+    been sampled. Here, it is accepted as a deterministic draft.
 
     Args:
-        model: the diffusion model.
-        verifier: a causal model of transformers with the same vocabulary, or see
-            `mmdlm.speculative.verifier`.
-        prompt: token ids [B P]; both models read the same ids. Rows are decoded one by one.
-        length: positions G to fill; end ids follow an answer that ends earlier.
-        proxy: see `Proxy`; None: an `NGram` of the prompt and of the answer so far.
-        shortest: tokens of a draft, see `DraftLength`.
-        longest: see there.
-        growth: see there.
-        rate: see there.
-        most: candidates of a position, see `lattice`.
-        mass: see there.
-        beam: paths that are followed, see `path`.
-        weight: of the diffusion model, see `path`.
-        temperature: of the verifier's distribution; 0 for its first choice.
+        model: diffusion model.
+        verifier: causal transformers model with the same vocabulary, or a
+            `mmdlm.speculative.verifier.Scorer`.
+        prompt: token ids [B P], shared by both models. Rows are decoded one by one.
+        length: positions G to fill; a shorter answer is padded with end tokens.
+        proxy: see `Proxy`; None: an `NGram` of the prompt and the answer so far.
+        shortest: see `DraftLength`.
+        longest: see `DraftLength`.
+        growth: see `DraftLength`.
+        rate: see `DraftLength`.
+        most: see `lattice`.
+        mass: see `lattice`.
+        beam: see `path`.
+        weight: see `path`.
+        temperature: temperature of the verifier; 0 for argmax.
         mask: [B P] key padding of the prompt, True = real; on the left.
-        generator: source of random draws, one for the batch or one per row; None: torch's own.
+        generator: one for the batch or one per row; None: torch's default generator.
     Returns:
-        tokens, forwards of both models, and what was accepted.
+        tokens, forwards of both models, and acceptance statistics.
     Raises:
         ValueError: an argument is out of range, or see `speculate`.
     """
@@ -279,17 +280,17 @@ def diffuspec(
     DraftLength(shortest, longest, growth, rate)
     if most < 1 or beam < 1 or not 0 <= mass <= 1 or not 0 <= weight <= 1:
         raise ValueError(
-            f"most is {most}, beam {beam}, mass {mass}, weight {weight}; expected numbers of 1 or "
-            "more, and shares from 0 to 1"
+            f"most is {most}, beam is {beam}, mass is {mass}, weight is {weight}; expected "
+            "at least 1 for most and beam, and 0 to 1 for mass and weight"
         )
     if not temperature >= 0:
-        raise ValueError(f"temperature is {temperature}, expected 0 or more")
+        raise ValueError(f"temperature is {temperature}, expected at least 0")
     ends = frozenset({model.spec.eos_id, *model.spec.stop_ids, *verifier.ends})
     given = {"most": most, "mass": mass, "beam": beam, "weight": weight}
 
-    def drafter(row: list[int], source: torch.Generator) -> _Searching:
+    def drafter(row: list[int], source: torch.Generator) -> _SearchDrafter:
         lengths = DraftLength(shortest, longest, growth, rate)
-        return _Searching(model, verifier.vocab, ends, row, lengths, proxy, given)
+        return _SearchDrafter(model, verifier.vocab, ends, row, lengths, proxy, given)
 
     def judge(draft: Draft, logits: Tensor, source: torch.Generator) -> Kept:
         if temperature == 0:

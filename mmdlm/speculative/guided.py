@@ -1,4 +1,4 @@
-"""A diffusion model that drafts the whole answer, guided by a causal model."""
+"""Guided diffusion of FlashDLM: a diffusion drafter guided by a causal model."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from mmdlm.speculative.speculate import Draft, Verified, masks, speculate
 from mmdlm.speculative.verifier import Scorer, as_verifier
 
 
-class _Whole:
-    """Drafts every mask of the answer at once, and hands the draft out in parts."""
+class _FullDraft:
+    """Drafts the whole answer in one forward, and proposes it in chunks."""
 
     def __init__(self, model: MultimodalDLM, prompt: list[int], chunk: int, vocab: int) -> None:
         self.model, self.prompt, self.chunk, self.vocab = model, prompt, chunk, vocab
-        self.rest: list[int] = []
-        self.given = 0
+        self.remaining: list[int] = []
+        self.proposed = 0
 
     def propose(self, answer: list[int], room: int) -> Draft:
-        """The next part of the draft; a new draft where the last part was not accepted whole."""
+        """Next chunk of the draft; a new draft if the last chunk was not fully accepted."""
         forwards = 0
-        if not self.rest:
+        if not self.remaining:
             logits = masks(self.model, self.prompt, answer, room, self.vocab)
-            self.rest = logits.argmax(-1).tolist()
+            self.remaining = logits.argmax(-1).tolist()
             forwards = 1
-        part, self.rest = self.rest[: self.chunk], self.rest[self.chunk :]
-        self.given = len(part)
+        part, self.remaining = self.remaining[: self.chunk], self.remaining[self.chunk :]
+        self.proposed = len(part)
         return Draft(part, forwards)
 
     def learn(self, accepted: int) -> None:
-        """Drops what follows a rejected token."""
-        if accepted < self.given:
-            self.rest = []
+        """Discards the draft after a rejected token."""
+        if accepted < self.proposed:
+            self.remaining = []
 
 
 def guided(
@@ -51,30 +51,30 @@ def guided(
     chunk: int = 32,
     mask: Tensor | None = None,
 ) -> Verified:
-    """An answer drafted in parallel and accepted left to right as far as a causal model agrees.
+    """Guided diffusion: a parallel draft, accepted from left to right by a causal guider.
 
-    In each round the diffusion model fills all masks with its first choice, the guider reads them
-    in one forward and keeps those up to the first it rejects, in whose place it writes its own
-    choice. With "deterministic" the answer is therefore the guider's greedy text, whatever was
-    drafted: speculative decoding. Only the relaxed rules keep what the diffusion model says. In
-    low precision near-ties of the guider may fall otherwise than in its own generation.
+    In each round, the diffusion model fills all masks by argmax, and one forward of the guider
+    scores them. Tokens up to the first rejected one are kept, and the guider's argmax replaces
+    that one. With "deterministic", the result is the guider's greedy text (speculative decoding).
+    The other rules also keep less probable draft tokens. In low precision, near-ties of the guider
+    may be resolved differently than in a plain generation.
 
     Source: Guided Diffusion of FlashDLM (arXiv 2505.21467; ZhanqiuHu/flash-dlm-experimental:
-    guided_diffusion/diff_spec_utils_shifted.py), where the answer may only be read left to right.
+    guided_diffusion/diff_spec_utils_shifted.py).
 
     Args:
-        model: the diffusion model.
-        guider: a causal model of transformers with the same vocabulary, or see
-            `mmdlm.speculative.verifier`.
-        prompt: token ids [B P]; both models read the same ids. Rows are decoded one by one.
-        length: positions G to fill; end ids follow an answer that ends earlier.
+        model: diffusion model.
+        guider: causal transformers model with the same vocabulary, or a
+            `mmdlm.speculative.verifier.Scorer`.
+        prompt: token ids [B P], shared by both models. Rows are decoded one by one.
+        length: positions G to fill; a shorter answer is padded with end tokens.
         rule: see `mmdlm.speculative.accept.Rule`.
         top_k: see there.
         ratio: see there.
-        chunk: tokens the guider reads per forward.
+        chunk: draft tokens per forward of the guider.
         mask: [B P] key padding of the prompt, True = real; on the left.
     Returns:
-        tokens, forwards of the diffusion model and of the guider, and what was accepted.
+        tokens, forwards of both models, and acceptance statistics.
     Raises:
         ValueError: an argument is out of range, or see `speculate`.
     """
@@ -84,10 +84,10 @@ def guided(
     guider = as_verifier(guider)
 
     def judge(draft: Draft, logits: Tensor, generator: torch.Generator) -> Kept:
-        # Without the row behind the draft: the reference lets the next draft begin there.
+        # Without the last row: in the reference, no extra token follows a fully accepted draft.
         return accept(draft.tokens, logits[:-1], rule, top_k=top_k, ratio=ratio)
 
-    def drafter(row: list[int], generator: torch.Generator) -> _Whole:
-        return _Whole(model, row, chunk, guider.vocab)
+    def drafter(row: list[int], generator: torch.Generator) -> _FullDraft:
+        return _FullDraft(model, row, chunk, guider.vocab)
 
     return speculate(model, guider, prompt, length, drafter, judge, mask=mask)

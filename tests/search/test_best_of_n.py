@@ -1,4 +1,4 @@
-"""Best of n: the surest decode, or the one a score likes best."""
+"""Best of n: the most confident decode, or the one with the highest custom score."""
 
 import math
 
@@ -25,7 +25,7 @@ def surety(tokens: list[int], steps: list[int], sure: list[float]) -> float:
     return sum(logs) / len(logs) if logs else 0.0
 
 
-def test_the_surest_decode_wins_in_every_row(toy, batch) -> None:
+def test_most_confident_decode_wins_in_every_row(toy, batch) -> None:
     tokens, mask = batch(7, 4, 6)
     canvas = torch.full((3, LENGTH), 2)
     canvas[1, 0] = 17
@@ -34,9 +34,9 @@ def test_the_surest_decode_wins_in_every_row(toy, batch) -> None:
     decodes = []
     for seed in range(5):
         generators = [torch.Generator().manual_seed(seed) for _ in range(3)]
-        how = [Gumbel(0.9), *strategies]
+        sampled = [Gumbel(0.9), *strategies]
         decodes.append(
-            decode(toy, tokens, LENGTH, how, mask=mask, generator=generators, canvas=canvas)
+            decode(toy, tokens, LENGTH, sampled, mask=mask, generator=generators, canvas=canvas)
         )
     for row in range(3):
         by_hand = [
@@ -56,7 +56,7 @@ def test_the_surest_decode_wins_in_every_row(toy, batch) -> None:
     assert got.nfe == all_.nfe == sum(d.nfe for d in decodes)
 
 
-def test_a_score_decides(toy, batch) -> None:
+def test_custom_score_selects_the_winner(toy, batch) -> None:
     tokens, mask = batch(7, 4)
     seen = []
 
@@ -71,34 +71,34 @@ def test_a_score_decides(toy, batch) -> None:
         assert all_.scores[row][winner] == max(all_.scores[row])
 
 
-def test_the_first_of_equals_is_kept(toy, batch) -> None:
+def test_ties_go_to_the_first_candidate(toy, batch) -> None:
     tokens, mask = batch(7, 4)
     _, all_ = best_of_n(toy, tokens, LENGTH, seeds=(9, 8, 7), mask=mask, score=lambda ids: 1)
     assert all_.winner == (0, 0)
     assert all_.seeds == (9, 8, 7)
 
 
-def test_strategies_that_draw_themselves(toy, batch) -> None:
+def test_strategies_that_sample_themselves(toy, batch) -> None:
     tokens, mask = batch(7, 4)
     got, all_ = best_of_n(toy, tokens, LENGTH, [RandomOrder()], n=3, temperature=0, mask=mask)
     assert len({tuple(c.tokens.flatten().tolist()) for c in all_.candidates}) > 1
     assert mean_log_probability(toy, got) == pytest.approx([max(row) for row in all_.scores])
 
 
-def test_one_decode_without_temperature_is_a_plain_one(toy, batch) -> None:
+def test_one_decode_without_temperature_equals_a_plain_one(toy, batch) -> None:
     tokens, mask = batch(7, 4)
     got, _ = best_of_n(toy, tokens, LENGTH, n=1, temperature=0, mask=mask)
     assert got.tokens.equal(decode(toy, tokens, LENGTH, mask=mask).tokens)
 
 
-def test_a_row_of_a_batch_is_chosen_as_it_is_alone(toy, batch) -> None:
+def test_batch_row_equals_single_row(toy, batch) -> None:
     sizes = (7, 4, 6)
     tokens, mask = batch(*sizes)
     got, all_ = best_of_n(toy, tokens, LENGTH, n=3, mask=mask)
     for row, size in enumerate(sizes):
-        alone, own = best_of_n(toy, tokens[row : row + 1, -size:], LENGTH, n=3)
+        alone, single = best_of_n(toy, tokens[row : row + 1, -size:], LENGTH, n=3)
         assert got.tokens[row, -LENGTH:].equal(alone.tokens[0, -LENGTH:])
-        assert all_.winner[row] == own.winner[0]
+        assert all_.winner[row] == single.winner[0]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +110,6 @@ def test_a_row_of_a_batch_is_chosen_as_it_is_alone(toy, batch) -> None:
         ({"strategies": [Gumbel()]}, "both decide 'pick'"),
     ],
 )
-def test_bad_arguments_of_best_of_n_are_named(toy, given: dict, message: str) -> None:
+def test_invalid_arguments_of_best_of_n_are_rejected(toy, given: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         best_of_n(toy, torch.tensor([[5]]), 2, **given)

@@ -153,7 +153,7 @@ class Table:
         return self.logits[tokens[-last - 1 :]]
 
     def pairs(self, first: int, temperature: float) -> dict[tuple[int, int], float]:
-        """Probabilities of the two tokens after `first`; the mask is never said."""
+        """Probabilities of the two tokens after `first`; the mask id is never predicted."""
         logits = (self.logits / temperature).double()
         logits[:, MASK] = -torch.inf
         p = logits.softmax(-1)

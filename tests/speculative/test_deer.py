@@ -1,4 +1,4 @@
-"""DEER: blocks drafted in one forward, and the verifier's own text or distribution."""
+"""DEER: blocks drafted in one forward; text or distribution of the verifier."""
 
 import math
 from collections import Counter
@@ -15,7 +15,7 @@ LENGTH, MASK, EOS = 16, 2, 1
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("attention", ["full", "block_causal"])
-def test_the_text_is_the_verifiers_own(
+def test_text_equals_greedy_text_of_the_verifier(
     kind: str, attention: str, toy, causal, greedy, prompts
 ) -> None:
     for seed in range(3):
@@ -35,14 +35,14 @@ def test_good_blocks_save_forwards_of_the_verifier(causal, greedy, knowing, prom
         text = greedy(causal(seed), prompt[0].tolist(), 40)
         model, verifier = knowing([prompt[0].tolist() + text], slips=0.1), Verifier(causal(seed))
         got = deer(model, verifier, prompt, 40, block=8)
-        said = text.index(EOS) + 1 if EOS in text else 40
+        size = text.index(EOS) + 1 if EOS in text else 40
         assert got.tokens[0, 4:].tolist() == text
         assert got.nfe == got.checks == verifier.forwards == len(model.forwards)
-        assert got.checks < max(2, said / 2)
+        assert got.checks < max(2, size / 2)
         assert model.forwards[0] == 8
 
 
-def test_a_draft_that_is_right_is_one_round(causal, greedy, knowing, prompts) -> None:
+def test_correct_draft_takes_one_round(causal, greedy, knowing, prompts) -> None:
     prompt = prompts(7, 4)[0]
     text = greedy(causal(3), prompt[0].tolist(), 9)
     assert EOS not in text
@@ -85,15 +85,15 @@ def test_samples_follow_the_verifiers_distribution(block: int, toy, table, fair)
     assert 0 < sum(map(sum, got.accepted)) < 2 * trials
 
 
-def test_the_same_seed_gives_the_same_sample_alone_and_in_a_batch(toy, causal, prompts) -> None:
+def test_equal_seeds_give_equal_samples_alone_and_in_a_batch(toy, causal, prompts) -> None:
     sizes = (5, 2)
     tokens, mask = prompts(3, *sizes)
-    sources = [torch.Generator().manual_seed(i) for i in (4, 5)]
-    how = {"block": 3, "temperature": 1.0}
-    got = deer(toy(), causal(), tokens, 6, mask=mask, generator=sources, **how)
+    generators = [torch.Generator().manual_seed(i) for i in (4, 5)]
+    options = {"block": 3, "temperature": 1.0}
+    got = deer(toy(), causal(), tokens, 6, mask=mask, generator=generators, **options)
     for row, size in enumerate(sizes):
         source = [torch.Generator().manual_seed(4 + row)]
-        alone = deer(toy(), causal(), tokens[row : row + 1, -size:], 6, generator=source, **how)
+        alone = deer(toy(), causal(), tokens[row : row + 1, -size:], 6, generator=source, **options)
         assert got.tokens[row, 5:].tolist() == alone.tokens[0, size:].tolist()
 
 
@@ -105,6 +105,6 @@ def test_the_same_seed_gives_the_same_sample_alone_and_in_a_batch(toy, causal, p
         ({"length": 0}, "length is 0"),
     ],
 )
-def test_bad_arguments_of_deer_are_named(given: dict, message: str, toy, causal) -> None:
+def test_invalid_arguments_of_deer_are_rejected(given: dict, message: str, toy, causal) -> None:
     with pytest.raises(ValueError, match=message):
         deer(toy(), causal(), torch.tensor([[3, 4]]), **{"length": 4, **given})

@@ -1,4 +1,4 @@
-"""DiffuSpec: the controller and the search of a third-party port, and the verifier's own text."""
+"""DiffuSpec: controller and search equal a third-party port; text of the verifier."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ def each(name: str) -> pytest.MarkDecorator:
 
 
 @each("diffuspec_adl")
-def test_drafts_are_as_long_as_in_the_port(case: dict) -> None:
+def test_draft_lengths_equal_those_of_the_port(case: dict) -> None:
     p = case["params"]
     control = DraftLength(p["k_min"], p["k_max"], p["delta"], p["rho"])
     lengths = [control.tokens]
@@ -33,7 +33,7 @@ def test_drafts_are_as_long_as_in_the_port(case: dict) -> None:
 
 
 @each("diffuspec_cps")
-def test_the_path_is_that_of_the_port(case: dict) -> None:
+def test_path_equals_that_of_the_port(case: dict) -> None:
     p = case["params"]
     options = lattice(torch.tensor(case["logits"]), p["eos_id"], most=p["M_max"], mass=p["tau"])
 
@@ -44,7 +44,7 @@ def test_the_path_is_that_of_the_port(case: dict) -> None:
     assert got == case["output"]
 
 
-def test_candidates_are_what_they_are_by_hand() -> None:
+def test_lattice_equals_manual_calculation() -> None:
     generator = torch.Generator().manual_seed(0)
     stopped = 0
     for i in range(100):
@@ -89,8 +89,10 @@ def test_a_wide_beam_finds_the_best_path() -> None:
             tokens: tuple[int, ...], options: list = options, table: torch.Tensor = table
         ) -> float:
             before = (0, *tokens)
-            own = sum(options[i][t][1] for i, t in enumerate(tokens))
-            return 0.7 * own + 0.3 * sum(float(table[a, b]) for a, b in itertools.pairwise(before))
+            drafter = sum(options[i][t][1] for i, t in enumerate(tokens))
+            return 0.7 * drafter + 0.3 * sum(
+                float(table[a, b]) for a, b in itertools.pairwise(before)
+            )
 
         # A path may end early, with token 4, and then counts as it is.
         every = {
@@ -107,7 +109,7 @@ def test_a_wide_beam_finds_the_best_path() -> None:
         assert tuple(got) == max(every, key=score)
 
 
-def test_trigrams_are_what_they_are_by_hand() -> None:
+def test_trigrams_equal_manual_calculation() -> None:
     text = [3, 4, 3, 4, 5, 3, 4, 3]
     model = NGram(vocab=6, order=3, smoothing=0.5).fit(text[:4])
     model.fit(text, 4)
@@ -127,19 +129,19 @@ def test_trigrams_are_what_they_are_by_hand() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_the_text_is_the_verifiers_own(kind: str, toy, causal, greedy, prompts) -> None:
+def test_text_equals_greedy_text_of_the_verifier(kind: str, toy, causal, greedy, prompts) -> None:
     for seed in range(3):
         model, verifier = toy(seed, shift=bool(seed % 2)), causal(seed, kind)
         sizes = (5, 2, 4)
         tokens, mask = prompts(seed, *sizes)
-        how = {"shortest": 2, "longest": 5, "growth": 2} if seed else {}
-        got = diffuspec(model, verifier, tokens, LENGTH, mask=mask, **how)
+        lengths = {"shortest": 2, "longest": 5, "growth": 2} if seed else {}
+        got = diffuspec(model, verifier, tokens, LENGTH, mask=mask, **lengths)
         for row, size in enumerate(sizes):
             alone = tokens[row, -size:].tolist()
             assert got.tokens[row, 5:].tolist() == greedy(verifier, alone, LENGTH)
 
 
-def test_good_drafts_save_checks_and_grow(causal, greedy, knowing, prompts) -> None:
+def test_good_drafts_save_verifier_forwards_and_grow(causal, greedy, knowing, prompts) -> None:
     for seed in range(4):
         verifier = Verifier(causal(seed))
         verifier.ends = frozenset()
@@ -167,21 +169,21 @@ def test_drafts_shrink_while_they_are_rejected(toy, causal, prompts) -> None:
     assert max(drafted[1:]) == 4
 
 
-def test_a_proxy_of_the_caller_is_asked(toy, causal, prompts) -> None:
-    asked = []
+def test_custom_proxy_is_called(toy, causal, prompts) -> None:
+    calls = []
 
     def proxy(text: list[int], candidates: list[int]) -> list[float]:
-        asked.append((text, candidates))
+        calls.append((text, candidates))
         return [0.0 if token == 7 else -50.0 for token in candidates]
 
     prompt = prompts(0, 4)[0]
     got = diffuspec(toy(), causal(), prompt, 4, proxy=proxy, most=50, mass=1.0, weight=0.0)
-    assert asked[0][0] == prompt[0].tolist()
-    assert MASK not in {token for _, candidates in asked for token in candidates}
+    assert calls[0][0] == prompt[0].tolist()
+    assert MASK not in {token for _, candidates in calls for token in candidates}
     assert got.drafted[0][0] >= 1
 
 
-def test_a_sample_along_a_searched_path_follows_the_verifier(toy, table, fair) -> None:
+def test_samples_along_a_searched_path_follow_the_verifier(toy, table, fair) -> None:
     model, verifier, trials, temperature = toy(1, vocab=6), table(6), 400, 1.3
     prompt = torch.tensor([[3]]).expand(trials, -1)
     source = torch.Generator().manual_seed(0)
@@ -203,13 +205,15 @@ def test_a_sample_along_a_searched_path_follows_the_verifier(toy, table, fair) -
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"shortest": 9, "longest": 3}, "a draft of 9 to 3 tokens"),
-        ({"rate": 2.0}, "rate 2.0"),
-        ({"beam": 0}, "beam 0"),
-        ({"weight": -1.0}, "weight -1.0"),
+        ({"shortest": 9, "longest": 3}, "shortest is 9, longest is 3"),
+        ({"rate": 2.0}, "rate is 2.0"),
+        ({"beam": 0}, "beam is 0"),
+        ({"weight": -1.0}, "weight is -1.0"),
         ({"temperature": -1.0}, "temperature is -1.0"),
     ],
 )
-def test_bad_arguments_of_diffuspec_are_named(given: dict, message: str, toy, causal) -> None:
+def test_invalid_arguments_of_diffuspec_are_rejected(
+    given: dict, message: str, toy, causal
+) -> None:
     with pytest.raises(ValueError, match=message):
         diffuspec(toy(), causal(), torch.tensor([[3, 4]]), 4, **given)

@@ -16,7 +16,7 @@ LENGTH, MASK, EOS = 12, 2, 1
 
 
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
-def test_what_is_kept_is_what_the_reference_keeps(case: dict) -> None:
+def test_accepted_tokens_equal_those_of_the_reference(case: dict) -> None:
     params, output = case["params"], case["output"]
     got = accept(
         case["draft"],
@@ -48,7 +48,7 @@ def by_hand(draft: list[int], rows: list[list[float]], rule: str, k: int, ratio:
 
 
 @pytest.mark.parametrize("rule", ["deterministic", "topk", "topk_relative"])
-def test_the_rules_are_what_they_are_by_hand(rule: str) -> None:
+def test_rules_match_a_slow_reference(rule: str) -> None:
     generator = torch.Generator().manual_seed(0)
     whole = 0
     for i in range(200):
@@ -65,7 +65,7 @@ def test_the_rules_are_what_they_are_by_hand(rule: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_the_text_is_the_guiders_own(kind: str, toy, causal, greedy, prompts) -> None:
+def test_text_equals_greedy_text_of_the_guider(kind: str, toy, causal, greedy, prompts) -> None:
     for seed in range(3):
         model, guider = toy(seed, shift=bool(seed % 2)), causal(seed, kind)
         sizes = (5, 2, 4)
@@ -86,18 +86,18 @@ def test_good_drafts_save_forwards(chunk: int, causal, greedy, knowing, prompts)
         model = knowing([prompt[0].tolist() + text])
         got = guided(model, verifier := Verifier(guider), prompt, 24, chunk=chunk)
         assert got.tokens[0, 4:].tolist() == text
-        said = text.index(EOS) + 1 if EOS in text else 24
+        size = text.index(EOS) + 1 if EOS in text else 24
         assert got.nfe == len(model.forwards)
         assert got.checks == verifier.forwards == len(got.accepted[0])
-        assert got.checks < max(4, said)
+        assert got.checks < max(4, size)
         for drafted, accepted in zip(got.drafted[0], got.accepted[0], strict=True):
             assert accepted <= drafted <= chunk
         steps = got.history.step[0].tolist()
-        assert steps == sorted(steps[:said]) + [-1] * (24 - said)
+        assert steps == sorted(steps[:size]) + [-1] * (24 - size)
         assert ((got.history.confidence > 0) == (got.history.step >= 0)).all()
 
 
-def test_a_perfect_draft_takes_one_forward_and_one_check_per_chunk(
+def test_perfect_draft_takes_one_forward_and_one_check_per_chunk(
     causal, greedy, knowing, prompts
 ) -> None:
     prompt = prompts(7, 4)[0]
@@ -114,7 +114,7 @@ def test_a_perfect_draft_takes_one_forward_and_one_check_per_chunk(
     assert got.tokens[0, 4 : 4 + len(text)].tolist() == text
 
 
-def test_relaxed_rules_keep_what_was_drafted(toy, causal, prompts) -> None:
+def test_relaxed_rules_accept_draft_tokens(toy, causal, prompts) -> None:
     tokens, mask = prompts(1, 6, 3)
     whole = guided(toy(), causal(), tokens, LENGTH, "topk", top_k=50, mask=mask)
     drafts = toy().logits(
@@ -133,7 +133,7 @@ def test_relaxed_rules_keep_what_was_drafted(toy, causal, prompts) -> None:
     assert sum(map(sum, whole.accepted)) > sum(map(sum, strict.accepted))
 
 
-def test_an_end_of_either_model_ends_the_text(causal, greedy, knowing, prompts) -> None:
+def test_end_token_of_either_model_ends_the_text(causal, greedy, knowing, prompts) -> None:
     prompt = prompts(2, 4)[0]
     guider = causal(2)
     text = greedy(guider, prompt[0].tolist(), 16)
@@ -156,13 +156,13 @@ def test_an_end_of_either_model_ends_the_text(causal, greedy, knowing, prompts) 
         ({"prompt": torch.zeros(1, 0, dtype=torch.long)}, "the prompt is empty"),
     ],
 )
-def test_bad_arguments_of_guidance_are_named(given: dict, message: str, toy, causal) -> None:
+def test_invalid_arguments_of_guided_are_rejected(given: dict, message: str, toy, causal) -> None:
     call = {"prompt": torch.tensor([[3, 4]]), "length": 4, **given}
     with pytest.raises(ValueError, match=message):
         guided(toy(), causal(), **call)
 
 
-def test_media_and_unknown_ids_are_refused(toy, causal) -> None:
+def test_media_and_unknown_ids_are_rejected(toy, causal) -> None:
     from mmdlm.layout import Row, arrange
 
     rows = arrange([Row((torch.randn(2, 32), torch.tensor([5, 6])))], pad=0)

@@ -10,7 +10,7 @@ from mmdlm.text import Tokenizer
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_kept_keys_change_nothing(kind: str, causal) -> None:
+def test_cached_scores_equal_uncached_scores(kind: str, causal) -> None:
     model = causal(1, kind)
     fed = []
     hook = model.register_forward_pre_hook(
@@ -43,14 +43,14 @@ def test_kept_keys_change_nothing(kind: str, causal) -> None:
     assert verifier.forwards == plain.forwards == 9
 
 
-def test_a_text_without_a_token_before_it_is_refused(causal) -> None:
+def test_scoring_the_first_token_is_rejected(causal) -> None:
     verifier = Verifier(causal())
     for last in (2, -1):
         with pytest.raises(ValueError, match=f"last is {last} of 2 tokens"):
             verifier.score(torch.tensor([3, 4]), last)
 
 
-def test_ends_come_from_the_generation_config(causal) -> None:
+def test_end_ids_come_from_the_generation_config(causal) -> None:
     assert Verifier(causal()).ends == {1}
     model = causal(5)
     model.generation_config.eos_token_id = [1, 7]
@@ -59,14 +59,14 @@ def test_ends_come_from_the_generation_config(causal) -> None:
     assert Verifier(model).ends == frozenset()
 
 
-def test_a_model_in_training_is_refused(causal) -> None:
+def test_model_in_training_mode_is_rejected(causal) -> None:
     model = causal(6)
     with pytest.raises(ValueError, match="training mode"):
         Verifier(model.train())
     model.eval()
 
 
-def test_a_verifier_is_taken_as_it_is(causal) -> None:
+def test_verifier_is_returned_unchanged(causal) -> None:
     verifier = Verifier(causal())
     assert isinstance(verifier, Scorer)
     assert as_verifier(verifier) is verifier
@@ -91,7 +91,10 @@ def test_vocabularies_are_compared(toy, causal) -> None:
     model = SimpleNamespace(spec=spec, tokenizer=tokenizer)
     same, other = ("<pad>", "<eos>", "<mask>", "a", "b"), ("<pad>", "<eos>", "<mask>", "b", "x")
     check_vocabulary(model, Verifier(causal(vocab=60), Words(*same)))
-    with pytest.raises(ValueError, match="2 of the verifier's tokens .* 'b' is 3 there and 4 here"):
+    with pytest.raises(
+        ValueError,
+        match="2 of the verifier's tokens .* 'b' is 3 in the verifier and 4 in the model",
+    ):
         check_vocabulary(model, Verifier(causal(), Words(*other)))
-    with pytest.raises(ValueError, match="'x' is 0 there and missing here"):
+    with pytest.raises(ValueError, match="'x' is 0 in the verifier and missing"):
         check_vocabulary(model, Verifier(causal(), Words("x")))
