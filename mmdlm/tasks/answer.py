@@ -27,8 +27,9 @@ from mmdlm.tasks.generate import (
     Answer,
     as_list,
     batches,
-    generate,
+    fill,
     resolve_settings,
+    to_answers,
     unwrap,
     words,
 )
@@ -89,7 +90,8 @@ def answer(
     else:
         slot = assistant(Slot(length=settings.length))
         examples = [Example((*messages, slot)) for messages in conversations]
-        answers = generate(model, examples, settings.strategies, batch_size=batch_size, seed=seed)
+        filled = fill(model, examples, settings.strategies, batch_size=batch_size, seed=seed)
+        answers = to_answers(model, filled)
     return unwrap(answers, is_many, details)
 
 

@@ -7,8 +7,7 @@ from typing import Any
 from mmdlm.decoding.preset import Choice
 from mmdlm.messages import Example, Slot, assistant, conversation, is_conversation
 from mmdlm.model import MultimodalDLM
-from mmdlm.tasks.generate import generate as generate_answers
-from mmdlm.tasks.generate import resolve_settings, unwrap
+from mmdlm.tasks.generate import fill, resolve_settings, to_answers, unwrap
 
 LENGTH = 128  # default canvas length in tokens
 
@@ -55,5 +54,5 @@ def generate(
     if chat is None and not all(isinstance(one, str) for one in prompts):
         chat = True  # conversations need the template; texts in the same list use it too
     run = {"batch_size": batch_size, "seed": seed, "chat": chat}
-    answers = generate_answers(model, examples, settings.strategies, **run)
-    return unwrap(answers, is_many, details)
+    filled = fill(model, examples, settings.strategies, **run)
+    return unwrap(to_answers(model, filled), is_many, details)

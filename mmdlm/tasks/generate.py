@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from collections.abc import Sequence as Items
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -138,8 +140,21 @@ def resolve_settings(
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise ValueError(f"length is {length!r}, expected an integer number of tokens, at least 1")
     if strategies is None:  # the checkpoint's strategies need no check against the length
-        return Settings(prompt, length, preset.strategies(defaults.get("strategies")))
+        return Settings(prompt, length, _default_strategies(defaults.get("strategies") or []))
     return Settings(prompt, length, preset.effective(strategies, length))
+
+
+def _default_strategies(entries: Items[Any]) -> list[Strategy]:
+    """Strategies of a checkpoint's defaults; equal recipes are built once."""
+    if any(isinstance(entry, Strategy) for entry in entries):
+        return preset.strategies(entries)
+    return list(_build(json.dumps(entries)))
+
+
+@lru_cache(maxsize=64)
+def _build(entries: str) -> tuple[Strategy, ...]:
+    """Strategies of recipes in JSON; they are immutable, so that calls can share them."""
+    return tuple(preset.strategies(json.loads(entries)))
 
 
 def generate_from_media(
@@ -164,9 +179,9 @@ def generate_from_media(
         prompt: see `resolve_settings`.
         length: see `resolve_settings`.
         strategies: see `resolve_settings`.
-        batch_size: see `generate`.
+        batch_size: see `fill`.
         details: see `unwrap`.
-        seed: see `generate`.
+        seed: see `fill`.
     """
     model.processor.require(kind)
     settings = resolve_settings(model, task, prompt, length, strategies)
@@ -174,30 +189,19 @@ def generate_from_media(
         Example((user(Media(kind, one), settings.prompt), assistant(Slot(length=settings.length))))
         for one in as_list(item)
     ]
-    answers = generate(model, examples, settings.strategies, batch_size=batch_size, seed=seed)
+    filled = fill(model, examples, settings.strategies, batch_size=batch_size, seed=seed)
+    answers = to_answers(model, filled, stacklevel=4)
     return unwrap(answers, isinstance(item, list), details)
 
 
-def generate(
-    model: MultimodalDLM,
-    examples: Items[Example],
-    strategies: Items[Strategy],
-    *,
-    batch_size: int = 16,
-    seed: int | None = None,
-    chat: bool | None = None,
-) -> list[Answer]:
-    """Answer of each example, in order; warns once if answers were truncated.
+def to_answers(model: MultimodalDLM, filled: Items[Filled], *, stacklevel: int = 3) -> list[Answer]:
+    """Answers in decoded canvases; warns once if answers were truncated.
 
     Args:
         model: model.
-        examples: see `fill`.
-        strategies: see `mmdlm.decode`.
-        batch_size: see `fill`.
-        seed: see `fill`.
-        chat: see `fill`.
+        filled: decoded canvases, see `fill`.
+        stacklevel: see `warnings.warn`; 3 is the caller of the calling function.
     """
-    filled = fill(model, examples, strategies, batch_size=batch_size, seed=seed, chat=chat)
     answers = [finish(model, each) for each in filled]
     full = [answer for answer in answers if answer.truncated]
     if full:
@@ -205,7 +209,7 @@ def generate(
         warnings.warn(
             f"{which} filled the canvas of {len(full[0].tokens)} tokens without an end token; "
             "pass a larger length= (--length) if words are missing",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
     return answers
 

@@ -62,9 +62,8 @@ def test_length_is_the_argument_or_the_checkpoint_default(chatty, monkeypatch):
     def size(**options):
         found = []
         with monkeypatch.context() as patched:
-            patched.setattr(
-                module, "generate_answers", lambda _, given, *__, **___: found.extend(given)
-            )
+            patched.setattr(module, "to_answers", lambda *_: None)
+            patched.setattr(module, "fill", lambda _, given, *__, **___: found.extend(given))
             patched.setattr(module, "unwrap", lambda *_: None)
             mmdlm.generate(chatty, "hi", strategies="one_step", **options)
         return len(chatty.processor.canvas(found[0].messages))
