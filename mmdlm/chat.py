@@ -1,7 +1,7 @@
-"""Conversations as prompts: the chat template of a checkpoint, or of its family.
+"""Encode conversations with the chat template of a checkpoint or of its family.
 
-Only the template writes control tokens. Those that stand in a message are encoded like any other
-text, so whoever writes a message cannot end it and speak as somebody else.
+Control tokens only come from the template. In messages they are encoded as plain text, so that a
+message cannot end its turn and start one of another role (prompt injection).
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ TEMPLATES = {
     "mmada": _HEADERS.format(gap="\\n"),
     # SDAR and other descendants of Qwen3.
     "chatml": _CHATML,
-    # Dream and Fast-dLLM v2, like Qwen2.5, never go without a system message.
+    # Dream and Fast-dLLM v2, like Qwen2.5, have a default system message.
     "chatml_system": "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\n"
     "You are a helpful assistant.<|im_end|>\\n' }}{% endif %}" + _CHATML,
     # Hub inclusionAI/LLaDA2.1-flash: tokenizer_config.json, with thinking off as there;
-    # inclusionAI/dInfer: benchmarks/benchmark.py asks LLaDA-MoE in the same words.
+    # inclusionAI/dInfer: benchmarks/benchmark.py uses the same template for LLaDA-MoE.
     "llada_moe": "{{ '<role>SYSTEM</role>' }}"
     "{% if messages[0].role == 'system' %}{{ messages[0].content + '\\n' }}{% endif %}"
     "{{ 'detailed thinking off<|role_end|>' }}{% for m in messages %}"
@@ -56,24 +56,25 @@ TEMPLATES = {
     "{% elif not loop.first %}{{ '<role>SYSTEM</role>' + m.content + '<|role_end|>' }}{% endif %}"
     "{% endfor %}{{ '<role>ASSISTANT</role>' }}",
 }
-"""Chat templates by their name in `Spec.template`, each with the head of the answer at its end."""
-# ZHZisZZ/dllm: dllm/utils/models.py; others do not say, and their templates decide.
+"""Chat templates by name, see `Spec.template`; each ends with the header of the answer."""
+# ZHZisZZ/dllm: dllm/utils/models.py; other families use the defaults of their templates.
 VARIABLES = {"a2d": {"enable_thinking": False}}
 MARKERS = re.compile(r"<\|\w+\|>|</?role>")
-NOTHING = r"(?!)"  # a pattern that is found nowhere
+NOTHING = r"(?!)"  # matches nothing
 
 
 @dataclass(frozen=True)
 class Template:
-    """How a published system writes its prompts.
+    """Prompt template of a published system.
 
     Args:
-        chat: name of a chat template, a key of `TEMPLATES` or "plain", or Jinja text, which comes
-            before the template of the checkpoint's tokenizer files. None for `Spec.template`.
-        media: by modality, the text around the embeddings of a medium, which go where "{}" stands.
-            Control tokens in it count as written by the template.
-        system: system message of conversations that have none.
-        first: modalities whose embeddings stand before the whole prompt, wherever they are given.
+        chat: name of a chat template (a key of `TEMPLATES` or "plain"), which is used if the
+            tokenizer files have none; or Jinja text, which takes precedence. None for
+            `Spec.template`.
+        media: text around the embeddings of each modality, with "{}" in place of the embeddings.
+            Control tokens in it are encoded as such.
+        system: default system message.
+        first: modalities whose embeddings are moved to the start of the prompt.
     """
 
     chat: str | None = None
@@ -90,32 +91,32 @@ class Template:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, without what is not set."""
-        found = {
+        """Dict of plain types, without unset fields."""
+        fields = {
             "chat": self.chat,
             "media": dict(self.media),
             "system": self.system,
             "first": list(self.first),
         }
-        return {name: value for name, value in found.items() if value}
+        return {name: value for name, value in fields.items() if value}
 
 
 def find(tokenizer: Tokenizer | None, name: str) -> str | None:
-    """The chat template (Jinja) in force; None for text as it is.
+    """Chat template (Jinja) of a checkpoint; None if text is encoded without one.
 
-    It is the checkpoint's own, else the family's where the vocabulary has its markers: a base
-    checkpoint often shares everything with the instructed one but those.
+    The template of the tokenizer files takes precedence. The family's template is used if the
+    vocabulary has its markers, which base checkpoints often lack.
 
     Args:
-        tokenizer: the checkpoint's.
-        name: the family's, a key of `TEMPLATES`, or "plain".
+        tokenizer: tokenizer of the checkpoint.
+        name: name of the family's template, a key of `TEMPLATES`, or "plain".
     Raises:
-        ValueError: no template has that name.
+        ValueError: the name is unknown.
     """
     if name not in (*TEMPLATES, PLAIN):
         raise ValueError(
             f"chat template {name!r} is unknown; expected {', '.join(TEMPLATES)} or {PLAIN}, or a "
-            "checkpoint whose tokenizer_config.json carries its own"
+            "checkpoint whose tokenizer_config.json has a chat template"
         )
     if tokenizer is None or tokenizer.template is not None:
         return None if tokenizer is None else tokenizer.template
@@ -132,11 +133,11 @@ def encode(
     media: Mapping[str, str],
     family: str = "",
 ) -> list[Tensor | Media]:
-    """A conversation as token ids int64 [n] and media, up to where the answer begins.
+    """Token ids int64 [n] and media of a conversation, up to the start of the answer.
 
     Args:
-        tokenizer: of the model.
-        messages: of text and media.
+        tokenizer: tokenizer of the model.
+        messages: messages of text and media.
         jinja: see `find`.
         media: see `Template.media`.
         family: name of the model's family.
@@ -145,9 +146,9 @@ def encode(
     """
     if jinja is None:
         raise ValueError(
-            "this checkpoint has no chat template: its folder names none, and its tokenizer lacks "
-            "the markers of its family's; give one text as it is (chat=False, mmdlm generate), or "
-            f"put {CHAT} into the folder"
+            "this checkpoint has no chat template: there is none in its folder, and its tokenizer "
+            "lacks the markers of its family's template; pass one text with chat=False, or add "
+            f"{CHAT} to the folder"
         )
     start, end, mark = _marks("".join(message.text for message in messages), 3)
     found: list[Media] = []
@@ -172,7 +173,7 @@ def encode(
 
 
 def _content(message: Message, mark: str, found: list[Media]) -> str:
-    """The text of a message, its media as numbers between marks; they are added to `found`."""
+    """Text of a message, with media as numbers between marks; appends the media to `found`."""
     content = ""
     for part in message.parts:
         if isinstance(part, Media):
@@ -182,7 +183,7 @@ def _content(message: Message, mark: str, found: list[Media]) -> str:
             content += part.text
         else:
             raise TypeError(
-                "token ids cannot stand in a chat template; use role 'raw' for a prompt of ids"
+                "a message has token ids, expected text; use role 'raw' for a prompt of token ids"
             )
     return content
 
@@ -195,73 +196,74 @@ def render(
     media: Items[str] = (),
     **variables: Any,
 ) -> list[tuple[str, bool]]:
-    """A conversation in pieces, (text, whether it is a control token), with an answer to follow.
+    """Render a conversation as pieces (text, is_control_token), up to the start of the answer.
 
-    Control tokens are the special ones, and all added ones the template mentions. The template
-    gets those in messages between two characters that no text contains, which show afterwards
-    that the template did not write them. What the assistant said keeps those that are not special:
-    its own <think> is a token, and templates look for it.
+    Control tokens are special tokens, and added tokens that occur in the template. In messages,
+    they are put between two marker characters, so that they are recognised after rendering.
+    Assistant messages keep added tokens that are not special, such as <think>.
 
     Args:
         messages: `{"role": ..., "content": text}` each.
-        jinja: the chat template.
-        added: tokens that are recognised before a text is split into words.
-        marks: three characters that stand in no message; None to choose them.
-        media: the text around each medium, see `Template.media`; in `messages`, medium i is the
-            number i between two of the third mark.
-        **variables: what the template gets besides the messages, "bos_token" etc.
+        jinja: chat template.
+        added: added tokens of the tokenizer.
+        marks: three characters that no message contains; None to choose them.
+        media: text around each medium, see `Template.media`; in `messages`, medium i is the number
+            i between two of the third mark.
+        **variables: other variables of the template, "bos_token" etc.
     Raises:
         ValueError: the template is not valid Jinja, or rejects these messages.
     """
     control = {t: flags for t, flags in added.items() if flags.special or t in jinja}
     control |= {t: f for t, f in added.items() if any(t in around for around in media)}
     control = {t: control[t] for t in sorted(control, key=len, reverse=True) if not t.isspace()}
-    tokens = _any(control)
-    special = _any(t for t, flags in control.items() if flags.special)
+    tokens = _alternatives(control)
+    special = _alternatives(t for t, flags in control.items() if flags.special)
     start, end, mark = marks or _marks("".join(m["content"] for m in messages), 3)
     wrapped = []
     for message in messages:
-        sought = special if message["role"] == "assistant" else tokens
-        content = re.sub(sought, rf"{start}\g<0>{end}", message["content"])
+        pattern = special if message["role"] == "assistant" else tokens
+        content = re.sub(pattern, rf"{start}\g<0>{end}", message["content"])
         wrapped.append({"role": message["role"], "content": content})
-    from mmdlm.jinja import rendered  # here, because importing Jinja takes a while
+    from mmdlm.jinja import rendered  # here, because importing Jinja is slow
 
     text = rendered(jinja, wrapped, **variables)
     for i, around in enumerate(media):
         medium = f"{mark}{i}{mark}"
         if text.count(medium) != 1:
-            raise ValueError(f"the chat template uses medium {i} {text.count(medium)} times")
+            raise ValueError(
+                f"the chat template renders medium {i} {text.count(medium)} times, expected once"
+            )
         text = text.replace(medium, around.replace("{}", medium))
-    return _cut(text, control, f"{start}(?P<kept>{tokens}){end}", f"[{start}{end}]")
+    return _split(text, control, f"{start}(?P<kept>{tokens}){end}", f"[{start}{end}]")
 
 
-def _cut(
+def _split(
     text: str, control: Mapping[str, tokenizers.AddedToken], wrapped: str, lone: str
 ) -> list[tuple[str, bool]]:
-    """The pieces of a rendered conversation.
+    """Pieces of a rendered conversation, see `render`.
 
     Args:
-        text: what the template gave.
+        text: rendered template.
         control: control tokens, longer ones first.
-        wrapped: pattern of a token out of a message, named "kept", between its marks.
-        lone: pattern of one mark.
+        wrapped: pattern of a token of a message between its marks, as group "kept".
+        lone: pattern of a single mark.
     """
-    written = [
+    patterns = [
         r"\s*" * flags.lstrip + re.escape(token) + r"\s*" * flags.rstrip
         for token, flags in control.items()
     ]
     pieces: list[tuple[str, bool]] = []
     plain, at = "", 0
-    for found in re.finditer(f"{wrapped}|(?P<lone>{lone})|{'|'.join(written) or NOTHING}", text):
+    for found in re.finditer(f"{wrapped}|(?P<lone>{lone})|{'|'.join(patterns) or NOTHING}", text):
         plain += text[at : found.start()]
         at = found.end()
         if kept := found["kept"]:
             if control[kept].special:
                 plain += kept
-            else:  # is recognised wherever it stands in one piece
+            else:  # split it, because the tokenizer would encode it as one token
                 pieces.append((plain + kept[:1], False))
                 plain = kept[1:]
-        elif found["lone"]:  # the template took a token apart, and no other may come of its parts
+        elif found["lone"]:  # the template split a token; its parts must not form another one
             pieces.append((plain, False))
             plain = ""
         else:
@@ -271,13 +273,13 @@ def _cut(
     return [piece for piece in (*pieces, (plain + text[at:], False)) if piece[0]]
 
 
-def _any(tokens: Iterable[str]) -> str:
-    """A pattern that finds one of the tokens, earlier ones first."""
+def _alternatives(tokens: Iterable[str]) -> str:
+    """Regular expression that matches one of the tokens, earlier ones first."""
     return "|".join(map(re.escape, tokens)) or NOTHING
 
 
 def _marks(text: str, count: int) -> list[str]:
-    """Some of Unicode's noncharacters that the text does not contain."""
+    """Unicode noncharacters that the text does not contain."""
     free = [c for c in map(chr, range(0xFDD0, 0xFDF0)) if c not in text]
     if len(free) < count:
         raise ValueError("the conversation contains every noncharacter from U+FDD0 on")

@@ -1,7 +1,7 @@
-"""Names in a folder, and the class in that file.
+"""Discovery of the classes of a package by name.
 
-A folder of ours holds one base class and files that derive from it; this finds them, so nothing
-has to be registered anywhere. Files are read, not imported, until a class is asked for.
+A package has one base class and modules with subclasses, which are found without registration.
+Files are parsed, and imported only when a class is requested.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-# The base class of each folder, in the small file that describes the kind of thing it holds.
+# Base class of each package.
 BASES = {
     "encoders": "encoders.encoder.Encoder",
     "adapters": "adapters.adapter.Adapter",
@@ -27,31 +27,29 @@ BASES = {
 }
 
 
-# The first lines of a class with bases, at the left margin: `class Name(Base, Other[T]):`.
+# Header of a top-level class with bases: `class Name(Base, Other[T]):`.
 CLASS = re.compile(r"^(class (\w+)\([^:]*\):)", re.MULTILINE)
 
 
 def names(package: str, base: type | None = None) -> list[str]:
-    """Modules that define a public class deriving from the base, sorted; sub-folders are searched.
+    """Sorted names of modules that define a public subclass of the base, in all sub-packages.
 
     Args:
         package: dotted name, such as "mmdlm.decoding".
-        base: the class to derive from; by default the one of that folder.
+        base: base class; None: the one of that package, see `BASES`.
 
     Raises:
-        ValueError: no such package, or one of unknown kind with no base given.
+        ValueError: the package is unknown, or it has no base class and none is given.
     """
     return sorted(map(_stem, _classes_by_module(package, _base_name(package, base))))
 
 
 def classes(package: str, base: type | None = None) -> dict[str, type]:
-    """Every public class of the package deriving from the base, by class name, sorted.
-
-    Imports each file that holds one.
+    """Public subclasses of the base by class name, sorted; imports their modules.
 
     Args:
         package: dotted name, such as "mmdlm.decoding".
-        base: the class to derive from; by default the one of that folder.
+        base: base class; None: the one of that package, see `BASES`.
     """
     found = _classes_by_module(package, _base_name(package, base))
     pairs = sorted((name, module) for module, held in found.items() for name in held)
@@ -59,11 +57,11 @@ def classes(package: str, base: type | None = None) -> dict[str, type]:
 
 
 def paths(package: str, base: type | None = None) -> dict[str, str]:
-    """Dotted path of every public class deriving from the base, by class name; imports nothing.
+    """Dotted path of every public subclass of the base, by class name; imports nothing.
 
     Args:
         package: dotted name, such as "mmdlm.decoding".
-        base: the class to derive from; by default the one of that folder.
+        base: base class; None: the one of that package, see `BASES`.
     """
     found = _classes_by_module(package, _base_name(package, base))
     pairs = sorted((name, module) for module, held in found.items() for name in held)
@@ -71,16 +69,15 @@ def paths(package: str, base: type | None = None) -> dict[str, str]:
 
 
 def find(package: str, name: str, base: type | None = None) -> type:
-    """The class of that name, or the class in the file of that name.
+    """Class with a given class name or module name.
 
     Args:
         package: dotted name, such as "mmdlm.decoding".
-        name: "dual_cache" and "DualCache" both mean the class DualCache; capitals, "_" and "-"
-            are not told apart.
-        base: the class to derive from; by default the one of that folder.
+        name: class or module name; case, "_" and "-" are ignored ("dual_cache", "DualCache").
+        base: base class; None: the one of that package, see `BASES`.
 
     Raises:
-        ValueError: nothing, or more than one class, has that name.
+        ValueError: no class, or more than one, has that name.
     """
     found = _classes_by_module(package, _base_name(package, base))
     wanted = _squash(name)
@@ -92,7 +89,9 @@ def find(package: str, name: str, base: type | None = None) -> type:
         return _load(package, *matches[0])
     if matches:
         choices = ", ".join(f"{c} ({m}.py)" for m, c in matches)
-        raise ValueError(f"{package}: {name!r} stands for several classes, {choices}; name one")
+        raise ValueError(
+            f"{package}: {name!r} matches several classes: {choices}; use a class name"
+        )
     modules = sorted(map(_stem, found))
     known = sorted({*modules, *(c for held in found.values() for c in held)})
     near = difflib.get_close_matches(name, known, n=3)
@@ -101,7 +100,7 @@ def find(package: str, name: str, base: type | None = None) -> type:
 
 
 def _stem(module: str) -> str:
-    """Name of a module without its folder."""
+    """Name of a module without its package."""
     return module.rpartition(".")[2]
 
 
@@ -116,7 +115,7 @@ def _base_name(package: str, base: type | None) -> str:
         near = difflib.get_close_matches(package, BASES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"discover: {package!r} has no base class of its own; {hint}"
+            f"discover: {package!r} has no base class; {hint}"
             f"known: {', '.join(BASES)}; for another package give base="
         )
     return BASES[package].rpartition(".")[2]
@@ -124,12 +123,12 @@ def _base_name(package: str, base: type | None) -> str:
 
 @cache
 def _classes_by_module(package: str, base: str) -> dict[str, tuple[str, ...]]:
-    """Public classes by module (relative to the package) that derive from `base`, or indirectly."""
+    """Public direct and indirect subclasses of `base`, by module relative to the package."""
     parents: dict[str, dict[str, set[str]]] = {}
     folder = _folder(package)
     for path in sorted(folder.rglob("*.py")):
         module = ".".join(path.relative_to(folder).with_suffix("").parts)
-        # Found by pattern first: parsing every file takes a tenth of the time of importing torch.
+        # A regular expression, because parsing every file would take 10% of `import torch`.
         parents[module] = {
             name: {_last_name(parent) for parent in _bases(header)}
             for header, name in CLASS.findall(path.read_text(encoding="utf-8"))
@@ -157,13 +156,13 @@ def _folder(package: str) -> Path:
 
 
 def _bases(header: str) -> list[ast.expr]:
-    """The base classes in `class Name(Base, Other[T]):`."""
+    """Base classes in `class Name(Base, Other[T]):`."""
     (node,) = ast.parse(header + " ...").body
     return node.bases if isinstance(node, ast.ClassDef) else []
 
 
 def _last_name(node: ast.expr) -> str:
-    """What a base class is called in `class A(module.Base[T])`: "Base"."""
+    """Name of a base class without module and parameters: "Base" for `module.Base[T]`."""
     if isinstance(node, ast.Subscript):
         return _last_name(node.value)
     if isinstance(node, ast.Attribute):

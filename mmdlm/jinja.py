@@ -1,4 +1,4 @@
-"""Chat templates in Jinja, rendered in a sandbox. Separate, because importing Jinja is slow."""
+"""Render chat templates in a Jinja sandbox; a separate module because importing Jinja is slow."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def rendered(template: str, messages: Items[Mapping[str, str]], **variables: Any) -> str:
-    """A conversation as text, up to where the assistant's answer begins.
+    """Render a conversation as text, up to the start of the assistant's answer.
 
     Args:
-        template: Jinja.
+        template: Jinja text.
         messages: {"role": ..., "content": text} each.
-        **variables: what the template knows besides the messages, "bos_token" etc.
+        **variables: other variables of the template, "bos_token" etc.
     Raises:
         ValueError: the template is not valid Jinja, or rejects these messages.
     """
@@ -38,10 +38,10 @@ def rendered(template: str, messages: Items[Mapping[str, str]], **variables: Any
 
 @lru_cache(maxsize=32)
 def compiled(template: str) -> jinja2.Template:
-    """A template, compiled as transformers does it. It is untrusted code, so in a sandbox.
+    """Compile a template as in transformers; it is untrusted code and runs in a sandbox.
 
     Raises:
-        ValueError: it is not valid Jinja.
+        ValueError: the template is not valid Jinja.
     """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
@@ -60,18 +60,18 @@ def compiled(template: str) -> jinja2.Template:
 
 
 class Generation(Extension):
-    """Reads {% generation %}, which marks answers for training, as the text inside it."""
+    """Replaces {% generation %}, which marks answers for training, by its content."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """The statements up to {% endgeneration %}."""
+        """Statements up to {% endgeneration %}."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class Namespace(jinja2.utils.Namespace):
-    """Jinja's namespace without names that begin with _, which lead to Python's internals."""
+    """Jinja's namespace without names that begin with _, which give access to Python internals."""
 
     def __init__(self, *pairs: Iterable[Any], **more: Any) -> None:
         super().__init__()
@@ -80,7 +80,9 @@ class Namespace(jinja2.utils.Namespace):
 
     def __setitem__(self, name: str, value: Any) -> None:
         if str(name).startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"namespace name {name!r} begins with _")
+            raise jinja2.exceptions.SecurityError(
+                f"namespace name {name!r} begins with _, which is not allowed"
+            )
         super().__setitem__(name, value)
 
 
@@ -95,7 +97,7 @@ def to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Plain JSON; Jinja's own filter escapes it for HTML."""
+    """JSON text, without the HTML escapes of Jinja's filter."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,

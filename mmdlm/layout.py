@@ -1,9 +1,9 @@
-"""Where text, media and answers sit in a sequence, and who may attend to whom.
+"""Sequence layout of text, media and answers, and the attention mask.
 
-Everything about attention is one integer per token, its level: a query attends to the keys whose
-level is not above its own. Full attention has one level; a prefix model has two (prompt, answer);
-block-causal attention counts blocks; autoregression counts tokens. Keys below a query's level
-never depend on it, which is exactly what a cache may keep.
+Attention is described by one integer per token, its level: a query attends to all keys whose level
+is not above its own. Full attention has one level; prefix attention has two (prompt, answer);
+block-causal attention has one per block; autoregression has one per token. Keys below a query's
+level never depend on that query, so they can be cached.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor
 from encoders.features import Prepared
 
 PROMPT, ANSWER = 0, 1
-"""Roles of a position: given, or to be filled in."""
+"""Roles of a position: given, or to be generated."""
 TOKEN, MEDIUM = 0, 1
 """Sources of a position's embedding: the token table, or an encoder."""
 GOLDEN = 0.6180339887498949
-"""Fractional part of the golden ratio: its multiples spread evenly over [0, 1), turn by turn."""
+"""Fractional part of the golden ratio: its multiples are evenly spread over [0, 1)."""
 Attention = Literal["full", "prefix", "cascade", "block_causal"]
 """full: bidirectional attention. prefix: the prompt does not attend to the answer. cascade: media
 attend to media, the prompt text to media and text, the answer to all. block_causal: tokens attend
@@ -32,7 +32,7 @@ block-causal."""
 
 
 Part = Tensor | Prepared
-"""Token ids int64 [n], embeddings float [n D], or a preprocessed item before it is encoded."""
+"""Token ids int64 [n], embeddings float [n D], or a preprocessed item."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +49,20 @@ class Turn:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The prompt as parts."""
+        """Parts of the prompt."""
         return (self.prompt,) if isinstance(self.prompt, Tensor) else tuple(self.prompt)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a batch before it is laid out.
+    """One batch row before layout.
 
     Args:
-        parts: what all turns share, in order: token ids int64 [n], embeddings float [n D], or a
-            preprocessed item, which `MultimodalDLM.embed` replaces by its embeddings.
-        turns: prompts with answers. Several turns see the parts but not each other, so one image
-            is encoded once for all its questions; only media under cascade attention can be shared.
+        parts: parts shared by all turns, in order: token ids int64 [n], embeddings float [n D], or
+            a preprocessed item, which `MultimodalDLM.embed` replaces by its embeddings.
+        turns: prompts with answers. Turns attend to the shared parts but not to each other, so that
+            an image is encoded once for several questions. Only media can be shared, and only
+            with cascade attention.
     """
 
     parts: tuple[Part, ...]
@@ -69,15 +70,15 @@ class Row:
 
     @property
     def items(self) -> list[Prepared]:
-        """The preprocessed items of the row, in order."""
+        """Preprocessed items of the row, in order."""
         parts = (*self.parts, *(part for turn in self.turns for part in turn.parts))
         return [part for part in parts if isinstance(part, Prepared)]
 
     def map(self, change: Callable[[Prepared], Tensor]) -> Row:
-        """The row with every preprocessed item replaced.
+        """The row with every preprocessed item replaced by its embeddings.
 
         Args:
-            change: item to its embeddings [N D].
+            change: maps an item to its embeddings [N D].
         """
 
         def changed(parts: Items[Part]) -> tuple[Part, ...]:
@@ -87,25 +88,31 @@ class Row:
         return Row(changed(self.parts), turns)
 
     def without_answers(self) -> Row:
-        """The row as a prompt; several turns are an error, as only one can follow."""
+        """The row without answers, as a prompt.
+
+        Raises:
+            ValueError: the row has several turns.
+        """
         if len(self.turns) > 1:
-            raise ValueError(f"{len(self.turns)} turns share a row; decode them one by one")
+            raise ValueError(
+                f"the row has {len(self.turns)} turns, expected at most 1; decode them one by one"
+            )
         return Row((*self.parts, *(part for turn in self.turns for part in turn.parts)))
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """A laid-out batch; rows are padded on the left, and padding never changes a row's result.
+    """A batch after layout, padded on the left; padding never changes the result of a row.
 
     Args:
         tokens: [B L] int64; media slots and padding hold the pad id.
         role: [B L] int64, PROMPT or ANSWER.
         source: [B L] int64, TOKEN or MEDIUM.
         mask: [B L] bool, True = real.
-        positions: [B L] int64 rotary positions; the turns of a row all follow its shared part.
-        level: [B L] int64, see the module.
-        branch: [B L] int64, 0 = shared, j = turn j; None when no row has more than one turn.
-        media: [N D] embeddings of all media slots, row by row; None without media.
+        positions: [B L] int64 rotary positions; each turn continues from the shared parts.
+        level: [B L] int64, see the module docstring.
+        branch: [B L] int64, 0 = shared, j = turn j; None if no row has more than one turn.
+        media: [N D] embeddings of all media positions, in row-major order; None without media.
     """
 
     tokens: Tensor
@@ -119,34 +126,34 @@ class Sequence:
 
     @property
     def is_answer(self) -> Tensor:
-        """[B L] bool, positions to be filled in; never padding."""
+        """[B L] bool, True at answer positions, False at padding."""
         return (self.role == ANSWER) & self.mask
 
     @property
     def is_medium(self) -> Tensor:
-        """[B L] bool, positions whose embedding an encoder gives."""
+        """[B L] bool, True at positions whose embedding comes from an encoder."""
         return self.source == MEDIUM
 
     def to(self, device: torch.device | str) -> Sequence:
-        """The same sequence on another device."""
+        """The sequence on another device."""
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
     def with_tokens(self, tokens: Tensor) -> Sequence:
-        """The same layout holding other tokens [B L]."""
+        """The layout with other tokens [B L]."""
         return replace(self, tokens=tokens)
 
     def visible(self) -> Tensor | None:
-        """[B L L] bool, True where the query may attend to the key; None when all may."""
+        """Attention mask [B L L] bool, True = attend; None if every query attends to every key."""
         return visible(self.level, self.level, self.mask, self.branch, self.branch)
 
 
 def chosen(sequence: Sequence, rows: Tensor) -> Sequence:
-    """Some rows of a batch without branches, with their media.
+    """Selected rows of a batch without branches, with their media.
 
     Args:
-        sequence: the batch.
-        rows: int64 [n] on its device, each as often as it is wanted.
+        sequence: batch.
+        rows: int64 [n] row indices on its device; repetitions are allowed.
     """
     media = sequence.media
     if media is not None:
@@ -164,7 +171,7 @@ def visible(
     query_branch: Tensor | None = None,
     key_branch: Tensor | None = None,
 ) -> Tensor | None:
-    """Who attends to whom: [B M L] bool, or None when every query sees every key.
+    """Attention mask [B M L] bool, True = attend; None if every query attends to every key.
 
     Args:
         query_level: [B M] int64.
@@ -185,7 +192,7 @@ def visible(
 
 
 def seen_by(query_level: Tensor, key_level: Tensor, key_mask: Tensor) -> Tensor:
-    """[B M L] bool, which keys each query may attend to; see `visible`."""
+    """Attention mask [B M L] bool without branches, True = attend; see `visible`."""
     return (key_level[:, None] <= query_level[..., None]) & key_mask[:, None]
 
 
@@ -197,17 +204,17 @@ def levels(
     attention: Attention,
     block_size: int | None,
 ) -> Tensor:
-    """[B L] int64 level of each token.
+    """Level of each token, int64 [B L].
 
     Args:
         role: [B L] PROMPT or ANSWER.
         source: [B L] TOKEN or MEDIUM.
         positions: [B L] int64.
-        order: [B L] int64, index of a token within its answer; 0 elsewhere.
-        attention: the model's attention.
-        block_size: tokens per block where blocks matter.
+        order: [B L] int64, index of each token within its answer; 0 elsewhere.
+        attention: see `Attention`.
+        block_size: tokens per block; None without blocks.
     Raises:
-        ValueError: the attention is unknown, or block_causal came without a block size.
+        ValueError: the attention is unknown, or block_causal has no block size.
     """
     block = order // block_size if block_size else torch.zeros_like(order)
     if attention == "full":
@@ -218,7 +225,9 @@ def levels(
         return torch.where(role == ANSWER, 2 + block, (source == TOKEN).long())
     if attention == "block_causal":
         if not block_size:
-            raise ValueError("block_causal attention needs block_size, the tokens per block")
+            raise ValueError(
+                "block_size is None, but block_causal attention needs the tokens per block"
+            )
         return positions // block_size
     raise ValueError(
         f"attention {attention!r} is unknown; expected full, prefix, cascade or block_causal"
@@ -228,27 +237,27 @@ def levels(
 def arrange(
     rows: Items[Row], *, pad: int, attention: Attention = "full", block_size: int | None = None
 ) -> Sequence:
-    """Rows of unequal length as one left-padded batch.
+    """Left-padded batch of rows of any lengths.
 
     Args:
-        rows: at least one.
-        pad: id that stands in padding and media slots.
+        rows: at least one row.
+        pad: token id at padding and media positions.
         attention: see `Attention`.
-        block_size: tokens per block where blocks matter.
+        block_size: tokens per block; None without blocks.
     Raises:
-        ValueError: there are no rows, or a row is empty.
+        ValueError: there are no rows, a row is empty, or turns share parts they must not share.
     """
     if not rows:
-        raise ValueError("arrange: no rows; give at least one")
+        raise ValueError("arrange: got no rows, expected at least one")
     for row in rows:
         _check_shared(row, attention)
     media = [part for row in rows for part in _embeddings(row)]
-    laid = [_lay(row, pad) for row in rows]
-    length = max(row.shape[1] for row in laid)
-    if min(row.shape[1] for row in laid) == 0:
-        raise ValueError("arrange: a row holds neither media nor text; give it a prompt")
+    tables = [_lay(row, pad) for row in rows]
+    length = max(row.shape[1] for row in tables)
+    if min(row.shape[1] for row in tables) == 0:
+        raise ValueError("arrange: a row has neither media nor text, expected a prompt")
     table = torch.zeros(len(rows), 7, length, dtype=torch.long)
-    for i, row in enumerate(laid):
+    for i, row in enumerate(tables):
         table[i, :, length - row.shape[1] :] = row
     tokens, role, source, mask, positions, order, branch = table.unbind(1)
     tokens = tokens.masked_fill(mask == 0, pad)
@@ -266,32 +275,32 @@ def arrange(
 
 
 def _check_shared(row: Row, attention: Attention) -> None:
-    """Checks that what several turns share cannot attend to their prompts."""
+    """Raises ValueError if shared parts could attend to the prompts of several turns."""
     if len(row.turns) < 2 or not row.parts:
         return
     if attention != "cascade":
         raise ValueError(
-            f"arrange: {len(row.turns)} turns share media, but in {attention} attention these see "
-            "the prompts; use cascade attention or one row per turn"
+            f"arrange: {len(row.turns)} turns share media, but with {attention} attention media "
+            "attend to the prompts; use cascade attention or one row per turn"
         )
     if not all(part.is_floating_point() for part in row.parts):
         raise ValueError(
-            f"arrange: {len(row.turns)} turns have shared text, which would see their prompts; put "
+            f"arrange: {len(row.turns)} turns share text, which would attend to their prompts; put "
             "the text into each turn's prompt"
         )
 
 
 def _embeddings(row: Row) -> list[Tensor]:
-    """The embeddings [n D] of a row, in order."""
+    """Embeddings [n D] of a row, in order."""
     parts = (*row.parts, *(part for turn in row.turns for part in turn.parts))
     items = [part for part in parts if isinstance(part, Prepared)]
     if items:
-        raise TypeError(f"arrange: {items[0].kind} is not embedded yet; use MultimodalDLM.embed")
+        raise TypeError(f"arrange: {items[0].kind} is not encoded yet; use MultimodalDLM.embed")
     return [part for part in parts if part.is_floating_point()]
 
 
 def _lay(row: Row, pad: int) -> Tensor:
-    """One row as int64 [7 n]: token, role, source, real, position, order and branch."""
+    """Table of one row, int64 [7 n]: token, role, source, mask, position, order, branch."""
     spans = []
 
     def span(part: Tensor, role: int, start: int, branch: int) -> int:
@@ -325,17 +334,19 @@ def from_tokens(
         tokens: [B L] int64.
         mask: [B L] bool or 0/1, True = real; None: all real.
         attention: see `Attention`; prefix and cascade treat the tokens as prompt text.
-        block_size: tokens per block where blocks matter.
+        block_size: tokens per block; None without blocks.
+    Raises:
+        ValueError: the shapes of mask and tokens differ.
     """
     if mask is not None and mask.shape != tokens.shape:
         raise ValueError(
             f"mask is {list(mask.shape)}, tokens are {list(tokens.shape)}; expected the same shape"
         )
     real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
-    # Only padding in front moves a row; a hole inside it keeps its place (LLaDA counts 0..L-1).
-    ahead = (real.long().cumsum(1) == 0).sum(1, keepdim=True)
+    # Only left padding shifts positions; masked positions inside a row count (as in LLaDA).
+    padding = (real.long().cumsum(1) == 0).sum(1, keepdim=True)
     index = torch.arange(tokens.shape[1], device=tokens.device)
-    positions = (index - ahead).clamp(min=0)
-    none = torch.zeros_like(tokens)  # all of it is prompt, made of tokens
-    level = levels(none, none, positions, none, attention, block_size)
-    return Sequence(tokens, none, none, real, positions, level)
+    positions = (index - padding).clamp(min=0)
+    zeros = torch.zeros_like(tokens)  # role PROMPT, source TOKEN, order 0
+    level = levels(zeros, zeros, positions, zeros, attention, block_size)
+    return Sequence(tokens, zeros, zeros, real, positions, level)

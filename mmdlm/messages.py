@@ -1,4 +1,4 @@
-"""What a person writes: messages of text, media and places for answers."""
+"""Conversations: messages of text, media and answer slots."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 ROLES = ("system", "user", "assistant")
 RAW = "raw"
-"""Role of a message whose parts are taken as they are, without a chat template."""
+"""Role of a message that is encoded without a chat template."""
 MEDIA = ("image", "audio", "state")
-# The keys under which a content part may hold its item, as OpenAI and transformers write them.
+# Keys of the item in a content part, as in the formats of OpenAI and transformers.
 ITEM_KEYS = {
     "image": ("image", "path", "url"),
     "image_url": ("image_url",),
@@ -25,14 +25,14 @@ CONVERSATION = "expected {'role': 'system', 'user' or 'assistant', 'content': te
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """Words, or token ids int64 [n] where no tokenizer is wanted."""
+    """Text, or token ids int64 [n], which need no tokenizer."""
 
     text: str | Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Media:
-    """An image, a clip or a robot state inside a message.
+    """An image, an audio clip or a robot state in a message.
 
     Args:
         kind: "image", "audio" or "state".
@@ -46,12 +46,12 @@ class Media:
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """A place on the canvas that the model fills in.
+    """Canvas positions that the model fills in.
 
     Args:
         output: kind of answer, "text" or "actions".
-        length: positions; None for the output's own.
-        value: in training, the answer; or int64 ids [length] of which only the masks are filled.
+        length: number of positions; None for the default of the output.
+        value: the answer, in training; or int64 ids [length] in which only masks are filled in.
     """
 
     output: str = "text"
@@ -68,7 +68,7 @@ class Message:
 
     Args:
         role: "system", "user", "assistant" or "raw".
-        parts: in order; slots only in the last message, which is the assistant's.
+        parts: parts in order; slots only in a last message with role "assistant".
     """
 
     role: str
@@ -81,13 +81,13 @@ class Message:
 
     @property
     def text(self) -> str:
-        """The words of the message; media and ids are left out."""
+        """Text of the message, without media and token ids."""
         texts = (part.text for part in self.parts if isinstance(part, Text))
         return "".join(text for text in texts if isinstance(text, str))
 
 
 class Turn(NamedTuple):
-    """A question, its answer and the length of its canvas in tokens, as data sets hold them."""
+    """A question, its answer and its canvas length in tokens, as in data sets."""
 
     prompt: str
     answer: Any
@@ -96,15 +96,15 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One conversation, the last message of which may hold places to fill in.
+    """One conversation, with slots in its last message.
 
     Args:
-        messages: the conversation.
-        branches: alternative continuations, each answered by itself: several questions about one
-            image, which is then encoded once.
-        group: name under which scores are averaged (a task, a kind of scene).
-        names: words the media show, where known: for an image a tuple of words per token of its
-            grid, row-major; for audio the words in the order they are spoken.
+        messages: conversation.
+        branches: alternative continuations, answered independently; for example several questions
+            about one image, which is encoded once.
+        group: group name for averaging scores (a task, a kind of scene).
+        names: ground-truth words of the media, if known: for an image a tuple of words per token
+            of its row-major grid; for audio the spoken words in order.
     """
 
     messages: tuple[Message, ...] = ()
@@ -114,40 +114,40 @@ class Example:
 
     @property
     def conversations(self) -> tuple[tuple[Message, ...], ...]:
-        """Every conversation of the example, whole: the messages followed by each branch."""
+        """All complete conversations: the messages followed by each branch."""
         if not self.branches:
             return (self.messages,)
         return tuple(merge((*self.messages, *branch)) for branch in self.branches)
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """Question, answer and canvas of each conversation that has an answer."""
-        found = []
+        """Question, answer and canvas length of each slot."""
+        turns = []
         for conversation in self.conversations:
-            asked = next((m.text for m in reversed(conversation) if m.role == "user"), "")
+            question = next((m.text for m in reversed(conversation) if m.role == "user"), "")
             for part in conversation[-1].parts:
                 if isinstance(part, Slot):
-                    found.append(Turn(asked, part.value, part.length))
-        return tuple(found)
+                    turns.append(Turn(question, part.value, part.length))
+        return tuple(turns)
 
     def media(self, kind: str) -> list[Any]:
-        """The items of one modality in the shared messages, in order."""
+        """Items of one modality in the shared messages, in order."""
         parts = [part for message in self.messages for part in message.parts]
         return [part.item for part in parts if isinstance(part, Media) and part.kind == kind]
 
 
 def user(*parts: Part | str) -> Message:
-    """A user's message; strings are text."""
+    """User message; strings become text parts."""
     return Message("user", tuple(Text(p) if isinstance(p, str) else p for p in parts))
 
 
 def assistant(*parts: Part | str) -> Message:
-    """An assistant's message; strings are text."""
+    """Assistant message; strings become text parts."""
     return Message("assistant", tuple(Text(p) if isinstance(p, str) else p for p in parts))
 
 
 def merge(messages: Items[Message]) -> tuple[Message, ...]:
-    """Messages in which neighbours of one role are one message."""
+    """Messages, with adjacent messages of the same role merged."""
     merged: list[Message] = []
     for message in messages:
         if merged and merged[-1].role == message.role:
@@ -158,7 +158,7 @@ def merge(messages: Items[Message]) -> tuple[Message, ...]:
 
 
 def is_conversation(given: Any) -> bool:
-    """Whether a value is one conversation rather than a text or a list of several."""
+    """True for one conversation, False for a text or a list of conversations."""
     return isinstance(given, Example) or (
         isinstance(given, list | tuple)
         and len(given) > 0
@@ -167,16 +167,17 @@ def is_conversation(given: Any) -> bool:
 
 
 def conversation(given: Any) -> tuple[Message, ...]:
-    """Messages from what people write.
+    """Messages of a conversation given as text, dicts or `Message` objects.
 
     Args:
-        given: a text, which a user says; or messages as `Message` or as
+        given: a text, which becomes a user message; or messages as `Message` or as
             `{"role": ..., "content": text or list of parts}`, where a part is
             `{"type": "text", "text": ...}`, `{"type": "image", "image": path or image}`,
             `{"type": "image_url", "image_url": {"url": ...}}` or `{"type": "audio", "audio": ...}`.
     Raises:
         TypeError: a message is not of this form.
-        ValueError: there are no messages, a role or type is unknown, or the assistant speaks last.
+        ValueError: there are no messages, a role or type is unknown, or the assistant's message is
+            the last one.
     """
     if isinstance(given, str):
         return (user(given),)
@@ -184,9 +185,9 @@ def conversation(given: Any) -> tuple[Message, ...]:
         return given.messages
     messages = tuple(_message(one, i) for i, one in enumerate(given))
     if not messages:
-        raise ValueError("the conversation is empty; give at least one message")
+        raise ValueError("the conversation is empty, expected at least one message")
     if messages[-1].role == "assistant":
-        raise ValueError("the conversation ends with the assistant; add what the user says to it")
+        raise ValueError("the conversation ends with the assistant; add a user message")
     return messages
 
 

@@ -1,4 +1,4 @@
-"""The model: encoders and adapters in front of one masked-diffusion backbone."""
+"""Multimodal masked-diffusion language model: encoders, adapters and a backbone."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 
 class MultimodalDLM(nn.Module):
-    """A masked-diffusion language model that may see, hear and act.
+    """Masked-diffusion language model with optional image, audio and robot-state inputs.
 
     Args:
-        spec: sizes, special ids and conventions.
-        encoders: by modality name, "image", "audio", "state".
-        adapters: under the same names; they bring features to the backbone's width.
-        tokenizer: None for checkpoints without one; then only token methods work.
-        robot: action vocabulary and statistics of a policy.
-        template: how prompts are written; None for the chat template of the family.
+        spec: sizes, special ids and conventions of the backbone.
+        encoders: encoder of each modality ("image", "audio", "state").
+        adapters: adapter of each modality, from encoder width to backbone width.
+        tokenizer: None for checkpoints without one; only methods on token ids work then.
+        robot: action tokens and normalization statistics of a policy.
+        template: prompt template; None for the chat template of the family.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class MultimodalDLM(nn.Module):
         encoders, adapters = encoders or {}, adapters or {}
         if set(encoders) != set(adapters):
             raise ValueError(
-                f"encoders {sorted(encoders)} and adapters {sorted(adapters)} differ; "
-                "every encoder needs an adapter of the same name"
+                f"encoders are {sorted(encoders)} and adapters {sorted(adapters)}, "
+                "but every encoder needs an adapter with the same name"
             )
         self.spec = spec
         self.backbone = Transformer(spec.transformer)
@@ -62,23 +62,23 @@ class MultimodalDLM(nn.Module):
         self.robot = robot
         self.template = template
         self.preset: dict[str, dict[str, Any]] = {}
-        """Prompt, canvas and strategies by task, from the checkpoint's decoding.yaml."""
+        """Default prompt, canvas length and strategies per task, from decoding.yaml."""
         self.system: str | None = None
         """Name of the published multimodal system it was loaded from."""
 
     @property
     def device(self) -> torch.device:
-        """Where the weights live."""
+        """Device of the weights."""
         return self.backbone.embed.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights."""
+        """Dtype of the weights."""
         return self.backbone.embed.weight.dtype
 
     @property
     def processor(self) -> Processor:
-        """What turns messages into token ids and preprocessed media; holds no weights."""
+        """Converter of messages to token ids and preprocessed media; holds no weights."""
         inputs = {kind: encoder.preprocess for kind, encoder in self.encoders.items()}
         outputs = {} if self.robot is None else {"actions": self.robot}
         return Processor(self.spec, self.tokenizer, inputs, outputs, self.template)
@@ -105,19 +105,19 @@ class MultimodalDLM(nn.Module):
         self.backbone.compile(backend)
 
     def arrange(self, rows: Items[Row]) -> Sequence:
-        """Rows laid out with this model's attention and pad id, on its device."""
+        """Sequence of rows with this model's attention and pad id, on its device."""
         spec = self.spec
         return arrange(
             rows, pad=spec.pad_id, attention=spec.attention, block_size=spec.block_size
         ).to(self.device)
 
     def embed(self, rows: Items[Row], held: dict[Hashable, Tensor] | None = None) -> Sequence:
-        """Rows with their media encoded, laid out for this model.
+        """Encode the media of rows and arrange them as a sequence.
 
         Args:
-            rows: of `Processor.pack`, with or without canvases.
-            held: embeddings [N D] of earlier batches by `digest`, which are not computed again;
-                new ones are added. Items of equal content are encoded once.
+            rows: rows of `Processor.pack`, with or without canvases.
+            held: cache of embeddings [N D] by `digest`, which is updated. Items of equal content
+                are encoded once.
         """
         held = {} if held is None else held
         items = {digest(item): item for row in rows for item in row.items}
@@ -129,14 +129,14 @@ class MultimodalDLM(nn.Module):
         return self.arrange([row.map(lambda item: held[digest(item)]) for row in rows])
 
     def hidden(self, sequence: Sequence) -> Tensor:
-        """[B L D] final hidden states of a whole sequence."""
+        """Final hidden states [B L D] of a sequence."""
         x = self.backbone.tokens(sequence.tokens)
         if sequence.media is not None:
             x = x.masked_scatter(sequence.is_medium[..., None], sequence.media.to(x.dtype))
         return self.backbone(x, sequence.positions, mask=sequence.visible())
 
     def logits_at(self, sequence: Sequence, at: Tensor, columns: slice | None = None) -> Tensor:
-        """[N V] logits that score the tokens at the True places of `at` [B L], row by row."""
+        """Logits [N V] of the tokens where `at` [B L] is True, in row-major order."""
         if self.spec.shift:
             at = torch.cat([at[:, 1:], torch.zeros_like(at[:, :1])], 1)
         return self.backbone.head(self.hidden(sequence)[at], columns)
@@ -148,19 +148,18 @@ class MultimodalDLM(nn.Module):
         attention: Attention | None = None,
         block_size: int | None = None,
     ) -> Tensor:
-        """Scores of every token at every position of a text.
+        """Logits of every position of a token sequence.
 
         Args:
             tokens: [B L] int64 ids.
-            mask: [B L] key padding, True = real; or, of queries and keys, [B L L] or [B 1 L L],
-                within what the attention allows: bool or 0/1 integers, True = query may see key,
-                or floating, added to the scores (minus infinity or a type's least number where
-                blocked).
-            attention: None for the model's own, else see `mmdlm.layout.Attention`.
-            block_size: tokens per block for "block_causal"; None for the model's own.
+            mask: [B L] key padding, True = real; or an attention mask [B L L] or [B 1 L L] that is
+                combined with the layout's: bool or 0/1 integers, True = attend, or floating, added
+                to the attention scores.
+            attention: see `mmdlm.layout.Attention`; None: the model's attention.
+            block_size: tokens per block for "block_causal"; None: the model's block size.
         Returns:
-            [B L V] float32; position i scores token i (a shifted family is aligned here; the
-            first real position repeats its own row, as the published samplers do).
+            [B L V] float32; position i scores token i. The logits of shifted families are aligned;
+            the first real position uses its unshifted logits, as published samplers do.
         Raises:
             ValueError: shapes disagree or the attention is unknown.
         """
@@ -183,17 +182,17 @@ class MultimodalDLM(nn.Module):
         columns: slice | None = None,
         mask: Tensor | Literal["layout"] | None = "layout",
     ) -> Tensor:
-        """Logits of some positions, with the keys and values of some rows rewritten.
+        """Logits of chosen positions, with the KV cache updated at the recomputed positions.
 
         Args:
-            sequence: the whole canvas.
-            rows: rows to recompute; everything when `kv` is None. Indices ascend.
-            read: positions whose tokens are scored; their rows must be among `rows`. Indices where
-                `rows` are indices.
-            kv: buffers with the other rows, or None.
-            columns: ids to score.
-            mask: [B M keys] bool, True = attend, the keys being the first `kv.end` of the canvas;
-                None for all. "layout": what the sequence says, for which it looks at the device.
+            sequence: the whole sequence.
+            rows: positions to recompute, in ascending order; all of them if `kv` is None.
+            read: positions to score, which must be among the recomputed ones. Indices if `rows` are
+                indices.
+            kv: KV cache with the other positions, or None.
+            columns: token ids to score.
+            mask: [B M keys] bool, True = attend, for the first `kv.end` keys; None: attend to all.
+                "layout": computed from the sequence, which needs a host sync.
         Returns:
             [B R V] float32; entry i scores the token at the i-th position of `read`.
         """
@@ -208,7 +207,9 @@ class MultimodalDLM(nn.Module):
             within = read - int(self.spec.shift) - rows.start
         else:
             within = torch.searchsorted(rows, read - int(self.spec.shift))
-            within = within.clamp(max=rows.shape[1] - 1)  # of a row that reads nothing
+            within = within.clamp(
+                max=rows.shape[1] - 1
+            )  # for batch rows without positions to score
         if isinstance(mask, str):
             end = sequence.tokens.shape[1] if kv is None else kv.end
             level = sequence.level
@@ -228,34 +229,34 @@ class MultimodalDLM(nn.Module):
         return self.backbone.head(hidden, columns).float()
 
     def spliced(self, sequence: Sequence, rows: Rows) -> Tensor:
-        """[B M D] embeddings of some rows, media in their slots; never waits for the device."""
+        """Input embeddings [B M D] of chosen positions, including media; without host sync."""
         x = self.backbone.tokens(take(sequence.tokens, rows))
         if sequence.media is None or not len(sequence.media):
             return x
         slots = sequence.is_medium
-        number = slots.flatten().cumsum(0).view_as(slots) - 1  # which of the embeddings
+        number = slots.flatten().cumsum(0).view_as(slots) - 1  # index into media
         number = take(number, rows).clamp(min=0)
         media = sequence.media.to(x.dtype)[number]
         return torch.where(take(slots, rows)[..., None], media, x)
 
     def prompt(self, text: str | Items[Mapping[str, Any]], *, chat: bool | None = None) -> Tensor:
-        """Token ids [n] of a prompt of words, see `Processor.prompt`.
+        """Token ids [n] of a text prompt, see `Processor.prompt`.
 
         Raises:
-            ValueError: see there; or the conversation holds media, which `Processor.pack` takes.
+            ValueError: the conversation contains media, or see `Processor.prompt`.
         """
         parts = self.processor.prompt(text, chat=chat)
         if not all(isinstance(part, Tensor) for part in parts):
-            raise ValueError("the conversation holds media; use answer(model, messages)")
+            raise ValueError("the conversation contains media; use answer(model, messages)")
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
 
 
 def allowed(mask: Tensor, seen: Tensor | None, tokens: Tensor) -> Tensor:
-    """A mask of queries and keys, bool or floating [B L L], blocked where the attention blocks.
+    """Intersection of two attention masks, bool or floating [B L L].
 
     Args:
         mask: [B L L] or [B 1 L L], see `MultimodalDLM.logits`.
-        seen: bool [B L L], what the attention allows; None for everything.
+        seen: bool [B L L], attention mask of the layout; None if all may attend.
         tokens: [B L].
     Raises:
         ValueError: the shapes disagree.
@@ -263,7 +264,7 @@ def allowed(mask: Tensor, seen: Tensor | None, tokens: Tensor) -> Tensor:
     batch, length = tokens.shape
     if mask.shape not in ((batch, length, length), (batch, 1, length, length)):
         raise ValueError(
-            f"mask is {list(mask.shape)}; expected [B L], [B L L] or [B 1 L L] for tokens "
+            f"mask is {list(mask.shape)}, expected [B L], [B L L] or [B 1 L L] for tokens "
             f"{[batch, length]}"
         )
     mask = mask.reshape(batch, length, length)
@@ -273,11 +274,11 @@ def allowed(mask: Tensor, seen: Tensor | None, tokens: Tensor) -> Tensor:
 
 
 def align(raw: Tensor, mask: Tensor) -> Tensor:
-    """Row i of [B L V] moved to where it scores token i: i - 1, or i itself at a row's start.
+    """Logits of a shifted family, aligned so that position i scores token i.
 
     Args:
-        raw: [B L V] rows of a shifted family.
-        mask: [B L] bool, True = real; a row's first token must not read from its padding.
+        raw: [B L V] logits, where position i scores token i + 1.
+        mask: [B L] bool, True = real; the first real position keeps its unshifted logits.
     """
     before = torch.cat([raw[:, :1], raw[:, :-1]], 1)
     start = mask & (mask.long().cumsum(1) == 1)

@@ -1,4 +1,4 @@
-"""What a person asks as what a model takes: token ids and preprocessed media, no weights."""
+"""Processor: convert conversations to token ids and preprocessed media, without weights."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ NOTHING = torch.zeros(0, dtype=torch.long)
 
 @dataclass(frozen=True)
 class Packed:
-    """Examples before the encoders ran.
+    """A batch of examples before encoding.
 
     Args:
-        rows: prompts and canvases; media are preprocessed items. An example with branches is one
-            row under cascade attention without a chat template, else one row per branch.
-        example: index of the example each row comes from.
-        branch: index of the branch each row begins with.
+        rows: prompts and canvases, with preprocessed media. An example with branches is one row
+            with cascade attention and no chat template, else one row per branch.
+        example: index of the example of each row.
+        branch: index of the first branch of each row.
     """
 
     rows: tuple[Row, ...]
@@ -45,27 +45,27 @@ class Packed:
 
     @property
     def prompts(self) -> tuple[Row, ...]:
-        """The rows without their canvases."""
+        """The rows without canvases."""
         return tuple(row.without_answers() for row in self.rows)
 
     @property
     def canvas(self) -> Tensor:
-        """[B G] int64, the canvases of rows that have one of equal length each."""
+        """Canvases [B G] int64; every row needs one, and all need equal length."""
         return torch.stack([row.turns[0].answer for row in self.rows])
 
 
 class Processor:
-    """Tokenizer, chat template, preprocessing and answer codecs of a model; it can be pickled.
+    """Tokenizer, chat template, preprocessing and answer codecs of a model; picklable.
 
-    Texts are checked here and nowhere else: a prompt never contains the mask token, and in a chat
-    template only the template writes control tokens.
+    All checks against prompt injection are made here: a prompt never contains the mask token, and
+    control tokens only come from the chat template.
 
     Args:
         spec: special ids and attention of the model.
-        tokenizer: None for checkpoints without one; then prompts are token ids.
-        inputs: by modality, raw item to `Prepared`; see `encoders.encoder.Encoder.preprocess`.
-        outputs: by kind of answer besides "text", the codec between values and token ids.
-        template: how prompts are written; None for the chat template of the family.
+        tokenizer: None for checkpoints without one; prompts are token ids then.
+        inputs: preprocessing of each modality, see `encoders.encoder.Encoder.preprocess`.
+        outputs: codec of each kind of answer other than "text".
+        template: prompt template; None for the chat template of the family.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Processor:
     # -- media
 
     def require(self, kind: str) -> None:
-        """Raises ValueError unless the model takes this modality."""
+        """Raises ValueError if the model has no encoder for this modality."""
         if kind not in self.inputs:
             raise ValueError(
                 f"this model takes {', '.join(self.inputs) or 'text only'}, not {kind}; "
@@ -91,14 +91,14 @@ class Processor:
             )
 
     def prepare(self, kind: str, item: Any, several: bool = False) -> Prepared:
-        """One raw item, read, checked and preprocessed.
+        """Read, check and preprocess one raw item.
 
         Args:
             kind: "image", "audio" or "state".
-            item: see `mmdlm.messages.Media`; a `Prepared` of this kind is returned as it is.
-            several: the prompt holds more than one item of this modality. An input may have
-                another way for these under its attribute `several` (LaViDa cuts one image into
-                tiles, but pads each of several).
+            item: see `mmdlm.messages.Media`; a `Prepared` of this kind is returned unchanged.
+            several: the prompt has more than one item of this modality. An input may define an
+                attribute `several` with the preprocessing for this case (LaViDa tiles a single
+                image, but pads each of several images).
         Raises:
             ValueError: the model has no such encoder, or the item is not valid.
         """
@@ -111,17 +111,17 @@ class Processor:
             item = self.outputs["actions"].normalize_state(item)
         elif kind in READERS:
             item = READERS[kind](item)
-        chosen = self.inputs[kind]
-        return (getattr(chosen, "several", chosen) if several else chosen)(item)
+        preprocess = self.inputs[kind]
+        return (getattr(preprocess, "several", preprocess) if several else preprocess)(item)
 
     # -- text
 
     def encode(self, text: str) -> Tensor:
-        """Token ids [n] of a text as it stands, without a template.
+        """Token ids [n] of a text, without a template.
 
         Raises:
-            ValueError: there is no tokenizer, the text contains the mask token, or the vocabulary
-                lacks a word of it.
+            ValueError: there is no tokenizer, the text contains the mask token, or a word is not in
+                the vocabulary.
         """
         ids = torch.tensor(self._tokenizer().encode(text), dtype=torch.long)
         if (ids == self.spec.mask_id).any():
@@ -129,16 +129,16 @@ class Processor:
         return ids
 
     def prompt(self, given: Any, *, chat: bool | None = None) -> tuple[Tensor | Media, ...]:
-        """Token ids and media of a prompt, up to where the answer begins.
+        """Token ids and media of a prompt, up to the start of the answer.
 
         Args:
             given: a text or a conversation, see `mmdlm.messages.conversation`.
-            chat: True: a text is what the user says, and there must be a chat template; False: it
-                is taken as it is. None: the chat template is used where there is one, which
-                several messages need.
+            chat: True: a text is a user message, and a chat template is required; False: a text is
+                encoded without a template; None: the chat template is used if there is one.
+                Several messages need a template.
         Raises:
-            ValueError: the checkpoint lacks the tokenizer or the chat template it takes, a text
-                contains the mask token, or the conversation is not valid.
+            ValueError: the checkpoint has no tokenizer or chat template, a text contains the mask
+                token, or the conversation is not valid.
         """
         messages = (user(given),) if isinstance(given, str) else tuple(conversation(given))
         if any(message.role == RAW for message in messages):
@@ -148,28 +148,29 @@ class Processor:
             chat = jinja is not None or len(messages) > 1
         if not chat:
             if len(messages) > 1:
-                raise ValueError("chat=False takes a text as it is, not a conversation")
+                raise ValueError(
+                    "chat is False, but the prompt has several messages; expected one text"
+                )
             return self._raw(messages, self.template.media)
         if self.template.system is not None and messages[0].role != "system":
             messages = (Message("system", (Text(self.template.system),)), *messages)
         parts = encode(self._tokenizer(), messages, jinja, self.template.media, self.spec.family)
-        read = [i for message in messages for i in self._tokenizer().encode(message.text)]
-        self._check(parts, read, messages)
-        is_first = [isinstance(part, Media) and part.kind in self.template.first for part in parts]
-        first = [part for part, early in zip(parts, is_first, strict=True) if early]
-        return (*first, *(part for part, early in zip(parts, is_first, strict=True) if not early))
+        written = [i for message in messages for i in self._tokenizer().encode(message.text)]
+        self._check(parts, written, messages)
+        first = [p for p in parts if isinstance(p, Media) and p.kind in self.template.first]
+        return (*first, *(part for part in parts if not any(part is medium for medium in first)))
 
     def _raw(
         self, messages: Items[Message], around: Mapping[str, str]
     ) -> tuple[Tensor | Media, ...]:
-        """The parts as they are, with the text around media; neighbouring texts go together."""
-        found: list[Tensor | Media] = []
+        """Parts without a chat template, with the text around media; adjacent texts are joined."""
+        parts: list[Tensor | Media] = []
         text = ""
 
         def flush() -> None:
             nonlocal text
             if text:
-                found.append(torch.tensor(self._tokenizer().encode(text), dtype=torch.long))
+                parts.append(torch.tensor(self._tokenizer().encode(text), dtype=torch.long))
             text = ""
 
         for part in (part for message in messages for part in message.parts):
@@ -177,26 +178,26 @@ class Processor:
                 text += part.text
             elif isinstance(part, Text):
                 flush()
-                found.append(torch.as_tensor(part.text, dtype=torch.long))
+                parts.append(torch.as_tensor(part.text, dtype=torch.long))
             elif isinstance(part, Media):
                 before, after = around.get(part.kind, "{}").split("{}")
                 text += before
                 flush()
-                found.append(part)
+                parts.append(part)
                 text = after
             else:
-                raise TypeError("a slot stands in the last message, which is the assistant's")
+                raise TypeError("a prompt contains a slot, expected slots only in the last message")
         flush()
         given = [m for m in messages if m.text]
-        self._check(found, [], given or messages)
-        return tuple(part for part in found if isinstance(part, Media) or len(part))
+        self._check(parts, [], given or messages)
+        return tuple(part for part in parts if isinstance(part, Media) or len(part))
 
     def _check(
-        self, parts: Items[Tensor | Media], read: Items[int], messages: Items[Message]
+        self, parts: Items[Tensor | Media], written: Items[int], messages: Items[Message]
     ) -> None:
-        """Rejects prompts that contain the mask token, an answer slot smuggled into a prompt."""
+        """Raises ValueError if a prompt contains the mask token (prompt injection)."""
         ids = {i for part in parts if isinstance(part, Tensor) for i in part.tolist()}
-        if self.spec.mask_id in ids or self.spec.mask_id in read:
+        if self.spec.mask_id in ids or self.spec.mask_id in written:
             text = messages[0].text if len(messages) == 1 else [m.text for m in messages]
             raise ValueError(
                 f"prompt {text!r} holds the mask token; remove it, or use infill() for templates"
@@ -204,14 +205,14 @@ class Processor:
 
     @property
     def jinja(self) -> str | None:
-        """The chat template in force (Jinja text); None when prompts are taken as they are."""
+        """Chat template (Jinja text); None if prompts are encoded without one."""
         chat = self.template.chat or self.spec.template
         return chat if "{" in chat else find(self.tokenizer, chat)
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise ValueError(
-                "this checkpoint holds no tokenizer.json, nor vocab.json with merges.txt; use "
+                "this checkpoint has neither tokenizer.json nor vocab.json with merges.txt; use "
                 "token ids (decode)"
             )
         return self.tokenizer
@@ -219,12 +220,13 @@ class Processor:
     # -- answers
 
     def canvas(self, messages: Items[Message]) -> Tensor:
-        """The canvas [G] int64 of a conversation: what stands in the assistant's last message.
+        """Canvas [G] int64 of a conversation: its last message, if that is the assistant's.
 
-        Known text keeps its ids, a slot is masks or its value, completed with end tokens.
+        Text is encoded; a slot becomes masks, or its value padded with end tokens.
 
         Raises:
-            ValueError: an answer does not fit its slot, or a slot has no length.
+            TypeError: the message contains media.
+            ValueError: an answer is longer than its slot, or a slot has no length.
         """
         if not messages or messages[-1].role != "assistant":
             return NOTHING
@@ -235,16 +237,18 @@ class Processor:
         if isinstance(part, Text):
             return self.encode(part.text) if isinstance(part.text, str) else part.text
         if isinstance(part, Media):
-            raise TypeError("media stand in the messages of users, not on the canvas")
+            raise TypeError("the answer contains media, expected them only in user messages")
         codec = self.outputs.get(part.output)
         if codec is None and part.output != "text":
             known = ", ".join(("text", *self.outputs))
-            raise ValueError(f"this model gives {known}, not {part.output}; see its statistics")
+            raise ValueError(
+                f"output is {part.output!r}, expected one of {known}; see the model's statistics"
+            )
         if isinstance(part.value, Tensor):
             return part.value
         length = part.length if part.length is not None else codec and codec.length
         if not length:
-            raise ValueError(f"a slot for {part.output} has no length; give one, 1 or more")
+            raise ValueError(f"a slot for {part.output} has no length, expected at least 1")
         if part.value is None:
             return torch.full((length,), self.spec.mask_id)
         if codec is None:
@@ -253,23 +257,23 @@ class Processor:
             ids = codec.encode(part.value)
         if len(ids) > length:
             raise ValueError(
-                f"answer {part.value!r} has {len(ids)} tokens, its canvas {length}; lengthen it"
+                f"answer {part.value!r} has {len(ids)} tokens, but its slot only {length}"
             )
         return torch.cat([ids, torch.full((length - len(ids),), self.spec.eos_id)])
 
-    # -- all of it
+    # -- batches
 
     def pack(
         self, examples: Items[Example], media: MediaCache | None = None, *, chat: bool | None = None
     ) -> Packed:
-        """Examples as rows of token ids, preprocessed media and canvases.
+        """Convert examples to rows of token ids, preprocessed media and canvases.
 
         Args:
-            examples: at least one.
-            media: what was read before, so that no item is read twice; None: nothing.
+            examples: at least one example.
+            media: cache of media, so that no item is read twice; None: an empty cache.
             chat: see `prompt`.
         Raises:
-            ValueError: an example is not valid; a note of the error says which one.
+            ValueError: an example is not valid; a note of the exception gives its index.
         """
         media = MediaCache() if media is None else media
         rows: list[Row] = []
@@ -287,7 +291,7 @@ class Processor:
         return Packed(tuple(rows), tuple(example), tuple(branch))
 
     def _rows(self, example: Example, media: MediaCache, chat: bool | None) -> list[Row]:
-        """One row with all branches where attention allows it, else one row per conversation."""
+        """One row with all branches if attention allows it, else one row per conversation."""
         is_raw = self.jinja is None and self.template.system is None
         if example.branches and self.spec.attention == "cascade" and is_raw:
             shared = self._parts(example.messages, media, chat)
@@ -296,8 +300,8 @@ class Processor:
         return [Row((), (self._turn(messages, media, chat),)) for messages in example.conversations]
 
     def _turn(self, messages: Items[Message], media: MediaCache, chat: bool | None) -> Turn:
-        asked = messages[:-1] if messages and messages[-1].role == "assistant" else messages
-        return Turn(self._parts(asked, media, chat), self.canvas(messages))
+        prompt = messages[:-1] if messages and messages[-1].role == "assistant" else messages
+        return Turn(self._parts(prompt, media, chat), self.canvas(messages))
 
     def _parts(
         self, messages: Items[Message], media: MediaCache, chat: bool | None
@@ -314,11 +318,10 @@ class Processor:
 
 @dataclass
 class MediaCache:
-    """Media of one call, each read, preprocessed and encoded once and kept while it is needed.
+    """Cache of the preprocessed and encoded media of one call.
 
     Args:
-        examples: all examples of the call; an item that several of them use is kept until the
-            last one was packed.
+        examples: all examples of the call; an item is kept until its last use was packed.
     """
 
     examples: Items[Example] = ()
@@ -326,7 +329,7 @@ class MediaCache:
     prepared: dict[Hashable, Prepared] = field(default_factory=dict)
     embeddings: dict[Hashable, Tensor] = field(default_factory=dict)
     numbers: Items[int] = ()
-    """Numbers of the coming batch's examples in the call, for errors."""
+    """Indices of the current batch's examples, for error messages."""
     failed: str = ""
 
     def __post_init__(self) -> None:
@@ -340,41 +343,41 @@ class MediaCache:
                 )
 
     def read(self, processor: Processor, part: Media, several: bool) -> Prepared:
-        """The preprocessed item, from the cache where it was read before."""
+        """Preprocessed item, from the cache if it was read before."""
         key = _identity(part)
-        found = self.prepared.get((key, several))
-        if found is None:
+        prepared = self.prepared.get((key, several))
+        if prepared is None:
             self.failed = part.kind
-            found = processor.prepare(part.kind, part.item, several)
+            prepared = processor.prepare(part.kind, part.item, several)
             self.failed = ""
         self.uses[key] -= 1
         if self.uses[key] > 0:
-            self.prepared[key, several] = found
+            self.prepared[key, several] = prepared
         else:
             self.prepared.pop((key, several), None)
-        return found
+        return prepared
 
     def explain(self, error: Exception, number: int) -> None:
-        """Adds to an error which example, and which medium of it, it is about."""
+        """Adds a note to an error: the index of the example, if one of its media failed."""
         if self.failed:
             number = self.numbers[number] if self.numbers else number
             error.add_note(f"This is the {self.failed} of item {number}, counted from 0.")
         self.failed = ""
 
     def forget(self) -> None:
-        """Drops the embeddings of media that no later example uses."""
-        again = {digest(item) for item in self.prepared.values()}
-        self.embeddings = {k: v for k, v in self.embeddings.items() if k in again}
+        """Removes the embeddings of media that no later example uses."""
+        needed = {digest(item) for item in self.prepared.values()}
+        self.embeddings = {k: v for k, v in self.embeddings.items() if k in needed}
 
 
 def digest(item: Prepared) -> Hashable:
-    """What tells two preprocessed items apart by content."""
+    """Cache key of a preprocessed item by content."""
     data = item.tensor.contiguous().view(torch.uint8).numpy()
     content = hashlib.blake2b(data, digest_size=16).digest()
     return item.kind, content, tuple(item.tensor.shape), item.size, item.grid
 
 
 def _identity(part: Media) -> Hashable:
-    """What tells two items of a call apart without reading them; the examples keep them alive."""
+    """Cache key of a raw item by path or object; the examples keep the objects alive."""
     item = part.item
     return part.kind, (str(item) if isinstance(item, str | Path) else id(item))

@@ -37,7 +37,7 @@ def with_state() -> MultimodalDLM:
     return MultimodalDLM(SPEC, {"state": StateEncoder.tiny()}, {"state": MLP(32, 16)})
 
 
-def test_tiny_is_the_same_after_json_and_after_building() -> None:
+def test_tiny_is_unchanged_by_json_and_building() -> None:
     model = mmdlm.load("tiny", device="meta")
     plan = describe(model)
     assert set(plan.encoders) == {"image", "audio", "state"}
@@ -49,7 +49,7 @@ def test_tiny_is_the_same_after_json_and_after_building() -> None:
     assert shapes[0] == shapes[1]
 
 
-def test_every_entry_survives() -> None:
+def test_every_entry_is_kept() -> None:
     experts = MoEConfig(experts=4, top=2, inner=8, dense=(0,))
     config = TransformerConfig(vocab=9, width=16, layers=2, heads=2, inner=16, moe=experts)
     plan = Blueprint(
@@ -66,13 +66,13 @@ def test_every_entry_survives() -> None:
     assert describe(model) == plan
 
 
-def test_weights_are_on_the_meta_device_until_a_file_fills_them() -> None:
+def test_weights_are_on_the_meta_device_before_loading() -> None:
     model = build(describe(mmdlm.load("tiny", device="meta")))
     assert all(tensor.is_meta for tensor in model.state_dict().values())
 
 
 @pytest.mark.parametrize("name", discover.names("encoders"))
-def test_encoders_built_without_memory_equal_those_built_with_it(name: str) -> None:
+def test_encoders_built_on_meta_equal_those_built_on_the_cpu(name: str) -> None:
     made = discover.find("encoders", name).tiny().eval()
     plan = Blueprint(SPEC, {made.kind: recipe.recipe(made)}, {made.kind: recipe.recipe(MLP(2, 16))})
     again = build(plan).encoders[made.kind].eval()
@@ -82,7 +82,7 @@ def test_encoders_built_without_memory_equal_those_built_with_it(name: str) -> N
         assert torch.equal(again([item]).tokens, made([item]).tokens)
 
 
-def test_part_with_tensors_that_no_file_holds_is_built_with_memory(
+def test_part_with_tensors_missing_in_files_is_built_on_the_cpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first = StateEncoder.__init__
@@ -199,7 +199,7 @@ def test_strategy_paths_of_the_first_edition_are_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["- a\n", "caption: 3\n", "a: [", ""])
-def test_decoding_that_is_not_a_table_is_refused(tmp_path: Path, text: str) -> None:
+def test_decoding_that_is_not_a_mapping_is_rejected(tmp_path: Path, text: str) -> None:
     file = tmp_path / "decoding.yaml"
     file.write_text(text)
     with pytest.raises(ValueError, match="decoding.yaml"):

@@ -46,12 +46,12 @@ def data(tmp_path_factory):
     return root
 
 
-def test_every_training_config_is_here():
+def test_training_configs_are_listed():
     assert {path.stem for path in (CONFIGS / "train").glob("*.yaml")} == set(STAGES)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_config_trains_two_steps(stage, data, monkeypatch):
+def test_config_trains_two_steps(stage, data, monkeypatch):
     monkeypatch.chdir(data)
     names = [part for config in STAGES[stage] for part in ("-c", config)]
     sizes = {"scenes": 2, "digits": 1, "speech": 2, "episodes": 2}

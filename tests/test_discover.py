@@ -36,35 +36,35 @@ def animal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type]:
         sys.modules.pop(name, None)
 
 
-def test_names_are_files_with_a_public_class_of_the_kind(animal: type) -> None:
+def test_names_are_modules_with_a_public_subclass(animal: type) -> None:
     assert discover.names("zoo", animal) == ["birds", "cat", "house_cat", "lizard"]
 
 
 @pytest.mark.parametrize("name", ["house_cat", "HouseCat", "house-cat", "housecat"])
-def test_find_takes_file_and_class_names(name: str, animal: type) -> None:
+def test_find_accepts_module_and_class_names(name: str, animal: type) -> None:
     assert discover.find("zoo", name, animal).__name__ == "HouseCat"
 
 
-def test_find_takes_one_class_of_a_file_of_several(animal: type) -> None:
+def test_find_accepts_one_class_of_a_module_with_several(animal: type) -> None:
     assert discover.find("zoo", "owl", animal).__name__ == "Owl"
-    with pytest.raises(ValueError, match=r"several classes, Owl \(birds.py\), Hen \(birds.py\)"):
+    with pytest.raises(ValueError, match=r"several classes: Owl \(birds.py\), Hen \(birds.py\)"):
         discover.find("zoo", "birds", animal)
 
 
-def test_find_imports_the_one_file_only(animal: type) -> None:
+def test_find_imports_only_one_module(animal: type) -> None:
     assert discover.find("zoo", "cat", animal).__name__ == "Cat"
     with pytest.raises(ZeroDivisionError):
         discover.find("zoo", "lizard", animal)
 
 
-def test_find_names_the_nearest(animal: type) -> None:
+def test_find_error_names_similar_names(animal: type) -> None:
     with pytest.raises(ValueError, match="zoo has no 'huose_cat'; did you mean 'house_cat'"):
         discover.find("zoo", "huose_cat", animal)
     with pytest.raises(ValueError, match="known: birds, cat, house_cat, lizard"):
         discover.find("zoo", "stone", animal)
 
 
-def test_unknown_packages_are_refused() -> None:
+def test_unknown_packages_are_rejected() -> None:
     with pytest.raises(ValueError, match="did you mean 'mmdlm.decoding'"):
         discover.names("mmdlm.decodings")
     with pytest.raises(ValueError, match="no package 'mmdlm.zoo'"):
@@ -74,7 +74,7 @@ def test_unknown_packages_are_refused() -> None:
 
 
 @pytest.mark.parametrize("package", discover.BASES)
-def test_reading_files_finds_what_importing_them_finds(package: str) -> None:
+def test_parsing_finds_the_same_classes_as_importing(package: str) -> None:
     module, _, base_name = discover.BASES[package].rpartition(".")
     base = getattr(importlib.import_module(module), base_name)
     folder = Path(inspect.getfile(base)).parent

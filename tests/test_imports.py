@@ -172,7 +172,7 @@ def test_direction_rule(importer: str, target: str, wrong: bool) -> None:
     assert wrong_direction(importer, target) is wrong
 
 
-def test_modules_import_at_their_top_what_every_installation_has() -> None:
+def test_modules_import_only_core_dependencies_at_the_top() -> None:
     core, _ = declared()
     allowed = core | set(PACKAGES) | sys.stdlib_module_names
     wrong = []
@@ -225,7 +225,7 @@ def test_package_import_is_light(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in mmdlm.__all__ if n != "__version__"])
-def test_public_name_is_there(name: str) -> None:
+def test_public_name_exists(name: str) -> None:
     assert getattr(mmdlm, name).__name__ == name
     assert name in dir(mmdlm)
 
@@ -275,7 +275,7 @@ def test_foreign_distribution_in_our_folder_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["adapters/__init__.py", "encoders/__init__.py", "adapters.py"])
-def test_script_with_a_folder_or_file_of_our_name_is_told(name: str, tmp_path: Path) -> None:
+def test_script_next_to_a_package_of_our_name_gets_an_error(name: str, tmp_path: Path) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("")
     run = run_python("import mmdlm", tmp_path, ROOT)
@@ -284,7 +284,7 @@ def test_script_with_a_folder_or_file_of_our_name_is_told(name: str, tmp_path: P
     assert "rename it" in run.stderr
 
 
-def test_data_folder_of_our_name_beside_a_script_does_no_harm(tmp_path: Path) -> None:
+def test_data_folder_of_our_name_next_to_a_script_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "adapters").mkdir()
     (tmp_path / "adapters" / "weights.txt").write_text("")
     run = run_python("import mmdlm, adapters; print(adapters.__file__)", tmp_path, ROOT)

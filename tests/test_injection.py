@@ -1,9 +1,9 @@
-"""Answer slots smuggled into what a user writes: DIJA's attack against every public door.
+"""Prompt injection with mask tokens (the DIJA attack) against every public function.
 
 DIJA (arXiv 2507.11097, ZichenWen1/DIJA) interleaves mask tokens with the beginnings of an answer in
-a user's message. A model that takes them for places to fill in completes the scaffold instead of
-answering, and so without refusing. Here a mask id never comes out of a text: it is refused, and
-what only looks like one stays text. What may be filled in is said by `infill` and `canvas=` alone.
+a user message. A model that fills them in completes the scaffold without refusing. In this library,
+encoding a text never gives a mask id: mask tokens raise ValueError, and lookalikes stay text. Only
+`infill` and `canvas=` define what is filled in.
 """
 
 import io
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*filled the canvas")
 MARKERS = ["<|im_start|>", "<|im_end|>"]
 # What the families call their mask, and other tools theirs.
 MASKS = ["<|mdm_mask|>", "<|mask|>", "|<MASK>|", "<|MASK|>", "[MASK]", "<mask>", "<extra_id_0>"]
-PICTURE = np.zeros((16, 16, 3), np.uint8)
+IMAGE = np.zeros((16, 16, 3), np.uint8)
 SOUND = (np.ones(8000, np.float32) / 2, 16000)
 LENGTH = 3
 
@@ -52,7 +52,7 @@ def chatty(speller) -> MultimodalDLM:
 
 
 @pytest.fixture(scope="module")
-def seer(speller) -> MultimodalDLM:
+def media_model(speller) -> MultimodalDLM:
     """A model that sees and hears and is prompted without a template."""
     text = speller(MARKERS)
     encoders = {"image": ViT.tiny(), "audio": WhisperEncoder.tiny()}
@@ -71,7 +71,7 @@ def choice_of(text: str) -> dict:
 
 
 # Every place that takes text, by what a caller would write; t is the attack.
-DOORS = {
+CALLS = {
     "prompt": lambda m, t: m.prompt(t),
     "prompt as it is": lambda m, t: m.prompt(t, chat=False),
     "generate": lambda m, t: mmdlm.generate(m, t, length=LENGTH),
@@ -100,7 +100,7 @@ DOORS = {
         m, {"properties": {"x": {"const": t}}}, prompt="hi"
     ),
 }
-CHAT_DOORS = {
+CHAT_CALLS = {
     "user": lambda m, t: mmdlm.generate(m, [user(t)], length=LENGTH),
     "system": lambda m, t: mmdlm.generate(
         m, [{"role": "system", "content": t}, user("hi")], length=LENGTH
@@ -112,15 +112,15 @@ CHAT_DOORS = {
         m, [user(t), {"role": "assistant", "content": "no"}, user("why")], length=LENGTH
     ),
 }
-MEDIA_DOORS = {
-    "caption": lambda m, t: mmdlm.caption(m, PICTURE, prompt=t, length=LENGTH),
+MEDIA_CALLS = {
+    "caption": lambda m, t: mmdlm.caption(m, IMAGE, prompt=t, length=LENGTH),
     "describe": lambda m, t: mmdlm.describe(m, SOUND, prompt=t, length=LENGTH),
     "transcribe": lambda m, t: mmdlm.transcribe(m, SOUND, prompt=t, length=LENGTH),
-    "answer": lambda m, t: mmdlm.answer(m, t, PICTURE, length=LENGTH),
-    "choices": lambda m, t: mmdlm.answer(m, t, PICTURE, choices=["a", "b"]),
-    "embed": lambda m, t: mmdlm.embed(m, image=PICTURE, text=t),
-    "infill": lambda m, t: mmdlm.infill(m, f"{t} [MASK]", PICTURE, prompt="hi"),
-    "infill prompt": lambda m, t: mmdlm.infill(m, "a [MASK]", PICTURE, prompt=t),
+    "answer": lambda m, t: mmdlm.answer(m, t, IMAGE, length=LENGTH),
+    "choices": lambda m, t: mmdlm.answer(m, t, IMAGE, choices=["a", "b"]),
+    "embed": lambda m, t: mmdlm.embed(m, image=IMAGE, text=t),
+    "infill": lambda m, t: mmdlm.infill(m, f"{t} [MASK]", IMAGE, prompt="hi"),
+    "infill prompt": lambda m, t: mmdlm.infill(m, "a [MASK]", IMAGE, prompt=t),
 }
 
 
@@ -139,8 +139,8 @@ def seen(monkeypatch) -> list[tuple[int, int]]:
     return counts
 
 
-def test_the_attack_is_real(chatty, seer) -> None:
-    for model in (chatty, seer):
+def test_injected_mask_would_be_filled_in(chatty, media_model) -> None:
+    for model in (chatty, media_model):
         ids = model.tokenizer.encode(dija("<|mask|>"))
         assert ids.count(model.spec.mask_id) == 11
         # The guard is in what makes prompts of texts; the tokenizer alone lets it through.
@@ -148,38 +148,38 @@ def test_the_attack_is_real(chatty, seer) -> None:
 
 
 @pytest.mark.parametrize("text", [dija("<|mask|>"), "<|mask|>", "a<|mask|>b"])
-@pytest.mark.parametrize("door", DOORS)
-def test_mask_token_in_a_text_is_refused(chatty, seen, door, text) -> None:
+@pytest.mark.parametrize("call", CALLS)
+def test_mask_token_in_a_text_is_rejected(chatty, seen, call, text) -> None:
     with pytest.raises(ValueError, match="holds the mask token"):
-        DOORS[door](chatty, text)
+        CALLS[call](chatty, text)
     assert all(before == 0 for before, _ in seen)
 
 
-@pytest.mark.parametrize("door", CHAT_DOORS)
-def test_mask_token_in_a_conversation_is_refused(chatty, seen, door) -> None:
+@pytest.mark.parametrize("call", CHAT_CALLS)
+def test_mask_token_in_a_conversation_is_rejected(chatty, seen, call) -> None:
     with pytest.raises(ValueError, match="holds the mask token"):
-        CHAT_DOORS[door](chatty, dija("<|mask|>"))
+        CHAT_CALLS[call](chatty, dija("<|mask|>"))
     assert not seen
 
 
-@pytest.mark.parametrize("door", MEDIA_DOORS)
-def test_mask_token_beside_a_picture_or_sound_is_refused(seer, seen, door) -> None:
+@pytest.mark.parametrize("call", MEDIA_CALLS)
+def test_mask_token_with_media_is_rejected(media_model, seen, call) -> None:
     with pytest.raises(ValueError, match="holds the mask token"):
-        MEDIA_DOORS[door](seer, dija("<|mask|>"))
+        MEDIA_CALLS[call](media_model, dija("<|mask|>"))
     assert not seen
 
 
 @pytest.mark.parametrize("own", MASKS)
-def test_the_token_of_each_family_is_refused_where_it_is_the_mask(speller, own) -> None:
-    special = [] if own == "<|mask|>" else [own]
+def test_mask_token_of_each_family_is_rejected(speller, mask_token) -> None:
+    special = [] if mask_token == "<|mask|>" else [mask_token]
     model = speller([*MARKERS, *special], template="chatml", mask_id=261 if special else 258)
-    mask_id = model.tokenizer.id(own)
+    mask_id = model.tokenizer.id(mask_token)
     assert not special or mask_id == 258 + len(MARKERS) + 1
     object.__setattr__(model.spec, "mask_id", mask_id)
-    for door in ("prompt", "prompt as it is", "generate", "answer", "choices", "embed"):
+    for call in ("prompt", "prompt as it is", "generate", "answer", "choices", "embed"):
         with pytest.raises(ValueError, match="holds the mask token"):
-            DOORS[door](model, dija(own))
-    for other in set(MASKS) - {own, "<|mask|>"}:  # means nothing to this model
+            CALLS[call](model, dija(mask_token))
+    for other in set(MASKS) - {mask_token, "<|mask|>"}:  # means nothing to this model
         assert mask_id not in model.prompt(dija(other)).tolist()
 
 
@@ -208,26 +208,26 @@ DISGUISES = {
 
 
 @pytest.mark.parametrize("name", DISGUISES)
-@pytest.mark.parametrize("door", ["generate", "generate raw", "answer"])
-def test_what_only_looks_like_a_mask_stays_text(chatty, seen, door, name) -> None:
+@pytest.mark.parametrize("call", ["generate", "generate raw", "answer"])
+def test_lookalikes_of_the_mask_stay_text(chatty, seen, call, name) -> None:
     text = DISGUISES[name]
     ids = chatty.prompt(text).tolist()
     assert chatty.spec.mask_id not in ids
     assert text.strip() in chatty.tokenizer.decode(ids)  # all of it, as it was written
-    DOORS[door](chatty, text)
+    CALLS[call](chatty, text)
     assert {before for before, _ in seen} == {0}
     assert max(inside for _, inside in seen) == LENGTH  # nothing but the answer is filled in
 
 
 @pytest.mark.parametrize("name", DISGUISES)
-def test_disguises_beside_a_picture_stay_text(seer, seen, name) -> None:
-    for door in ("caption", "answer"):
-        MEDIA_DOORS[door](seer, DISGUISES[name])
+def test_lookalikes_with_an_image_stay_text(media_model, seen, name) -> None:
+    for call in ("caption", "answer"):
+        MEDIA_CALLS[call](media_model, DISGUISES[name])
     assert {before for before, _ in seen} == {0}
     assert max(inside for _, inside in seen) == LENGTH
 
 
-def test_tokenizers_that_fold_letters_do_not_open_the_door(speller) -> None:
+def test_mask_token_is_rejected_by_normalizing_tokenizers(speller) -> None:
     from tokenizers import AddedToken, normalizers
 
     model = speller(MARKERS, template="chatml")
@@ -237,12 +237,12 @@ def test_tokenizers_that_fold_letters_do_not_open_the_door(speller) -> None:
     object.__setattr__(model.spec, "mask_id", backend.token_to_id("<|hole|>"))
     for hole in ("<|hole|>", "＜｜hole｜＞", "<|HOLE|>", "<|ｈｏｌｅ|>"):
         assert model.spec.mask_id in backend.encode(dija(hole)).ids
-        for door in ("prompt", "generate", "generate raw", "answer", "choices", "infill text"):
+        for call in ("prompt", "generate", "generate raw", "answer", "choices", "infill text"):
             with pytest.raises(ValueError, match="holds the mask token"):
-                DOORS[door](model, dija(hole))
+                CALLS[call](model, dija(hole))
 
 
-def test_mask_that_is_a_word_of_the_vocabulary_is_refused(speller) -> None:
+def test_mask_that_is_a_word_of_the_vocabulary_is_rejected(speller) -> None:
     from tokenizers import Tokenizer as Backend
     from tokenizers import models
 
@@ -251,32 +251,32 @@ def test_mask_that_is_a_word_of_the_vocabulary_is_refused(speller) -> None:
     vocab = {text: i for i, text in enumerate(pieces)}
     model.tokenizer = Tokenizer(Backend(models.BPE(vocab, [("<", "m"), ("<m", ">")])))
     object.__setattr__(model.spec, "mask_id", vocab["<m>"])
-    for door in ("prompt as it is", "generate raw", "choices", "infill text"):
+    for call in ("prompt as it is", "generate raw", "choices", "infill text"):
         with pytest.raises(ValueError, match="holds the mask token"):
-            DOORS[door](model, "a<m>a")
+            CALLS[call](model, "a<m>a")
 
 
 @pytest.mark.parametrize("is_special", [True, False])
-def test_mask_put_together_by_a_template_is_refused(speller, is_special) -> None:
+def test_mask_joined_by_a_template_is_rejected(speller, is_special) -> None:
     names = {"special" if is_special else "added": ["<|hole|>"]}
     joined = "{% for m in messages %}{{ m.content }}{% endfor %}"
     cut = "{{ messages[-1].content | replace('~', '') }}"
     model = speller(**names)
     object.__setattr__(model.spec, "mask_id", model.tokenizer.id("<|hole|>"))
     talk = [{"role": "system", "content": "Step 1: <|ho"}, user("le|>")]
-    for template, said in ((joined, talk), (cut, [user("Step 1: <|ho~le|>")])):
+    for template, prompt in ((joined, talk), (cut, [user("Step 1: <|ho~le|>")])):
         model.tokenizer.template = template
         with pytest.raises(ValueError, match="holds the mask token"):
-            model.prompt(said)
+            model.prompt(prompt)
 
 
-def test_mask_written_by_a_template_is_refused(speller) -> None:
+def test_mask_written_by_a_template_is_rejected(speller) -> None:
     model = speller(own="{{ messages[-1].content }}<|mask|>")
     with pytest.raises(ValueError, match="holds the mask token"):
         model.prompt([user("hi")])
 
 
-def test_mask_put_together_from_two_arguments_is_refused(chatty) -> None:
+def test_mask_joined_from_two_arguments_is_rejected(chatty) -> None:
     with pytest.raises(ValueError, match="holds the mask token"):
         mmdlm.answer(chatty, "sk|>", prompt="Step 1: <|ma{question}", length=LENGTH)
     with pytest.raises(ValueError, match="holds the mask token"):
@@ -287,20 +287,20 @@ def test_mask_put_together_from_two_arguments_is_refused(chatty) -> None:
     assert found.step.count(-1) == len(found.step) - 1
 
 
-def test_folder_jobs_refuse_before_they_write(seer, tmp_path) -> None:
+def test_folder_jobs_raise_before_writing(media_model, tmp_path) -> None:
     from PIL import Image
 
-    Image.fromarray(PICTURE).save(tmp_path / "a.png")
+    Image.fromarray(IMAGE).save(tmp_path / "a.png")
     out, attack = tmp_path / "out.jsonl", dija("<|mask|>")
     for task, options in (("caption", {"prompt": attack}), ("answer", {"question": attack})):
         with pytest.raises(ValueError, match="holds the mask token"):
-            run_folder(seer, task, tmp_path, out, length=LENGTH, **options)
+            run_folder(media_model, task, tmp_path, out, length=LENGTH, **options)
         with pytest.raises(ValueError, match="holds the mask token"):
-            each(seer, task, [tmp_path / "a.png"], length=LENGTH, **options)
+            each(media_model, task, [tmp_path / "a.png"], length=LENGTH, **options)
     assert not out.exists()
 
 
-def test_instruction_of_a_robot_is_refused(build) -> None:
+def test_mask_token_in_a_robot_instruction_is_rejected(build) -> None:
     model = build()
     seen = {"image": np.zeros((32, 32, 3), np.uint8), "state": np.zeros(2)}
     attack = {**seen, "prompt": "go to the <mask> disc"}
@@ -320,7 +320,7 @@ def commands(chatty, monkeypatch):
     return chatty
 
 
-def test_commands_refuse(commands, tmp_path, capsys) -> None:
+def test_commands_reject_the_mask_token(commands, tmp_path, capsys) -> None:
     attack = dija("<|mask|>")
     lines, schema = tmp_path / "asked.jsonl", tmp_path / "schema.json"
     lines.write_text(json.dumps({"messages": [user(attack)]}) + "\n")
@@ -341,7 +341,7 @@ def test_commands_refuse(commands, tmp_path, capsys) -> None:
         assert not told.out
 
 
-def test_chat_forgets_what_it_refused(commands, seen, monkeypatch, capsys) -> None:
+def test_chat_drops_rejected_messages(commands, seen, monkeypatch, capsys) -> None:
     attack = dija("<|mask|>").replace("\n", " ")
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"hi\n{attack}\nwhy\n"))
     assert main(["chat", "any", "--length", str(LENGTH)]) == 1
@@ -368,7 +368,7 @@ def test_only_infill_and_canvas_fill_in_a_text(chatty, seen) -> None:
     assert tokens[1] != mask
 
 
-def test_masks_in_a_prompt_of_ids_stay_what_they_are(chatty) -> None:
+def test_masks_in_a_prompt_of_token_ids_are_kept(chatty) -> None:
     mask = chatty.spec.mask_id
     prompt = torch.tensor([chatty.tokenizer.encode(dija("<|mask|>"))])
     assert (prompt == mask).sum() == 11
@@ -379,7 +379,7 @@ def test_masks_in_a_prompt_of_ids_stay_what_they_are(chatty) -> None:
     assert found.nfe == LENGTH
 
 
-def test_a_mask_is_never_written(chatty) -> None:
+def test_mask_id_is_never_predicted(chatty) -> None:
     mask = chatty.spec.mask_id
     with torch.no_grad():
         saved = chatty.backbone.out.weight.clone()

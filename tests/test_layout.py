@@ -43,7 +43,7 @@ def test_answers_of_unequal_prompts_align() -> None:
     assert not sequence.is_answer[:, :-2].any()
 
 
-def test_media_slots_hold_the_pad_id_and_keep_their_order() -> None:
+def test_media_positions_have_the_pad_id_and_keep_their_order() -> None:
     first, second = torch.ones(2, 3), torch.zeros(1, 3)
     sequence = arrange([Row((ids(1), first, ids(2))), Row((second, ids(3)))], pad=PAD)
     assert sequence.tokens.tolist() == [[1, PAD, PAD, 2], [PAD, PAD, PAD, 3]]
@@ -54,7 +54,7 @@ def test_media_slots_hold_the_pad_id_and_keep_their_order() -> None:
     assert not (sequence.is_medium & ~sequence.mask).any()
 
 
-def test_turns_follow_the_shared_picture_and_do_not_see_each_other() -> None:
+def test_turns_attend_to_the_shared_image_but_not_to_each_other() -> None:
     sequence = arrange([two_turns()], pad=PAD, attention="cascade")
     assert sequence.branch.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2]]
     assert sequence.positions.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 3, 4, 5]]
@@ -68,7 +68,7 @@ def test_turns_follow_the_shared_picture_and_do_not_see_each_other() -> None:
     assert seen[:, :3].all()
 
 
-def test_turns_without_anything_shared_are_separate_in_any_attention() -> None:
+def test_turns_without_shared_parts_are_separate_in_any_attention() -> None:
     row = Row((), (Turn(ids(1, 2), ids(3)), Turn(ids(4), ids(5, 6))))
     seen = arrange([row], pad=PAD).visible()[0]
     assert seen[:3, :3].all()
@@ -77,12 +77,12 @@ def test_turns_without_anything_shared_are_separate_in_any_attention() -> None:
     assert not seen[3:, :3].any()
 
 
-def test_turns_that_would_change_what_they_share_are_refused() -> None:
+def test_shared_parts_that_attend_to_turns_are_rejected() -> None:
     for attention in ("full", "prefix", "block_causal"):
         with pytest.raises(ValueError, match="2 turns share media.*use cascade"):
             arrange([two_turns()], pad=PAD, attention=attention, block_size=2)
     row = Row((ids(1),), two_turns().turns)
-    with pytest.raises(ValueError, match="2 turns have shared text"):
+    with pytest.raises(ValueError, match="2 turns share text"):
         arrange([row], pad=PAD, attention="cascade")
 
 
@@ -112,7 +112,7 @@ def test_answers_are_block_causal_with_a_block_size() -> None:
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7])
-def test_block_causal_sees_its_own_block_and_earlier_ones(block: int) -> None:
+def test_block_causal_attends_to_the_same_and_earlier_blocks(block: int) -> None:
     seen = from_tokens(torch.zeros(1, 6, dtype=torch.long), None, "block_causal", block).visible()
     expected = [[j // block <= i // block for j in range(6)] for i in range(6)]
     assert (seen is None and block == 7) or seen[0].tolist() == expected
@@ -135,7 +135,7 @@ def test_full_attention_without_padding_needs_no_mask() -> None:
     assert from_tokens(tokens, torch.ones(2, 4), "full", None).visible() is None
 
 
-def test_only_padding_in_front_moves_positions() -> None:
+def test_only_left_padding_shifts_positions() -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 1, 1], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]])
     sequence = from_tokens(torch.zeros(4, 5, dtype=torch.long), mask, "full", None)
     assert sequence.positions[0, 2:].tolist() == [0, 1, 2]
@@ -144,14 +144,14 @@ def test_only_padding_in_front_moves_positions() -> None:
     assert (sequence.positions >= 0).all()
 
 
-def test_visible_for_a_part_of_the_rows_equals_that_part_of_all() -> None:
+def test_mask_of_some_positions_equals_part_of_the_full_mask() -> None:
     sequence = arrange([two_turns(), Row((ids(1, 1),))], pad=PAD, attention="cascade")
     level, branch = sequence.level, sequence.branch
     part = visible(level[:, 3:6], level, sequence.mask, branch[:, 3:6], branch)
     assert torch.equal(part, sequence.visible()[:, 3:6])
 
 
-def test_layout_moves_and_changes_tokens() -> None:
+def test_sequence_to_device_and_with_tokens() -> None:
     sequence = arrange([two_turns()], pad=PAD, attention="cascade")
     other = sequence.to("meta")
     assert other.tokens.is_meta
@@ -161,15 +161,15 @@ def test_layout_moves_and_changes_tokens() -> None:
     assert changed.level is sequence.level
 
 
-def test_layout_errors_say_what_to_do() -> None:
+def test_invalid_layouts_are_rejected() -> None:
     tokens = torch.zeros(1, 3, dtype=torch.long)
-    with pytest.raises(ValueError, match="no rows; give at least one"):
+    with pytest.raises(ValueError, match="got no rows, expected at least one"):
         arrange([], pad=PAD)
     with pytest.raises(ValueError, match="neither media nor text"):
         arrange([Row((ids(1),)), Row(())], pad=PAD)
     with pytest.raises(ValueError, match=r"mask is \[1, 2\], tokens are \[1, 3\]"):
         from_tokens(tokens, torch.ones(1, 2), "full", None)
-    with pytest.raises(ValueError, match="block_causal attention needs block_size"):
+    with pytest.raises(ValueError, match="block_causal attention needs"):
         from_tokens(tokens, None, "block_causal", None)
     with pytest.raises(ValueError, match="attention 'causal' is unknown; expected full"):
         levels(tokens, tokens, tokens, tokens, "causal", None)

@@ -22,7 +22,7 @@ from mmdlm.messages import (
 IMAGE = np.zeros((4, 4, 3), np.uint8)
 
 
-def test_a_text_is_what_a_user_says():
+def test_text_is_a_user_message():
     (message,) = conversation("hi")
     assert (message.role, message.text) == ("user", "hi")
 
@@ -79,7 +79,7 @@ def test_extra_keys_are_named():
         (Example((user("hi"),)), True),
     ],
 )
-def test_conversations_are_told_from_texts_and_lists(given, expected):
+def test_is_conversation(given, expected):
     assert is_conversation(given) is expected
 
 
@@ -98,7 +98,7 @@ def test_branches_continue_the_shared_message():
     assert example.media("audio") == []
 
 
-def test_neighbours_of_one_role_are_merged():
+def test_adjacent_messages_of_one_role_are_merged():
     merged = merge((user("a"), user("b"), assistant("c")))
     assert [message.role for message in merged] == ["user", "assistant"]
     assert [message.text for message in merged] == ["ab", "c"]
@@ -109,5 +109,5 @@ def test_roles_are_checked():
         Message("tool", (Text("hi"),))
 
 
-def test_ids_are_no_words():
+def test_token_ids_are_not_text():
     assert user(Text(torch.tensor([1, 2])), "hi").text == "hi"

@@ -63,7 +63,7 @@ def test_notebook_is_stored_without_outputs(file):
     assert not any(outputs(cell) for cell in notebook.cells)
 
 
-def test_captioning_shows_the_scene_and_how_its_caption_came_about(executed):
+def test_captioning_notebook_shows_the_scene_and_the_trace(executed):
     notebook = executed(ROOT / "notebooks" / "captioning.ipynb")
     shown = [c.id for c in notebook.cells for o in outputs(c) if "image/png" in o.get("data", ())]
     assert shown == ["scene", "trace"]

@@ -42,7 +42,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_wheel_holds_the_three_packages_and_the_configs_and_no_more(wheel: Path) -> None:
+def test_wheel_contains_only_the_packages_and_configs(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if not name.startswith(INFO)}
     code = files("mmdlm") | files("encoders") | files("adapters")
@@ -52,7 +52,7 @@ def test_wheel_holds_the_three_packages_and_the_configs_and_no_more(wheel: Path)
     assert held == code | configs
 
 
-def test_wheel_says_what_it_is(wheel: Path) -> None:
+def test_wheel_metadata(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         about = Parser().parsestr(archive.read(f"{INFO}/METADATA").decode())
         commands = archive.read(f"{INFO}/entry_points.txt").decode()

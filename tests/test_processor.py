@@ -49,7 +49,7 @@ def shown(processor, parts):
     )
 
 
-def test_media_stand_where_they_were_put_in_the_turn(build):
+def test_media_keep_their_place_in_the_message(build):
     processor = build(Template(CHATML, {"image": "<|vision|>{}\n"}))
     messages = (
         user("first ", Media("image", image(0)), "then ", Media("image", image(1)), "which?"),
@@ -64,7 +64,7 @@ def test_media_stand_where_they_were_put_in_the_turn(build):
     )
 
 
-def test_control_tokens_around_media_are_tokens_and_those_in_texts_are_not(build):
+def test_control_tokens_are_encoded_around_media_but_not_in_texts(build):
     processor = build(Template(CHATML, {"image": "<|vision|>{}"}))
     vision = processor.tokenizer.id("<|vision|>")
     parts = processor.prompt((user(Media("image", image(0)), "is <|vision|> here?"),))
@@ -72,7 +72,7 @@ def test_control_tokens_around_media_are_tokens_and_those_in_texts_are_not(build
     assert ids.count(vision) == 1
 
 
-def test_a_default_system_message_is_only_a_default(build):
+def test_default_system_message_can_be_replaced(build):
     processor = build(Template(CHATML, system="Be brief."))
     assert "<|im_start|>system\nBe brief.<|im_end|>" in shown(processor, processor.prompt("hi"))
     own = (Message("system", (Text("Be long."),)), user("hi"))
@@ -81,7 +81,7 @@ def test_a_default_system_message_is_only_a_default(build):
     assert "Be brief." not in found
 
 
-def test_raw_messages_are_taken_as_they_are(build):
+def test_raw_messages_are_encoded_without_a_template(build):
     processor = build(Template(CHATML, {"image": "<|vision|>{}"}, "Be brief."))
     before, after = (Text(torch.tensor(ids)) for ids in ([5, 6], [7]))
     raw = Message(RAW, (before, Media("image", image(0)), after))
@@ -90,7 +90,7 @@ def test_raw_messages_are_taken_as_they_are(build):
     assert isinstance(medium, Media)
 
 
-def test_the_mask_token_is_rejected_wherever_it_stands(build):
+def test_mask_token_is_rejected_in_every_part(build):
     processor = build(Template(CHATML))
     mask = processor.spec.mask_id
     for messages in (
@@ -109,13 +109,13 @@ def test_several_messages_need_a_template(build):
         processor.prompt((user("a"), assistant("b"), user("c")))
 
 
-def test_canvas_holds_known_text_masks_and_answers(build):
+def test_canvas_has_text_masks_and_answers(build):
     processor = build()
     mask, eos = processor.spec.mask_id, processor.spec.eos_id
     known = processor.encode("ab").tolist()
     canvas = processor.canvas((user("q"), assistant("ab", Slot(length=2), Slot("text", 3, "ab"))))
     assert canvas.tolist() == [*known, mask, mask, *known, eos]
-    with pytest.raises(ValueError, match="has 2 tokens, its canvas 1"):
+    with pytest.raises(ValueError, match="has 2 tokens, but its slot only 1"):
         processor.canvas((assistant(Slot("text", 1, "ab")),))
     with pytest.raises(ValueError, match="no length"):
         processor.canvas((assistant(Slot()),))
@@ -123,7 +123,7 @@ def test_canvas_holds_known_text_masks_and_answers(build):
         processor.canvas((assistant(Slot("actions", 1)),))
 
 
-def test_an_item_used_twice_is_read_once(build):
+def test_item_used_twice_is_read_once(build):
     processor = build()
     calls = []
     inner = processor.inputs["image"]
@@ -137,7 +137,7 @@ def test_an_item_used_twice_is_read_once(build):
     assert not cache.prepared
 
 
-def test_inputs_may_treat_several_items_differently(build):
+def test_inputs_may_preprocess_several_items_differently(build):
     class Tiles:
         def __call__(self, item):
             return Prepared("image", torch.zeros(5, 3, 4, 4))
@@ -188,11 +188,11 @@ def test_several_images_in_one_question_and_in_several_turns():
     both = mmdlm.answer(model, [messages, messages], details=True)
     assert [each.tokens for each in both] == [one.tokens] * 2
     assert one.confidence != single.confidence  # the second image is seen
-    with pytest.raises(ValueError, match="leave image= out"):
+    with pytest.raises(ValueError, match="put the image into its messages"):
         mmdlm.answer(model, messages, pictures[0])
 
 
-def test_spec_decides_whether_branches_share_a_row():
+def test_attention_decides_whether_branches_share_a_row():
     config = TransformerConfig(vocab=8, width=8, layers=1, heads=1, inner=8)
     answers = tuple((assistant(Slot(value=torch.tensor([3, 4]))),) for _ in range(2))
     shared = (Message(RAW, (Media("state", Prepared("state", torch.zeros(2))),)),)

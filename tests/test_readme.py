@@ -22,7 +22,7 @@ COMMANDS = [
 LONG = ("fit", "act", "bench", "export")
 
 
-def test_there_are_commands_to_try():
+def test_readme_has_commands():
     assert {command[0] for command in COMMANDS} >= {"caption", "answer", "transcribe", "act"}
 
 
@@ -49,7 +49,7 @@ def test_options_of_long_commands_exist(command, capsys):
     assert all(part in help_text for part in command if part.startswith("--"))
 
 
-def test_the_first_lines_caption_a_picture(tmp_path, monkeypatch, capsys):
+def test_first_lines_caption_an_image(tmp_path, monkeypatch, capsys):
     import numpy as np
     from PIL import Image
 
@@ -63,7 +63,7 @@ def test_the_first_lines_caption_a_picture(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == sample.turns[0].answer
 
 
-def test_the_strategy_of_the_readme_decodes():
+def test_strategy_of_the_readme_decodes():
     import torch
 
     import mmdlm
@@ -84,7 +84,7 @@ def test_the_strategy_of_the_readme_decodes():
     assert done.nfe == 4  # 8 open positions: 4, 2, 1, 1
 
 
-def test_the_family_of_the_readme_reads_a_checkpoint():
+def test_family_of_the_readme_reads_a_checkpoint():
     code = next(block for kind, block in BLOCKS if kind == "python" and "class Mine" in block)
     space: dict = {"__name__": "mine"}
     exec(

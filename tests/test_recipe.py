@@ -41,7 +41,7 @@ def outputs(encoder):
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_encoders_are_built_again(name):
+def test_encoders_are_rebuilt(name):
     made = ENCODERS[name].tiny()
     again = again_from(made)
     assert type(again) is type(made)
@@ -51,7 +51,7 @@ def test_encoders_are_built_again(name):
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_adapters_are_built_again(name):
+def test_adapters_are_rebuilt(name):
     made = ADAPTERS[name](8, 12)
     again = again_from(made)
     assert type(again) is type(made)
@@ -72,13 +72,13 @@ def test_adapters_are_built_again(name):
     ],
     ids=lambda made: type(made).__name__,
 )
-def test_recipes_hold_what_was_given(made):
+def test_recipes_contain_the_arguments(made):
     again = again_from(made)
     assert shapes(again) == shapes(made)
     assert getattr(again, "preprocess", None) == getattr(made, "preprocess", None)
 
 
-def test_recipes_read_like_configs():
+def test_recipes_have_the_format_of_configs():
     assert recipe(Pool(4, 6, "concat")) == {
         "class_path": "adapters.pool.Pool",
         "init_args": {"in_dim": 4, "out_dim": 6, "kind": "concat"},
@@ -86,7 +86,7 @@ def test_recipes_read_like_configs():
 
 
 @pytest.mark.parametrize("inner", [Pool, partial(Pool, factor=3, layers=1)])
-def test_an_adapter_within_an_adapter_is_built_again(inner):
+def test_nested_adapters_are_rebuilt(inner):
     made = DivPrune(8, 12, inner=inner, keep=2)
     again = again_from(made)
     assert type(again.inner) is Pool
@@ -95,7 +95,7 @@ def test_an_adapter_within_an_adapter_is_built_again(inner):
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
-def test_copies_remember_how_they_were_built(way):
+def test_copies_keep_their_arguments(way):
     made = Pool(4, 6, "concat", factor=3)
     again = way(made)
     assert recipe(again) == recipe(made)
@@ -105,18 +105,18 @@ def test_copies_remember_how_they_were_built(way):
 @pytest.mark.parametrize(
     "path", ["os.system", "torch.nn.Linear", "mmdlm.model.MultimodalDLM", "Linear", "", "adapters"]
 )
-def test_other_code_is_refused(path):
+def test_foreign_classes_are_rejected(path):
     with pytest.raises(ValueError, match="is outside encoders and adapters; a checkpoint may"):
         build({"class_path": path, "init_args": {}}, PARTS, Recorded)
 
 
-def test_other_code_is_not_even_imported():
+def test_foreign_classes_are_not_imported():
     with pytest.raises(ValueError, match="is outside"):
         build({"class_path": "this.Zen", "init_args": {}}, PARTS, Recorded)
     assert "this" not in sys.modules
 
 
-def test_other_code_inside_the_arguments_is_refused():
+def test_foreign_classes_in_arguments_are_rejected():
     inner = {"class_path": "os.system", "init_args": {}}
     given = {"in_dim": 8, "out_dim": 12, "inner": inner}
     with pytest.raises(ValueError, match="'os.system' is outside"):
@@ -136,7 +136,7 @@ def test_other_code_inside_the_arguments_is_refused():
         "adapters..mlp.MLP",
     ],
 )
-def test_names_that_are_not_a_class_of_that_file_are_refused(path):
+def test_names_that_are_not_classes_of_the_module_are_rejected(path):
     with pytest.raises(ValueError, match="does not name a class of|is outside"):
         build({"class_path": path, "init_args": {}}, PARTS, Recorded)
 
@@ -159,12 +159,12 @@ def test_names_that_are_not_a_class_of_that_file_are_refused(path):
         ({"class_path": "adapters.mpl.MLP"}, "did you mean adapters.mlp.MLP"),
     ],
 )
-def test_wrong_recipes_are_explained(given, message):
+def test_invalid_recipes_are_rejected(given, message):
     with pytest.raises(ValueError, match=message):
         build(given, PARTS, Recorded)
 
 
-def test_strategies_are_built_again():
+def test_strategies_are_rebuilt():
     found = recipe(Blocks(7))
     assert found == {"class_path": "mmdlm.decoding.plans.blocks.Blocks", "init_args": {"size": 7}}
     assert build(found, ["mmdlm.decoding"], Strategy) == Blocks(7)
@@ -172,7 +172,7 @@ def test_strategies_are_built_again():
         build({"class_path": "mmdlm.decoding.decode.Decoded"}, ["mmdlm.decoding"], Strategy)
 
 
-def test_what_is_not_plain_data_has_no_recipe():
+def test_arguments_that_are_not_plain_data_are_rejected():
     with pytest.raises(TypeError, match="has no recipe"):
         recipe(3)
     made = Pool(4, 6)
@@ -181,7 +181,7 @@ def test_what_is_not_plain_data_has_no_recipe():
         recipe(made)
 
 
-def test_a_class_that_moved_to_a_sub_folder_is_found_under_its_old_path(tmp_path, monkeypatch):
+def test_class_moved_to_a_sub_folder_is_found_under_its_old_path(tmp_path, monkeypatch):
     inside = tmp_path / "herd" / "cattle"
     inside.mkdir(parents=True)
     (tmp_path / "herd" / "__init__.py").write_text("")
@@ -194,7 +194,7 @@ def test_a_class_that_moved_to_a_sub_folder_is_found_under_its_old_path(tmp_path
     assert found.__module__ == "herd.cattle.cow"
 
 
-def test_a_recipe_is_completed_with_defaults_for_comparison():
+def test_recipes_are_compared_with_defaults():
     short = complete(recipe(Pool(4, 6, "concat")), PARTS, Recorded)
     full = complete(recipe(Pool(4, 6, kind="concat", layers=2)), PARTS, Recorded)
     assert short == full

@@ -94,7 +94,7 @@ class Verifier:
         return out.logits[0, -last - 1 :].float()
 
     def _shorten(self, tokens: Tensor, most: int) -> int:
-        """Crops the cache to its common prefix with a text (at most `most` tokens); returns its size."""
+        """Crops the cache to its common prefix with a text, at most `most` tokens."""
         size = min(len(self._cached_tokens), most)
         differ = (self._cached_tokens[:size] != tokens[:size]).nonzero()
         common = int(differ[0]) if len(differ) else size
