@@ -1,1 +1,1 @@
-"""Features to the backbone's width, values to tokens; one adapter per file, none imported here."""
+"""Adapters, codecs and heads, one per file; nothing is imported here."""

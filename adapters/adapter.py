@@ -1,4 +1,4 @@
-"""The base of every adapter: features of one width in, features of the backbone's width out."""
+"""Base class of adapters, which map encoder features to the backbone's width."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from encoders.features import Features, Prepared, Size
 
 
 class Embedded(NamedTuple):
-    """One item as the backbone sees it.
+    """Embeddings of one item.
 
     Args:
         tokens: [N D] embeddings.
-        grid: rows and columns of the tokens when they are a row-major grid, else None.
+        grid: rows and columns if the tokens are a row-major grid, else None.
     """
 
     tokens: Tensor
@@ -24,7 +24,7 @@ class Embedded(NamedTuple):
 
 
 class Adapter(Recorded, nn.Module):
-    """Brings features to the backbone: projects, pools, prunes or merges them.
+    """Base class: projects, pools, prunes or merges features.
 
     Args:
         in_dim: encoder width E.
@@ -45,15 +45,15 @@ class Adapter(Recorded, nn.Module):
         raise TypeError(f"{type(self).__name__} does not define forward(features)")
 
     def embed(self, features: Features, items: Sequence[Prepared]) -> list[Embedded]:
-        """The embeddings of each item; by default one row of `forward` each, without padding.
+        """Embeddings of each item; by default one row of `forward` each, without padding.
 
-        Adapters that merge the views of an item or append vectors override it.
+        Override it to merge the views of an item or to append vectors.
 
         Args:
             features: output of the encoder for these items.
-            items: the preprocessed items, for their original sizes and views.
+            items: preprocessed items, with their original sizes and views.
         Raises:
-            ValueError: the encoder gave several rows per item, which this adapter cannot merge.
+            ValueError: the encoder returned several rows per item, which this adapter cannot merge.
         """
         if len(features.tokens) != len(items):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The base of every codec: values on one side, token ids on the other."""
+"""Base class of codecs, which convert values to token ids and back."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 class Codec:
-    """Turns one kind of answer into token ids and back.
+    """Base class: converts one kind of answer to token ids and back.
 
     Attributes:
-        ids: ids an answer may hold; None for the whole vocabulary.
-        length: tokens of an answer; None where the caller decides.
+        ids: token ids allowed in an answer; None for the whole vocabulary.
+        length: tokens of an answer; None if it is variable.
     """
 
     ids: range | None = None
@@ -23,14 +23,14 @@ class Codec:
         raise TypeError(f"{type(self).__name__} does not define encode(value)")
 
     def decode(self, ids: Tensor) -> Any:
-        """The value of token ids [n]."""
+        """Value of token ids [n]."""
         raise TypeError(f"{type(self).__name__} does not define decode(ids)")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types from which `from_dict` makes the codec again."""
+        """Dict of plain types, the inverse of `from_dict`."""
         raise TypeError(f"{type(self).__name__} does not define to_dict()")
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Self:
-        """The codec that `to_dict` described."""
+        """Codec from the result of `to_dict`."""
         raise TypeError(f"{cls.__name__} does not define from_dict(saved)")

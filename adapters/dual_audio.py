@@ -212,7 +212,7 @@ class _Acoustic(nn.Module):
 
 
 class _Block(nn.Module):
-    """A BERT layer with cross-attention: post-norm, and no mask, so queries see one another."""
+    """BERT layer with cross-attention: post-norm, no mask, so queries attend to each other."""
 
     def __init__(self, dim: int, heads: int, inner: int, dropout: float) -> None:
         super().__init__()

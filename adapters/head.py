@@ -1,4 +1,4 @@
-"""The base of every head: values that are sampled from hidden states instead of tokens."""
+"""Base class of heads, which predict values from hidden states instead of tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from encoders.arguments import Recorded
 
 
 class Head(Recorded, nn.Module):
-    """Reads a value from the backbone's hidden states at the slots of an answer.
+    """Base class: predicts a value from the backbone's hidden states at the slots of an answer.
 
     Heads for continuous actions (L1 regression, flow matching, diffusion) derive from it.
 
@@ -28,15 +28,15 @@ class Head(Recorded, nn.Module):
 
         Args:
             hidden: [B N D] final hidden states at the slots.
-            value: the target of each row, such as normalised actions [B K A].
+            value: target of each row, such as normalized actions [B K A].
         """
         raise TypeError(f"{type(self).__name__} does not define loss(hidden, value)")
 
     def sample(self, hidden: Tensor, generator: torch.Generator | None = None) -> Any:
-        """The value of each row.
+        """Sampled value of each row.
 
         Args:
             hidden: [B N D] final hidden states at the slots.
-            generator: source of random draws of heads that need them.
+            generator: random generator; None: torch's default.
         """
         raise TypeError(f"{type(self).__name__} does not define sample(hidden)")

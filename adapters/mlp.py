@@ -1,4 +1,4 @@
-"""The LLaVA projector: linear layers with GELU between them."""
+"""LLaVA projector: linear layers with GELU activations."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from encoders.features import Features
 
 
 class MLP(Adapter):
-    """Projects every token by itself: Linear, then (exact GELU, Linear) for each further layer.
+    """Projects each token: Linear, then (exact GELU, Linear) for each further layer.
 
     Two layers are the `mlp2x_gelu` projector of LLaVA, LaViDa and LLaDA-V
     (jacklishufan/LaViDa: llava/model/multimodal_projector/builder.py).
 
     Args:
         in_dim: encoder width E.
-        out_dim: backbone width D; the hidden layers have it too.
+        out_dim: backbone width D, also of the hidden layers.
         layers: number of linear layers.
     """
 
-    # Ours to published, for two layers.
+    # Our names to published names, for two layers.
     KEYS: ClassVar[dict[str, str]] = {
         "layers.0.weight": "model.mm_projector.0.weight",
         "layers.0.bias": "model.mm_projector.0.bias",
@@ -40,7 +40,7 @@ class MLP(Adapter):
         self.layers = nn.Sequential(*modules)
 
     def forward(self, features: Features) -> Features:
-        """The same tokens at width D, in the type of the weights; mask and sizes stay.
+        """Tokens of width D in the dtype of the weights; mask and sizes are unchanged.
 
         Args:
             features: tokens [B N E].

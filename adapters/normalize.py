@@ -29,7 +29,7 @@ class Normalizer:
 
     Args:
         statistics: a list per dimension under "mean", "std", "min", "max", "q01", "q99", and maybe
-            "mask"; the mode says which are needed.
+            "mask"; see `NEEDS` for those of each mode.
         mode: "quantile", "bounds", "zscore" or "identity".
         mask: True for each dimension to normalise; `statistics["mask"]`, else all, when not given.
         zero_constant: whether dimensions that never moved in the data (min == max) normalise to 0
@@ -74,7 +74,7 @@ class Normalizer:
         self.size: int | None = next(iter(sizes.values()), None)  # None: identity takes any
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Normalised values.
+        """Normalized values.
 
         Args:
             x: [... S] in robot units.
@@ -112,7 +112,7 @@ class Normalizer:
         return self._where(y, 0.5 * (y + 1) * (high - low + EPS) + low)
 
     def to_dict(self) -> dict[str, Any]:
-        """What statistics.json keeps beside the weights; `from_dict` takes it back."""
+        """Dict of plain types for statistics.json, the inverse of `from_dict`."""
         mask = None if self._mask is None else self._mask.tolist()
         return {
             "mode": self.mode,
@@ -123,10 +123,10 @@ class Normalizer:
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Normalizer:
-        """The normaliser that `to_dict` described.
+        """Normalizer from the result of `to_dict`.
 
         Raises:
-            KeyError: an entry is missing; nothing is passed through unnormalised in silence.
+            KeyError: an entry is missing.
         """
         if "statistics" not in saved or "mode" not in saved:
             raise KeyError(
@@ -150,7 +150,7 @@ class Normalizer:
         return torch.where(self._mask.to(changed.device), changed, untouched)
 
     def _still(self) -> Tensor | None:
-        """Dimensions that never moved, which the formula would blow up to one of the ends."""
+        """Constant dimensions, for which the formula would give -1 or 1."""
         if not self.zero_constant or not {"min", "max"} <= set(self._values):
             return None
         return self._values["min"] == self._values["max"]
@@ -166,14 +166,14 @@ class Normalizer:
 
 
 def choose(statistics: dict[str, Any], feature: str, dataset: str | None = None) -> dict[str, Any]:
-    """The statistics of one feature out of a published dataset_statistics.json.
+    """Statistics of one feature in a published dataset_statistics.json.
 
     Args:
         statistics: {data set: {"action": {...}, "proprio": {...}}}, as read from the file.
         feature: "action" or "proprio".
         dataset: see `find_dataset`.
     Raises:
-        KeyError: no such data set or feature; the message says which exist.
+        KeyError: the data set or feature is unknown; the message lists those that exist.
     """
     name = find_dataset(statistics, dataset)
     if feature not in statistics[name]:
@@ -184,13 +184,13 @@ def choose(statistics: dict[str, Any], feature: str, dataset: str | None = None)
 
 
 def find_dataset(statistics: dict[str, Any], dataset: str | None = None) -> str:
-    """The name a data set has in a published dataset_statistics.json.
+    """Name of a data set in a published dataset_statistics.json.
 
     Args:
         statistics: as read from the file, by data set.
         dataset: data set; its name with "_no_noops" is tried too. May be left out if there is one.
     Raises:
-        KeyError: no such data set, or none of several is chosen; the message says which exist.
+        KeyError: the data set is unknown, or None and there are several; the message lists them.
     """
     known = sorted(statistics)
     if dataset is None:

@@ -30,7 +30,7 @@ class PixelShuffle(Adapter):
         self.project = MLP(in_dim * factor**2, out_dim, layers)
 
     def forward(self, features: Features) -> Features:
-        """Tokens [B N/factor^2 D]; a joined token is valid if any of its parts is.
+        """Tokens [B N/factor^2 D]; a merged token is valid if any of its parts is.
 
         Args:
             features: tokens [B N E] with a grid whose sides are multiples of the factor.
@@ -44,9 +44,9 @@ class PixelShuffle(Adapter):
                 "choose another patch size"
             )
         size = {"y": grid[0] // f, "x": grid[1] // f, "a": f, "b": f}
-        # Masked tokens may be anything, and a joined token can be partly valid.
+        # Masked tokens are undefined, and a merged token can be partly valid.
         tokens = torch.where(features.mask[:, :, None], features.tokens, 0)
         tokens = rearrange(tokens, "n (y a x b) e -> n (y x) (a b e)", **size)
         mask = rearrange(features.mask, "n (y a x b) -> n (y x) (a b)", **size).any(-1)
-        joined = Features(tokens, mask, (size["y"], size["x"]))
-        return self.project(joined)
+        merged = Features(tokens, mask, (size["y"], size["x"]))
+        return self.project(merged)

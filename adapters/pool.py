@@ -16,7 +16,7 @@ from encoders.features import Features
 
 
 class Pool(Adapter):
-    """Projects with an `MLP` and pools, so that about 1 in factor**2 (grid) or factor tokens stays.
+    """Projects with an `MLP` and pools: about 1 in factor**2 (grid) or factor tokens remains.
 
     bilinear, average and max pool the grid AFTER the projector; average and max drop a remainder at
     the edge (27 -> 13). bilinear resizes to ceil(side / factor) (27 -> 14); LaViDa's released code
@@ -65,9 +65,9 @@ class Pool(Adapter):
 def pool_grid(
     features: Features, kind: Literal["bilinear", "average", "max"], factor: int
 ) -> Features:
-    """Tokens pooled on their grid; a pooled token is real if any token it covers is.
+    """Tokens pooled on their grid; a pooled token is real if any of its tokens is.
 
-    What stands at mask False never counts.
+    Masked tokens are ignored.
 
     Args:
         features: tokens [B N D] on a grid.
@@ -114,7 +114,7 @@ def pool_grid(
 
 
 def _stack(features: Features, factor: int) -> Features:
-    """Each `factor` neighbours joined along the width, [B ceil(N/factor) factor*E]."""
+    """Every `factor` neighbours concatenated along the width, [B ceil(N/factor) factor*E]."""
     extra = -features.tokens.shape[1] % factor
     real = functional.pad(features.mask, (0, extra))
     # Zeros at masked tokens, so that a row does not depend on the padding of its batch.

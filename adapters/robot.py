@@ -1,4 +1,4 @@
-"""Robot units on one side, token ids and normalised state on the other."""
+"""Action codec and state normalization of a robot policy."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from adapters.normalize import Normalizer
 
 @dataclass(frozen=True)
 class Robot(Codec):
-    """What a policy needs beside its weights; it travels with them as statistics.json.
+    """Action tokens and normalization statistics of a policy, saved as statistics.json.
 
     Args:
-        bins: between normalised actions and token ids.
-        action: normaliser of actions.
-        state: normaliser of the robot's state; the identity for a policy that reads none.
+        bins: codec of normalized actions and token ids.
+        action: normalizer of actions.
+        state: normalizer of the robot state; the identity for a policy without state input.
         chunk: actions K per answer.
-        tail: ids that follow the actions in every answer the model was trained on, such as the end
-            of the turn. They are decoded with the actions, as these attend to them, and dropped.
-        dataset: data set the statistics are of, where it has a name.
+        tail: ids after the actions in every training answer, such as the end of the turn. They are
+            decoded with the actions, which attend to them, and then discarded.
+        dataset: name of the data set of the statistics, if known.
     """
 
     bins: ActionBins
@@ -37,24 +37,24 @@ class Robot(Codec):
 
     @property
     def action_size(self) -> int:
-        """A, numbers per action."""
+        """Dimension A of an action."""
         return self.action.size
 
     @property
     def length(self) -> int:
-        """Tokens of an answer: K*A, and the tail."""
+        """Tokens of an answer: K*A plus the tail."""
         return self.chunk * self.action_size + len(self.tail)
 
     @property
     def ids(self) -> range | None:
-        """The token ids of actions; None (the whole vocabulary) with a tail of other ids."""
+        """Token ids of actions; None (the whole vocabulary) if there is a tail."""
         return None if self.tail else self.bins.ids
 
     def encode(self, actions: np.ndarray) -> Tensor:
         """Token ids [K*A + tail] int64 of a chunk [K A] in robot units.
 
         Raises:
-            ValueError: another shape, or a number is NaN or infinite.
+            ValueError: the shape is wrong, or a number is NaN or infinite.
         """
         values = torch.as_tensor(actions, dtype=torch.float32)
         if values.shape != (self.chunk, self.action_size):
@@ -66,7 +66,7 @@ class Robot(Codec):
         return torch.cat([ids, torch.tensor(self.tail, dtype=ids.dtype)])
 
     def decode(self, ids: Tensor) -> np.ndarray:
-        """Chunk float32 [K A] in robot units of token ids [K*A + tail]; the tail is not read.
+        """Chunk float32 [K A] in robot units of token ids [K*A + tail]; the tail is ignored.
 
         Raises:
             ValueError: an id is not an action, or the number of ids is wrong.
@@ -77,7 +77,7 @@ class Robot(Codec):
         return self.action.unnormalize(values).numpy().astype(np.float32)
 
     def normalize_state(self, state: np.ndarray) -> Tensor:
-        """Normalised state [S] float32.
+        """Normalized state [S] float32.
 
         Raises:
             ValueError: the size differs from the statistics, or a number is NaN.
@@ -88,7 +88,7 @@ class Robot(Codec):
         return self.state.normalize(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types for statistics.json."""
+        """Dict of plain types for statistics.json."""
         return {
             "chunk": self.chunk,
             "tail": list(self.tail),
@@ -106,13 +106,13 @@ class Robot(Codec):
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Self:
-        """The robot that `to_dict` described.
+        """Robot from the result of `to_dict`.
 
         Raises:
             KeyError: an entry is missing.
         """
         missing = {"chunk", "bins", "action", "state"} - set(saved)
-        # Every entry of the bins is needed: a default would turn ids into other actions.
+        # Every entry of the bins is required: a default could change the meaning of the ids.
         missing |= {"bins", "low", "high", "last_id", "reverse"} - set(saved.get("bins", ()))
         if missing:
             raise KeyError(f"statistics.json lacks {sorted(missing)}; export the policy again")

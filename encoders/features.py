@@ -40,7 +40,7 @@ class Features:
 
     Args:
         tokens: [B N E] float.
-        mask: [B N] bool, True where the token is real; what stands at False is never read.
+        mask: [B N] bool, True for real tokens; the values of other tokens are never used.
         sizes: rows and columns of each item whose tokens are a row-major grid; one pair stands for
             all items. None without grids.
         hidden: [B M E] each, hidden states of chosen layers for adapters that use several.

@@ -29,9 +29,9 @@ FLATTEST = 200
 class PatchInput:
     """Cuts one image of any size into normalised patches; holds no weights.
 
-    The image is resized (bicubic) to multiples of `patch * merge` pixels near its own size. A still
-    image is repeated to `frames` frames. Patches are ordered in groups of merge x merge, groups row
-    by row; the numbers of a patch are ordered channel, frame, row, column.
+    The image is resized (bicubic) to multiples of `patch * merge` pixels near its original size. A
+    still image is repeated to `frames` frames. Patches are ordered in groups of merge x merge, and
+    groups in row-major order; the values of a patch are ordered channel, frame, row, column.
 
     Source: DreamLM/Dream-VLX: vl/train/dreamvl/image_processing_dreamvl.py, after Qwen2-VL.
 

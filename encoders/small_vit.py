@@ -80,7 +80,7 @@ class ConvStem(nn.Module):
 
 
 class ResidualConv(nn.Module):
-    """Two 3x3 convolutions beside a 1x1 shortcut; the first may have a stride."""
+    """Two 3x3 convolutions with a 1x1 shortcut; the first may have a stride."""
 
     def __init__(self, narrow: int, wide: int, stride: int) -> None:
         super().__init__()

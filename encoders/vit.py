@@ -47,7 +47,7 @@ class ViT(Encoder):
         mean: per channel, subtracted from pixels in [0, 1]; default the named model's, else 0.5.
         std: per channel, divides after `mean`; default the named model's, else 0.5.
         pretrained: download timm's weights for `name`.
-        layers: keep only the first so many blocks and give their output BEFORE the final norm;
+        layers: keep only this number of blocks and return their output BEFORE the final norm;
             None runs all blocks and the final norm. LaViDa and LLaDA-V keep 26 of SigLIP's 27
             (jacklishufan/LaViDa: llava/model/multimodal_encoder/siglip_encoder.py).
     """
@@ -175,7 +175,7 @@ def _named(name: str, pretrained: bool, given: dict[str, Any], stem: str) -> nn.
         near = timm.list_models(f"*{name.split('.')[0][:12]}*")[:5] or timm.list_models("vit*")[:5]
         raise ValueError(f"ViT: timm has no model {name!r}; near: {', '.join(near)}")
     if stem == "conv":
-        raise ValueError("ViT: stem='conv' with a name; a named model keeps its own patch cut")
+        raise ValueError("ViT: stem='conv' with a name; a named model has a fixed patch embedding")
     sizes = {TIMM[option]: value for option, value in given.items()}
     vit = timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="", **sizes)
     missing = [part for part in ("blocks", "patch_embed", "norm") if not hasattr(vit, part)]

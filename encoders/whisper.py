@@ -60,8 +60,8 @@ class WhisperEncoder(Encoder):
 
     With `seconds`, every clip is padded with silence to one window and attends to all of it, as the
     published weights were trained; the padding is masked afterwards. Without it, a clip is encoded
-    at its own length, which is cheaper; choose this to train from scratch. In both cases a clip
-    gets the same tokens in a batch as alone.
+    at its original length, which is cheaper and suited to training from scratch. In both cases, the
+    tokens of a clip do not depend on the batch.
 
     Args:
         dim: width E; even and divisible by `heads`.
