@@ -1,4 +1,4 @@
-"""Robot policies: an observation in, a chunk of actions in robot units out."""
+"""Robot policies: map an observation to a chunk of actions in robot units."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
     from mmdlm.model import MultimodalDLM
     from mmdlm.processor import Packed
 
-# Keys of openpi's robots begin so (Physical-Intelligence/openpi:
-# src/openpi/policies/libero_policy.py); its clients fit without renaming.
+# Prefix of observation keys in Physical-Intelligence/openpi
+# (src/openpi/policies/libero_policy.py), which are accepted as aliases.
 OPENPI = "observation/"
 MASK, ZERO = "mask", "zero"
 
 
 class Policy:
-    """Turns observations into chunks of actions, decoded in parallel.
+    """Policy that maps observations to chunks of actions, decoded in parallel.
 
     Args:
-        model: a model with action statistics, see `load_policy`.
-        execute: actions of a chunk to play before asking again; None for the checkpoint's advice,
-            else the whole chunk. `infer` always returns whole chunks.
-        strategies: how to decode, see `mmdlm.decoding.preset.strategies`; None for the
-            checkpoint's way, else everything in one forward.
+        model: model with action statistics, see `load_policy`.
+        execute: actions of a chunk to execute before the next query; None: the checkpoint's
+            default, else the whole chunk. `infer` always returns whole chunks.
+        strategies: see `mmdlm.decoding.preset.strategies`; None: the checkpoint's default, else
+            one forward per chunk.
     Raises:
-        ValueError: the model holds no statistics, `execute` is outside the chunk, or strategies
-            are given for a model that decides a whole chunk in one forward.
+        ValueError: the model has no statistics, `execute` is not in 1..chunk, or strategies are
+            given for a model that predicts a whole chunk in one forward.
     """
 
     def __init__(
@@ -50,38 +50,40 @@ class Policy:
     ) -> None:
         if model.robot is None:
             raise ValueError(
-                "this checkpoint holds no statistics.json (action ids and normalisation), so its "
-                "tokens cannot become actions; use the folder of a policy, such as 'tiny'"
+                "this checkpoint has no statistics.json (action ids and normalization), which is "
+                "needed to decode actions; use a policy checkpoint, such as 'tiny'"
             )
-        saved: Mapping[str, Any] = model.preset.get("act") or {}
+        defaults: Mapping[str, Any] = model.preset.get("act") or {}
         self.model, self.robot = model, model.robot
-        self.tasks: tuple[str, ...] = tuple(saved.get("tasks", ()))
-        """Simulator tasks the policy was trained on, as the checkpoint says."""
+        self.tasks: tuple[str, ...] = tuple(defaults.get("tasks", ()))
+        """Simulator tasks the policy was trained on, from the checkpoint."""
         if strategies is None:
-            self.strategies = preset.strategies(saved.get("strategies") or [TopK(steps=1)])
+            self.strategies = preset.strategies(defaults.get("strategies") or [TopK(steps=1)])
         else:
             self.strategies = preset.effective(strategies, self.robot.length)
-        self.cameras: tuple[str, ...] = tuple(saved.get("cameras") or ("image",))
-        """Keys of the images it takes, in the model's order; the first one is required."""
-        self.placeholder: str = saved.get("placeholder") or MASK
-        """What the model sees at open positions: the mask token, or zero embeddings."""
+        self.cameras: tuple[str, ...] = tuple(defaults.get("cameras") or ("image",))
+        """Keys of the camera images, in the model's order; the first one is required."""
+        self.placeholder: str = defaults.get("placeholder") or MASK
+        """Model input at answer positions: "mask" (mask token) or "zero" (zero embeddings)."""
         if self.placeholder not in (MASK, ZERO):
             raise ValueError(f"placeholder is {self.placeholder!r}, expected {MASK!r} or {ZERO!r}")
         if self.placeholder == ZERO and strategies is not None:
             raise ValueError(
-                "this policy was trained to decide a whole chunk in one forward, so strategies "
-                "have no effect; leave them out"
+                "this policy was trained to predict a whole chunk in one forward, so strategies "
+                "have no effect; remove them"
             )
-        self.prompt: str = saved.get("prompt") or "{instruction}"
-        """The text around an instruction."""
+        self.prompt: str = defaults.get("prompt") or "{instruction}"
+        """Prompt with {instruction}."""
         chunk = self.robot.chunk
-        self.execute = saved.get("execute", chunk) if execute is None else execute
+        self.execute = defaults.get("execute", chunk) if execute is None else execute
         if not 1 <= self.execute <= chunk:
-            raise ValueError(f"execute is {self.execute}, expected 1 to {chunk}, the chunk")
+            raise ValueError(
+                f"execute is {self.execute}, expected 1 to {chunk} (actions per chunk)"
+            )
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """Plain facts for clients: sizes, keys it reads, and the words an instruction may use."""
+        """Metadata for clients: sizes, observation keys, and the vocabulary of instructions."""
         tokenizer = self.model.tokenizer
         words = (tokenizer.words if tokenizer is not None else None) or {}
         return {
@@ -96,16 +98,16 @@ class Policy:
         }
 
     def reset(self) -> None:
-        """Starts a new episode. Nothing is kept between queries, so there is nothing to forget."""
+        """Start a new episode. Does nothing, because the policy has no state between queries."""
 
     def infer(self, obs: Mapping[str, Any]) -> dict[str, Any]:
-        """The next actions for one observation.
+        """Actions for one observation.
 
         Args:
             obs: "image" uint8 [Y X 3] RGB, "state" float [S] in robot units, "prompt" str. Policies
-                of several cameras (`cameras`) take further images under their names, or a list of
-                images under "image", in the order of training. A state that the policy does not
-                read is ignored. openpi's "observation/image" and so on mean the same.
+                with several cameras (`cameras`) take the other images under their names, or a list
+                of images under "image", in the order of training. A state is ignored if the policy
+                does not use it. Keys with openpi's prefix "observation/" are accepted.
         Returns:
             "actions" float32 [K A] in robot units; "timing" with "infer_ms" (wall time of the query
             in milliseconds) and "forwards" (of the backbone).
@@ -116,17 +118,17 @@ class Policy:
 
     @torch.inference_mode()
     def infer_batch(self, observations: Items[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The next actions for several robots at once, each as `infer` gives it alone.
+        """Actions for a batch of observations, equal to those of `infer`.
 
         Args:
-            observations: at least one, see `infer`.
+            observations: at least one observation, see `infer`.
         Returns:
             One result per observation; the timing is that of the whole batch.
         Raises:
-            ValueError: there are none, or one is not as `infer` describes.
+            ValueError: there are none, or one is not valid, see `infer`.
         """
         if not observations:
-            raise ValueError("infer_batch: no observations; give at least one")
+            raise ValueError("infer_batch: got no observations, expected at least one")
         begin = time.perf_counter()
         model, robot = self.model, self.robot
         examples = [self._example(self._checked(obs)) for obs in observations]
@@ -148,7 +150,7 @@ class Policy:
         return [{"actions": chunk, "timing": dict(timing)} for chunk in actions]
 
     def _one_forward(self, packed: Packed) -> Tensor:
-        """[B K*A + tail] int64, the likeliest actions where the model sees zero embeddings.
+        """Most probable actions [B K*A + tail] int64, with zero embeddings at their positions.
 
         The tail is given. Source: DreamLM/Dream-VLX: vla/dreamvla/modeling_dreamvl.py
         (_regression_or_discrete_prediction).
@@ -164,33 +166,35 @@ class Policy:
         return torch.cat([ids, tail.to(ids.device).expand(len(ids), -1)], 1)
 
     def _example(self, obs: Mapping[str, Any]) -> Example:
-        """The media and the instruction of an observation, and a slot for the actions."""
+        """Example of an observation: media, instruction and a slot for the actions."""
         media = [Media("image", image) for image in obs.get("images", ())]
         media += [Media("state", obs["state"])] if "state" in obs else []
         text = self.prompt.replace("{instruction}", obs["prompt"])
         return Example((user(*media, text), assistant(Slot("actions"))))
 
     def _needs(self) -> list[str]:
-        """Keys an observation must hold."""
+        """Required keys of an observation."""
         encoders = self.model.encoders
         image = self.cameras[:1] if "image" in encoders else ()
         return [*image, *(["state"] if "state" in encoders else []), "prompt"]
 
     def _checked(self, obs: Mapping[str, Any]) -> dict[str, Any]:
-        """The observation under our own names, checked: "images", "state" and "prompt"."""
+        """Validated observation with the keys "images", "state" and "prompt"."""
         if not isinstance(obs, Mapping):
             raise TypeError(f"obs is a {type(obs).__name__}, expected a dict with {self._needs()}")
         names = {name: (name, OPENPI + name) for name in (*self.cameras, "state")}
         names["prompt"] = ("prompt",)
         unknown = sorted(str(key) for key in obs if not any(key in each for each in names.values()))
-        found: dict[str, Any] = {}
+        observation: dict[str, Any] = {}
         for name, aliases in names.items():
             given = [alias for alias in aliases if alias in obs]
             if len(given) > 1:
-                raise ValueError(f"obs holds both {given[0]!r} and {given[1]!r}; keep one")
+                raise ValueError(
+                    f"obs has both {given[0]!r} and {given[1]!r}, expected only one of them"
+                )
             if given:
-                found[name] = obs[given[0]]
-        missing = [name for name in self._needs() if name not in found]
+                observation[name] = obs[given[0]]
+        missing = [name for name in self._needs() if name not in observation]
         if missing or unknown:
             openpi = ", ".join(OPENPI + name for name in names if name != "prompt")
             raise ValueError(
@@ -198,27 +202,29 @@ class Policy:
                 + (f"{missing} missing" if missing else f"{unknown} unknown")
                 + f"; expected {self._needs()} (or {openpi})"
             )
-        prompt = found["prompt"]
+        prompt = observation["prompt"]
         if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"obs['prompt'] is {prompt!r}, expected an instruction in words")
+            raise ValueError(f"obs['prompt'] is {prompt!r}, expected an instruction as text")
         checked: dict[str, Any] = {"prompt": prompt}
         if "image" in self.model.encoders:
-            checked["images"] = self._images(found)
+            checked["images"] = self._images(observation)
         if "state" in self.model.encoders:
-            checked["state"] = self._state(found["state"])
+            checked["state"] = self._state(observation["state"])
         return checked
 
-    def _images(self, found: Mapping[str, Any]) -> list[np.ndarray]:
-        """The images of an observation in the order of the cameras."""
+    def _images(self, observation: Mapping[str, Any]) -> list[np.ndarray]:
+        """Images of an observation in camera order."""
         images: list[np.ndarray] = []
         for name in self.cameras:
-            given = found.get(name, ())
+            given = observation.get(name, ())
             several = given if isinstance(given, list | tuple) else (given,)
             images += [_image(name, image) for image in several]
         if not images:
-            raise ValueError(f"obs[{self.cameras[0]!r}] is an empty list; give at least one image")
+            raise ValueError(
+                f"obs[{self.cameras[0]!r}] is an empty list, expected at least one image"
+            )
         if len(images) > 1 == len(self.cameras):
-            raise ValueError(f"obs holds {len(images)} images, but this policy reads one camera")
+            raise ValueError(f"obs has {len(images)} images, but this policy has one camera")
         return images
 
     def _state(self, state: Any) -> np.ndarray:
@@ -232,7 +238,7 @@ class Policy:
         bad = np.flatnonzero(~np.isfinite(values)).tolist()
         if bad:
             raise ValueError(
-                f"obs['state'] holds NaN or infinity at {bad}: {values.tolist()}; check the sensors"
+                f"obs['state'] has NaN or infinity at {bad}: {values.tolist()}; check the sensors"
             )
         return values.astype(np.float32)
 
@@ -252,15 +258,15 @@ def _image(name: str, image: Any) -> np.ndarray:
 
 
 def load_policy(source: str | Path, execute: int | None = None, **options: Any) -> Policy:
-    """The policy of a checkpoint, ready for `infer`.
+    """Load the policy of a checkpoint.
 
     Args:
         source: name of a bundled model ("tiny"), folder, or hub id.
-        execute: actions of a chunk to play before asking again; None for the checkpoint's advice.
+        execute: actions of a chunk to execute before the next query, see `Policy`.
         **options: device, dtype, family and compile, see `mmdlm.checkpoint.load`.
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: it holds no statistics, so it is no policy.
+        ValueError: the checkpoint has no statistics.
     """
     from mmdlm.checkpoint import load
 

@@ -26,7 +26,7 @@ def observe(seed):
     return Toy(size=32).reset(seed)
 
 
-def test_infer_gives_a_chunk_in_robot_units(policy):
+def test_infer_returns_a_chunk_in_robot_units(policy):
     result = policy.infer(observe(0))
     actions = result["actions"]
     assert actions.shape == (3, 2)
@@ -47,7 +47,7 @@ def test_robot_units_follow_the_statistics(model):
 
 
 @pytest.mark.parametrize("key", ["image", "state", "prompt"])
-def test_every_part_of_the_observation_reaches_the_model(policy, monkeypatch, key):
+def test_every_part_of_the_observation_changes_the_output(policy, monkeypatch, key):
     sure = []
 
     def watched(*args, **kwargs):
@@ -64,7 +64,7 @@ def test_every_part_of_the_observation_reaches_the_model(policy, monkeypatch, ke
     assert (sure[0] == sure[2]).all()
 
 
-def test_batch_equals_each_alone(policy):
+def test_batch_equals_single_queries(policy):
     observations = [observe(seed) for seed in range(4)]
     observations[1]["prompt"] = "go to the disc"  # unequal prompts are padded
     together = policy.infer_batch(observations)
@@ -73,7 +73,7 @@ def test_batch_equals_each_alone(policy):
         np.testing.assert_array_equal(both["actions"], policy.infer(obs)["actions"])
 
 
-def test_openpi_keys_mean_the_same(policy):
+def test_openpi_keys_are_aliases(policy):
     obs = observe(2)
     renamed = {
         "observation/image": obs["image"],
@@ -83,7 +83,7 @@ def test_openpi_keys_mean_the_same(policy):
     np.testing.assert_array_equal(policy.infer(renamed)["actions"], policy.infer(obs)["actions"])
 
 
-def test_strategies_come_from_the_caller_then_the_checkpoint(model):
+def test_strategies_are_the_argument_or_the_checkpoint_default(model):
     assert Policy(model).strategies == [TopK(steps=1)]
     recipe = {"class_path": "mmdlm.decoding.commits.top_k.TopK", "init_args": {"steps": 3}}
     model.preset = {"act": {"strategies": [recipe], "tasks": ["toy"], "execute": 2}}
@@ -99,7 +99,7 @@ def test_strategies_come_from_the_caller_then_the_checkpoint(model):
         model.preset = {}
 
 
-def test_metadata_says_what_a_client_needs(policy):
+def test_metadata(policy):
     facts = policy.metadata
     assert facts["chunk"] == 3
     assert facts["action_size"] == facts["state_size"] == 2
@@ -134,21 +134,21 @@ def put(key, value):
         (put("prompt", "fly to the moon"), "lacks 'fly'"),
     ],
 )
-def test_wrong_observation_says_what_was_seen(policy, change, message):
+def test_invalid_observations_are_rejected(policy, change, message):
     obs = observe(0)
     change(obs)
     with pytest.raises(ValueError, match=message):
         policy.infer(obs)
 
 
-def test_observation_that_is_no_dict(policy):
+def test_observation_that_is_not_a_dict(policy):
     with pytest.raises(TypeError, match="ndarray"):
         policy.infer(np.zeros(3))
-    with pytest.raises(ValueError, match="no observations"):
+    with pytest.raises(ValueError, match="got no observations"):
         policy.infer_batch([])
 
 
-def test_model_without_statistics_is_no_policy(build, tmp_path):
+def test_model_without_statistics_is_rejected(build, tmp_path):
     model = build()
     model.robot = None
     with pytest.raises(ValueError, match="statistics.json"):
@@ -164,13 +164,13 @@ def test_execute_outside_the_chunk(model, execute):
         Policy(model, execute)
 
 
-def test_statistics_travel_with_the_weights(model, policy, tmp_path):
+def test_statistics_are_saved_with_the_weights(model, policy, tmp_path):
     save(model, tmp_path)
     loaded = mmdlm.load_policy(tmp_path, device="cpu")
     obs = observe(3)
     np.testing.assert_array_equal(loaded.infer(obs)["actions"], policy.infer(obs)["actions"])
 
 
-def test_autoregressive_model_acts_token_by_token(build):
+def test_autoregressive_model_decodes_token_by_token(build):
     twin = Policy(build(block_size=1, shift=True))
     assert twin.infer(observe(0))["timing"]["forwards"] == 6
