@@ -50,24 +50,10 @@ def embed(
     for kind in given.keys() - {"text"}:
         model.processor.require(kind)
     count = next(iter(sizes.values()), 1)
-    items = {
+    columns = {
         name: [*as_list(value)] * (1 if name in sizes else count) for name, value in given.items()
     }
-    kinds = [kind for kind in ("image", "audio") if kind in given]
-    examples = [
-        Example(
-            (  # raw: without the chat template
-                Message(
-                    RAW,
-                    (
-                        *(Media(kind, items[kind][i]) for kind in kinds),
-                        *((Text(items["text"][i]),) if "text" in given else ()),
-                    ),
-                ),
-            )
-        )
-        for i in range(count)
-    ]
+    examples = [_example({name: c[i] for name, c in columns.items()}) for i in range(count)]
     media = MediaCache(examples)
     vectors = []
     for start in range(0, count, batch_size):
@@ -80,3 +66,10 @@ def embed(
         vectors.append(torch.nn.functional.normalize(hidden.sum(1), dim=1).cpu())
     table = torch.cat(vectors) if vectors else torch.zeros(0, model.spec.transformer.width)
     return table if sizes else table[0]
+
+
+def _example(item: dict[str, Any]) -> Example:
+    """Media, then text, of one item, without a chat template."""
+    media = [Media(kind, item[kind]) for kind in ("image", "audio") if kind in item]
+    text = [Text(item["text"])] if "text" in item else []
+    return Example((Message(RAW, (*media, *text)),))
