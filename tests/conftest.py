@@ -1,4 +1,4 @@
-"""What holds for every test: no network, one thread, fixed seeds, global torch state put back."""
+"""Setup of every test: no network, one thread, fixed seeds, global torch state restored."""
 
 import os
 
@@ -37,7 +37,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def clean_state() -> Iterator[None]:
-    """Seeds every generator, and puts the global switches of torch back afterwards."""
+    """Seeds every generator, and restores the global state of torch afterwards."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -54,13 +54,13 @@ def clean_state() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The folder of numbers recorded from reference code."""
+    """Folder of golden values recorded from reference code."""
     return Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="session")
 def build():
-    """A function that makes an untrained policy for the toy, with words for all bundled data."""
+    """build(...): an untrained policy for the toy, with a vocabulary for all bundled data."""
     from adapters.action_bins import ActionBins
     from adapters.mlp import MLP
     from adapters.normalize import Normalizer
@@ -109,7 +109,7 @@ def build():
 
 @pytest.fixture(scope="session")
 def speller():
-    """A function that makes a model which spells text byte by byte, with markers as tokens."""
+    """speller(...): a model with a byte-level vocabulary and markers as tokens."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
@@ -137,17 +137,17 @@ def speller():
 
 
 THERE, HERE = torch.device("cuda", 0), torch.device("cpu")
-# To a value, or to a size that depends on values.
+# Functions whose result or output size depends on values (host syncs).
 LOOKS = {
     *("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "equal"),
     *("nonzero", "masked_select", "unique", "allclose"),
 }
-# What takes tensors of both sides: indices, and copies from one to the other.
+# Functions that accept tensors of both devices: indexing and copies.
 BETWEEN = {"__getitem__", "__setitem__", "copy_", "to", "device", "__get__"}
 
 
 class Pretend(TorchFunctionMode):
-    """Knows which tensors are "there"."""
+    """Tracks which tensors are on the fake device."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -183,13 +183,13 @@ class Pretend(TorchFunctionMode):
         if (name in LOOKS and any(there)) or (by_flags and name == "__getitem__"):
             self.looks.append(f"{name} {where()}")
         result = func(*args, **kwargs)
-        drawn = kwargs.get("generator") is not None  # which lies where it draws
+        drawn = kwargs.get("generator") is not None  # a generator is on the device of its output
         if any(there) or drawn or (asked is not None and torch.device(asked).type == "cuda"):
             mark(result)
         return result
 
     def _moved(self, name: str, args: tuple, kwargs: dict) -> Tensor:
-        """A copy on the asked side."""
+        """Copy on the requested device."""
         x, given = args[0], [*args[1:], *kwargs.values()]
         places = [torch.device(g) for g in given if isinstance(g, torch.device | str)]
         places += [THERE if is_there(g) else HERE for g in given if isinstance(g, Tensor)]
@@ -221,7 +221,7 @@ def mark(result: Any) -> None:
 
 
 def where() -> str:
-    """The line of ours that called torch."""
+    """Line of our code that called torch."""
     frame = sys._getframe(2)
     while "/mmdlm/" not in frame.f_code.co_filename and frame.f_back is not None:
         frame = frame.f_back

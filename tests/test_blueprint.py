@@ -1,4 +1,4 @@
-"""A model as plain data, and back."""
+"""Blueprint: convert a model to plain data and back."""
 
 import json
 from pathlib import Path

@@ -91,7 +91,7 @@ def tokenizer(speller) -> Tokenizer:
 
 @pytest.fixture
 def theirs(tokenizer, tmp_path):
-    """The same tokenizer in transformers."""
+    """Equal tokenizer in transformers."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer.save(tmp_path)
@@ -197,7 +197,7 @@ def test_user_cannot_forge_a_turn(tokenizer, name):
     honest = encoded(tokenizer, [user("hi")], template)
     marks = {tokenizer.id(marker) for marker in MARKERS.findall(template)}
     assert [i for i in ids if i in marks] == [i for i in honest if i in marks]
-    assert tokenizer.decode(ids).count(forged.strip()) == 1  # all of it is there, as text
+    assert tokenizer.decode(ids).count(forged.strip()) == 1  # encoded as text
 
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
@@ -244,7 +244,7 @@ def test_markers_that_are_not_special_tokens_cannot_be_forged(speller):
     ids = ids_of(tokenizer, user("a<|im_end|>b"))
     assert ids.count(end) == 1
     assert "a<|im_end|>b" in tokenizer.decode(ids)
-    # What the template does not mention has nothing to do with turns.
+    # Tokens that are not in the template do not delimit turns.
     assert tokenizer.id("<tool>") in ids_of(tokenizer, user("<tool>"))
 
 

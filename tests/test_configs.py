@@ -1,4 +1,4 @@
-"""Every training config trains, on the smallest data of the shape it asks for."""
+"""Every training config trains, on minimal data of the required format."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ STAGES = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The folder a run starts in, with a few clips and two short episodes per task."""
+    """Working directory with a few clips and two short episodes per task."""
     from mmdlm.data import speech
 
     root = tmp_path_factory.mktemp("run")

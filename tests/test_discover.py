@@ -24,7 +24,7 @@ FILES = {
 
 @pytest.fixture
 def animal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type]:
-    """The base class of a package `zoo` made for the test."""
+    """Base class of a temporary package `zoo`."""
     (tmp_path / "zoo").mkdir()
     for name, text in FILES.items():
         (tmp_path / "zoo" / name).write_text(text)
@@ -86,6 +86,6 @@ def test_parsing_finds_the_same_classes_as_importing(package: str) -> None:
             ours = inspect.isclass(value) and value.__module__ == file.__name__
             if ours and issubclass(value, base) and value is not base and not name.startswith("_"):
                 found[name] = value
-    assert found or package == "mmdlm.systems"  # the first are about to come
+    assert found
     assert discover.classes(package) == dict(sorted(found.items()))
     assert discover.names(package) == sorted({c.__module__.split(".")[-1] for c in found.values()})

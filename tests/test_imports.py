@@ -15,7 +15,7 @@ import mmdlm
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("encoders", "adapters", "mmdlm")
-# Files and folders of mmdlm; each may import what stands in the lines above it, and itself.
+# Files and folders of mmdlm; each may import those in the lines above it, and itself.
 LEVELS = (
     {"text", "discover", "media", "messages"},
     {"recipe", "jinja"},
@@ -40,9 +40,9 @@ LEVELS = (
     {"__main__"},
 )
 RANK = {unit: rank for rank, units in enumerate(LEVELS) for unit in units}
-# What adapters may import of encoders: contracts, never an encoder.
+# Modules of encoders that adapters may import: base classes, never an encoder.
 CONTRACTS = {"features", "arguments", "checks"}
-# What a distribution is called in Python where that is not its own name.
+# Python names of distributions that differ from the distribution names.
 IMPORT_NAMES = {
     "pillow": "PIL",
     "pyyaml": "yaml",
@@ -51,13 +51,13 @@ IMPORT_NAMES = {
     "imageio-ffmpeg": "imageio_ffmpeg",
     "espeakng-loader": "espeakng_loader",
 }
-# Parts of a distribution we ask for, and always there with it.
+# Packages that are always installed with a required distribution.
 COMES_WITH = {
     "huggingface_hub": "transformers",
     "tokenizers": "transformers",
     "mujoco": "metaworld",
 }
-# Used where the user has it, declared nowhere: it also wants FFmpeg from the system.
+# Used if installed, but not declared: it also needs FFmpeg on the system.
 WHERE_THERE = {"torchcodec"}
 NOT_IN_TOWERS = {"lightning", "jsonargparse", "rich", "yaml", "soundfile", "safetensors", "tqdm"}
 
@@ -83,7 +83,7 @@ def imported(tree: ast.AST, package: str) -> Iterator[str]:
 
 
 def at_import(tree: ast.Module) -> ast.Module:
-    """The module without what does not run when it is imported."""
+    """Module without code that does not run on import."""
 
     class Outermost(ast.NodeTransformer):
         def visit_FunctionDef(self, node: ast.FunctionDef) -> None:  # noqa: N802
@@ -100,7 +100,7 @@ def at_import(tree: ast.Module) -> ast.Module:
 
 
 def wrong_direction(importer: str, target: str) -> bool:
-    """Whether a module must not import that name, both dotted and complete."""
+    """Whether a module must not import a name; both are full dotted names."""
     ours, theirs = importer.split("."), target.split(".")
     if theirs[0] not in PACKAGES or importer == "mmdlm":
         return False
@@ -111,7 +111,7 @@ def wrong_direction(importer: str, target: str) -> bool:
     if theirs[0] != "mmdlm" or len(theirs) == 1:
         return False
     unit = theirs[1]
-    if unit in mmdlm._FILES:  # a public name stands for the file it is read from
+    if unit in mmdlm._FILES:  # a public name, replaced by its file
         unit = mmdlm._FILES[unit].split(".")[1]
     if unit == ours[1] or unit not in RANK:  # mmdlm.__version__
         return False
@@ -119,7 +119,7 @@ def wrong_direction(importer: str, target: str) -> bool:
 
 
 def declared() -> tuple[set[str], set[str]]:
-    """Python names of the core dependencies, and of those together with every extra."""
+    """Python names of the core dependencies, and of those plus all extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
     def python_names(requirements: list[str]) -> set[str]:
@@ -203,7 +203,7 @@ def test_files_stay_short() -> None:
 
 
 def run_python(code: str, folder: Path, *path: Path) -> subprocess.CompletedProcess[str]:
-    """What `python script.py` gives for a script of that code in that folder."""
+    """Result of `python script.py` for a script in a folder."""
     script = folder / "script.py"
     script.write_text(code)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
@@ -240,7 +240,7 @@ def test_table_of_public_names_is_complete() -> None:
 
 
 def make_foreign(folder: Path) -> Path:
-    """A folder like the one AdapterHub's distribution fills."""
+    """Folder with the contents of AdapterHub's distribution."""
     (folder / "adapters").mkdir(parents=True)
     (folder / "adapters" / "__init__.py").write_text("")
     info = folder / "adapters-1.2.0.dist-info"

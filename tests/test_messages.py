@@ -1,4 +1,4 @@
-"""What people write becomes messages."""
+"""Conversion of texts and dicts to messages."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def test_logits_with_a_block_causal_mask_equal_that_attention() -> None:
 def test_mask_formats_give_equal_logits(attention: str, blocked: float) -> None:
     model, tokens = build(attention=attention, block_size=3), ids(2, 8)
     seen = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(2)) < 0.7
-    seen[0, :3] = False  # queries that may see nothing
+    seen[0, :3] = False  # queries without any key
     seen |= torch.eye(8, dtype=torch.bool) & (torch.arange(8) > 2)
     expected = model.logits(tokens, mask=seen)
     assert expected.isfinite().all()
@@ -143,7 +143,7 @@ def test_mask_of_queries_and_keys_equals_the_reference(golden: Path) -> None:
     model, numbers = load(folder), load_file(folder / "golden.safetensors")
     tokens, seen = numbers["input_ids"], numbers["attention_bias"].bool()
     least = torch.finfo(torch.float32).min
-    additive = torch.where(seen, 1.0, least)  # what MMaDA makes of it
+    additive = torch.where(seen, 1.0, least)  # as in MMaDA
     rows = numbers["attention_mask"].bool()
     for mask in (seen, additive):
         logits = model.logits(tokens, mask=mask)
@@ -221,7 +221,7 @@ def test_row_with_media_in_a_batch_equals_a_single_row() -> None:
 
 @torch.inference_mode()
 def test_turns_of_one_row_equal_separate_rows() -> None:
-    # Exact in cascade attention only: in the others a lone prompt is seen by its picture.
+    # Exact with cascade attention only: in the others, media attend to the prompt.
     model = build(attention="cascade")
     [media] = encode(model, 0)
     turns = [Turn(torch.tensor([4, 5]), torch.tensor([2, 2])), Turn(torch.tensor([6]), ids(3))]
@@ -307,7 +307,7 @@ def test_prompt_of_a_chat_model_is_a_user_message(speller) -> None:
     assert model.prompt("hi", chat=False).tolist() == model.tokenizer.encode("hi")
     end = model.tokenizer.id("<|im_end|>")
     assert (model.prompt(TALK) == end).sum() == 2
-    # As it is, a text may name special tokens.
+    # Without a template, special tokens in a text are encoded as such.
     assert model.prompt("<|im_end|>", chat=False).tolist() == [end]
 
 

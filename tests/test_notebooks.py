@@ -1,4 +1,4 @@
-"""Every notebook runs from its first cell to its last on the bundled model."""
+"""Every notebook runs on the bundled model."""
 
 import asyncio
 from functools import cache
@@ -17,7 +17,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """Runs a notebook, once, in an empty folder; its cells then hold what they printed."""
+    """Runs a notebook once, in an empty folder; the result has outputs."""
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
 
@@ -32,7 +32,7 @@ def executed(tmp_path_factory):
         @cache
         def run(file):
             notebook = nbformat.read(file, as_version=4)
-            # Without folders of kernels "python3" is this very Python, whatever is registered.
+            # Without kernel folders, "python3" is the running Python.
             specs = KernelSpecManager(kernel_dirs=[])
             manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=specs)
             client = nbclient.NotebookClient(

@@ -22,7 +22,7 @@ def python(*arguments: str, **options: object) -> str:
 
 
 def files(folder: str) -> set[str]:
-    """Files of the repository that belong into the wheel, relative to the root."""
+    """Files of the repository that belong in the wheel, relative to the root."""
     paths = [p for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix != ".pyc"]
     return {p.relative_to(ROOT).as_posix() for p in paths if p.name != ".DS_Store"}
 

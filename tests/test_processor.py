@@ -1,4 +1,4 @@
-"""Messages become token ids, preprocessed media and canvases, without weights."""
+"""Processor: messages to token ids, preprocessed media and canvases."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def build(speller):
 
 
 def shown(processor, parts):
-    """Prompt parts as text, with the media as their kind in braces."""
+    """Prompt parts as text, with the kind of media in braces."""
     decode = processor.tokenizer.backend.decode
     return "".join(
         f"{{{part.kind}}}"
@@ -187,7 +187,7 @@ def test_several_images_in_one_question_and_in_several_turns():
     single = mmdlm.answer(model, "what colour is the circle ?", pictures[0], details=True)
     both = mmdlm.answer(model, [messages, messages], details=True)
     assert [each.tokens for each in both] == [one.tokens] * 2
-    assert one.confidence != single.confidence  # the second image is seen
+    assert one.confidence != single.confidence  # the second image changes the output
     with pytest.raises(ValueError, match="put the image into its messages"):
         mmdlm.answer(model, messages, pictures[0])
 

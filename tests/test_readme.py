@@ -1,4 +1,4 @@
-"""What the README shows is what happens."""
+"""Commands and code of the README run as shown."""
 
 import re
 import shlex
@@ -18,7 +18,7 @@ COMMANDS = [
     for line in block.splitlines()
     if line.startswith("mmdlm ")
 ]
-# These take minutes or a simulator; that their options exist is checked, the rest is run.
+# These take minutes or need a simulator; only their options are checked.
 LONG = ("fit", "act", "bench", "export")
 
 

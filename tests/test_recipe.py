@@ -1,4 +1,4 @@
-"""Objects built again from their recipes; nothing outside of the given packages is built."""
+"""Rebuilding objects from recipes, restricted to the given packages."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ ADAPTERS = discover.classes("adapters")
 
 
 def again_from(made):
-    """The object that the recipe of another describes, by way of JSON."""
+    """Object rebuilt from the recipe of another, through JSON."""
     return build(json.loads(json.dumps(recipe(made))), PARTS, Recorded)
 
 

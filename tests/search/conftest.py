@@ -1,4 +1,4 @@
-"""A toy model to search with."""
+"""Toy model and prompts."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from mmdlm.model import MultimodalDLM
 
 @pytest.fixture(scope="session")
 def toy() -> MultimodalDLM:
-    """A small random model; id 0 pads, 1 ends, 2 is the mask."""
+    """A small random model; ids: 0 padding, 1 end, 2 mask."""
     sizes = TransformerConfig(vocab=40, width=32, layers=2, heads=4, inner=64)
     spec = Spec("toy", sizes, mask_id=2, eos_id=1, pad_id=0, stop_ids=(3,))
     model = MultimodalDLM(spec).eval().requires_grad_(False)
@@ -26,7 +26,7 @@ def toy() -> MultimodalDLM:
 
 @pytest.fixture(scope="session")
 def batch() -> Callable[..., tuple[Tensor, Tensor]]:
-    """batch(*sizes): random prompts as one left-padded batch, with its mask."""
+    """batch(*sizes): left-padded batch of random prompts, with its mask."""
 
     def make(*sizes: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(5)

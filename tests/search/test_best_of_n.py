@@ -15,7 +15,7 @@ LENGTH, ENDS = 10, {1, 3}
 
 
 def surety(tokens: list[int], steps: list[int], sure: list[float]) -> float:
-    """Mean log probability of what was filled up to and with the end, by hand."""
+    """Slow reference: mean log probability of generated tokens up to the end token."""
     logs = []
     for token, step, probability in zip(tokens, steps, sure, strict=True):
         if step >= 0:

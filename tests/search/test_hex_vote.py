@@ -1,4 +1,4 @@
-"""HEX: a vote among decodes."""
+"""HEX: majority vote over decodes."""
 
 from collections import Counter
 
@@ -15,7 +15,7 @@ LENGTH, ENDS = 12, {1, 3}
 
 
 def answer(tokens: list[int]) -> tuple[int, ...]:
-    """What stands before the end, by hand."""
+    """Slow reference: tokens before the end token."""
     answers = []
     for token in tokens:
         if token in ENDS:
@@ -39,7 +39,7 @@ def test_one_block_size_without_temperature_equals_a_plain_decode(toy, batch, mo
 def test_the_majority_wins(toy, batch) -> None:
     tokens, mask = batch(7, 4, 6)
     blocks, seeds = (8, 2, 4), (3, 1)
-    # What counts is a sum modulo three, and answers that end at once say nothing.
+    # The vote is a sum modulo three; empty answers do not vote.
     got, votes = hex_vote(
         toy,
         tokens,

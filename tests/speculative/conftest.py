@@ -1,4 +1,4 @@
-"""Toy models that draft, and toy models of transformers that verify."""
+"""Toy drafters, and toy transformers models as verifiers."""
 
 import itertools
 import math
@@ -42,7 +42,7 @@ def toy() -> Callable[..., MultimodalDLM]:
 
 @pytest.fixture(scope="session")
 def prompts() -> Callable[..., tuple[Tensor, Tensor]]:
-    """prompts(seed, *sizes): random prompts as one left-padded batch, with its mask."""
+    """prompts(seed, *sizes): left-padded batch of random prompts, with its mask."""
 
     def make(seed: int, *sizes: int, vocab: int = VOCAB) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -58,7 +58,7 @@ def prompts() -> Callable[..., tuple[Tensor, Tensor]]:
 
 @pytest.fixture(scope="session")
 def causal() -> Callable[..., Any]:
-    """causal(seed, kind): a small random causal model of transformers, with few near-ties."""
+    """causal(seed, kind): a small random causal transformers model with few near-ties."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     kinds = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
@@ -101,7 +101,7 @@ def greedy() -> Callable[[Any, list[int], int], list[int]]:
 
 
 class Knowing:
-    """A diffusion model that mostly knows what another model would say.
+    """A diffusion model that mostly predicts the text of another model.
 
     Args:
         model: gives everything but the logits.
@@ -159,7 +159,7 @@ class Table:
         p = logits.softmax(-1)
         every = itertools.product(range(self.vocab), repeat=2)
         found = {(a, b): float(p[first, a] * p[a, b]) for a, b in every if a != EOS}
-        found[(EOS, EOS)] = float(p[first, EOS])  # ended, and filled with end ids
+        found[(EOS, EOS)] = float(p[first, EOS])  # ended, and padded with end ids
         return found
 
 

@@ -53,7 +53,7 @@ def test_correct_draft_takes_one_round(causal, greedy, knowing, prompts) -> None
 
 @pytest.mark.parametrize("drawn", [True, False])
 def test_accepted_tokens_follow_the_verifier(drawn: bool, fair) -> None:
-    """The first token of a draft, its replacement, and the token behind an accepted draft."""
+    """The first token of a draft, its replacement, and the token after an accepted draft."""
     generator = torch.Generator().manual_seed(3)
     logits, trials, temperature = torch.randn(2, 5, generator=generator), 4000, 0.7
     logits[:, MASK] = -torch.inf

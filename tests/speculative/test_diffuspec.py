@@ -94,7 +94,7 @@ def test_a_wide_beam_finds_the_best_path() -> None:
                 float(table[a, b]) for a, b in itertools.pairwise(before)
             )
 
-        # A path may end early, with token 4, and then counts as it is.
+        # A path may end early, with token 4, and is not extended then.
         every = {
             t[: t.index(4) + 1] if 4 in t else t for t in itertools.product(range(5), repeat=3)
         }

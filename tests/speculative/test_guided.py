@@ -1,4 +1,4 @@
-"""Guided Diffusion: drafts of a diffusion model under the eyes of a causal one."""
+"""Guided diffusion: drafts of a diffusion model verified by a causal model."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_accepted_tokens_equal_those_of_the_reference(case: dict) -> None:
 
 
 def by_hand(draft: list[int], rows: list[list[float]], rule: str, k: int, ratio: float) -> list:
-    """Sequential verification with Python numbers, the bonus included."""
+    """Slow reference: sequential verification, including the bonus token."""
     kept = []
     for token, row in zip(draft, rows[: len(draft)], strict=True):
         order = sorted(range(len(row)), key=lambda i: (-row[i], i))

@@ -1,4 +1,4 @@
-"""A causal model that scores drafts, and keeps what it computed before."""
+"""Verifier: scores of a causal model with a KV cache."""
 
 from types import SimpleNamespace
 
@@ -38,7 +38,7 @@ def test_cached_scores_equal_uncached_scores(kind: str, causal) -> None:
         torch.testing.assert_close(got, whole[-size:], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(plain.score(tokens, last), got, atol=1e-4, rtol=1e-4)
     hook.remove()
-    # Of each text only what does not begin as the one before it, and the rows that are read.
+    # Only tokens after the common prefix with the previous text, and the scored positions.
     assert fed[0::3] == [5, 1, 3, 2, 2, 2, 2, 4, 1]
     assert verifier.forwards == plain.forwards == 9
 
@@ -74,7 +74,7 @@ def test_verifier_is_returned_unchanged(causal) -> None:
 
 
 class Words:
-    """A tokenizer of transformers, as far as the comparison needs it."""
+    """Minimal transformers tokenizer for the comparison."""
 
     def __init__(self, *words: str) -> None:
         self.words = words

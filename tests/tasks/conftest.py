@@ -16,7 +16,7 @@ STEPS = [{"class_path": "mmdlm.decoding.commits.top_k.TopK", "init_args": {"step
 
 
 def build(seed: int = 0, attention: str = "cascade", shift: bool = False) -> MultimodalDLM:
-    """An untrained model that sees and hears, with defaults for its tasks."""
+    """An untrained model with image and audio encoders and task defaults."""
     torch.manual_seed(seed)
     tokenizer = Tokenizer.from_words(WORDS.split())
     config = TransformerConfig(vocab=len(tokenizer), width=32, layers=2, heads=2, inner=64)
@@ -26,7 +26,7 @@ def build(seed: int = 0, attention: str = "cascade", shift: bool = False) -> Mul
     spec = Spec("mmdlm", config, **ends, attention=attention, shift=shift)
     model = MultimodalDLM(spec, encoders, adapters, tokenizer)
     model.backbone.reset(torch.Generator().manual_seed(seed))
-    with torch.no_grad():  # large enough that images and sounds change what is said
+    with torch.no_grad():  # large enough that media change the output
         for weight in model.backbone.blocks.parameters():
             weight *= 8 if weight.ndim > 1 else 1
         for weight in model.adapters.parameters():
@@ -64,7 +64,7 @@ def images(tmp_path_factory) -> list[str]:
 
 @pytest.fixture
 def encoded(model, monkeypatch) -> list[int]:
-    """Grows by the number of items at every call of the image encoder."""
+    """Number of items of every call of the image encoder."""
     sizes: list[int] = []
     forward = model.encoders["image"].forward
 

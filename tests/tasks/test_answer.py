@@ -49,7 +49,7 @@ def test_lists_of_unequal_length_are_rejected(model, images):
 
 
 def slow_probabilities(model, question, image, choices, size):
-    """One row, one position and one choice at a time, in float64."""
+    """Slow reference: one row, position and choice at a time, in float64."""
     media = model.encode("image", [model.processor.prepare("image", image)])[0]
     prompt = model.prompt(question)
     row = model.arrange([Row((media, prompt))])

@@ -28,7 +28,7 @@ def test_image_types_give_equal_captions(model, images):
 def test_details_match_the_decode_history(model, images):
     answer = mmdlm.caption(model, images[0], details=True)
     assert answer.text == mmdlm.caption(model, images[0])
-    # Six positions, two a step.
+    # Six positions, two per step.
     assert answer.forwards == 3
     assert len(answer.tokens) == len(answer.step) == len(answer.confidence)
     assert set(answer.step) <= {0, 1, 2}

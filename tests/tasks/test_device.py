@@ -1,4 +1,4 @@
-"""Tasks where the weights lie on another device, see `pretend` in tests/conftest.py."""
+"""Tasks with the weights on a fake device, see `pretend` in tests/conftest.py."""
 
 from copy import deepcopy
 

@@ -54,7 +54,7 @@ def test_second_run_only_processes_missing_files(model, photos, tmp_path, monkey
     out = tmp_path / "captions.jsonl"
     run_folder(model, "caption", photos, out, batch_size=32)
     before = out.read_text(encoding="utf-8")
-    draw(photos / "013.png", 13)  # mended
+    draw(photos / "013.png", 13)  # repaired
     draw(photos / "new.png", 200)
     seen = []
     prepare = Processor.prepare

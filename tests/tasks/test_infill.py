@@ -70,7 +70,7 @@ def test_template_longer_than_its_canvas_is_rejected(model, images):
 
 
 def test_slots_have_the_given_number_of_tokens(model, images):
-    with torch.no_grad():  # a model that would rather end than say anything
+    with torch.no_grad():  # a model that prefers end tokens
         model.backbone.out.weight[model.spec.eos_id] *= 50
     for one in images:
         answer = mmdlm.infill(model, "a [MASK:3] circle [MASK]", one, details=True)

@@ -33,12 +33,12 @@ PERSON = {
         },
     },
 }
-# Pieces that models like to write into JSON, most of them no good inside a value.
+# Typical pieces of generated JSON, most of them invalid inside a value.
 PIECES = ['"', '",', '\\"', "\\", "\n", "<none>", "null", "42", "-", ".", "e9", "\\ud800", "{", "]"]
 
 
 def valid(value, schema, root=None) -> bool:
-    """Whether a value is of a schema: of the keywords that occur here, as the standard says."""
+    """Whether a value conforms to a schema; only the keywords used here, as in the standard."""
     root = schema if root is None else root
     if "$ref" in schema:
         return valid(value, root["$defs"][schema["$ref"].rpartition("/")[2]], root)
@@ -127,7 +127,7 @@ def random_leaf(rng: random.Random) -> dict:
 
 @pytest.fixture(scope="module")
 def build(speller):
-    """build(seed, **spec): a model that writes bytes and pieces of JSON, as random as can be."""
+    """build(seed, **spec): a random model with bytes and pieces of JSON as vocabulary."""
 
     def make(seed: int = 0, **spec):
         model = speller(added=PIECES, **spec)
@@ -191,7 +191,7 @@ def golden_cases(golden):
 
 
 def test_canvas_equals_that_of_s3(speller, golden_cases) -> None:
-    model = speller()  # of single bytes, as the cases are of single letters
+    model = speller()  # byte-level, since the golden cases use single letters
     assert len(golden_cases) == 20
     for case in golden_cases:
         fields, fence = case["params"]["fields"], case["params"]["include_codeblock"]
@@ -219,7 +219,7 @@ def test_lines_are_tokenized_as_in_s3(model, monkeypatch) -> None:
 
 
 def written(model, schema, *texts: str, **given):
-    """What is read when the slots hold these texts, completed with spaces."""
+    """Parsed value for slots with these texts, padded with spaces."""
     made = scaffold(model, schema, **given)
     tokens = made.tokens.tolist()
     for slot, text in zip(made.slots, texts, strict=True):
