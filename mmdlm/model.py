@@ -84,9 +84,16 @@ class MultimodalDLM(nn.Module):
         return Processor(self.spec, self.tokenizer, inputs, outputs, self.template)
 
     def encode(self, kind: str, items: Items[Prepared]) -> list[Tensor]:
-        """Backbone embeddings [N D] of each preprocessed item of one modality."""
+        """Backbone embeddings [N D] of each preprocessed item of one modality.
+
+        An encoder whose parameters are all frozen runs without a gradient graph.
+        """
         ready = [replace(item, tensor=item.tensor.to(self.device)) for item in items]
-        embedded = self.adapters[kind].embed(self.encoders[kind](ready), ready)
+        encoder = self.encoders[kind]
+        trained = any(weight.requires_grad for weight in encoder.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            features = encoder(ready)
+        embedded = self.adapters[kind].embed(features, ready)
         return [item.tokens for item in embedded]
 
     def compile(self, backend: str = "inductor") -> None:
@@ -135,11 +142,15 @@ class MultimodalDLM(nn.Module):
             x = x.masked_scatter(sequence.is_medium[..., None], sequence.media.to(x.dtype))
         return self.backbone(x, sequence.positions, mask=sequence.visible())
 
-    def logits_at(self, sequence: Sequence, at: Tensor, columns: slice | None = None) -> Tensor:
-        """Logits [N V] of the tokens where `at` [B L] is True, in row-major order."""
+    def hidden_at(self, sequence: Sequence, at: Tensor) -> Tensor:
+        """Hidden states [N D] that score the tokens where `at` [B L] is True, in row-major order."""
         if self.spec.shift:
             at = torch.cat([at[:, 1:], torch.zeros_like(at[:, :1])], 1)
-        return self.backbone.head(self.hidden(sequence)[at], columns)
+        return self.hidden(sequence)[at]
+
+    def logits_at(self, sequence: Sequence, at: Tensor, columns: slice | None = None) -> Tensor:
+        """Logits [N V] of the tokens where `at` [B L] is True, in row-major order."""
+        return self.backbone.head(self.hidden_at(sequence, at), columns)
 
     def logits(
         self,

@@ -40,6 +40,8 @@ def run(args: Items[str]) -> None:
             save_config_kwargs={"overwrite": True},
             # Our batches are already split over processes.
             trainer_defaults={"use_distributed_sampler": False},
+            # The module has its own settings of both; a second place would override `tune`.
+            auto_configure_optimizers=False,
             parser_kwargs={"prog": "mmdlm"},
         )
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from encoders.checks import AtLeast, Below, Checked, UnitFloat
+from encoders.checks import AtLeast, Below, Checked, PositiveInt, UnitFloat
 from mmdlm.layout import GOLDEN
+from mmdlm.objectives.cross_entropy import cross_entropy
 from mmdlm.objectives.noise import uniform
 from mmdlm.objectives.objective import Batch, Losses, Objective
 
@@ -36,12 +36,14 @@ class Masked(Checked, Objective):
         full: share of turns whose whole answer is masked, as at the start of decoding (the
             full_mask_ratio of DreamLM/Dream-VLX: vla/vla-scripts/finetune_dream.py); with "1/t"
             w is 1 for these.
+        chunk: positions whose logits exist at a time, see `mmdlm.objectives.cross_entropy`.
     """
 
     weight: Literal["1/t", "one"] = "1/t"
     normaliser: Literal["answer", "masked"] = "answer"
     eps: Annotated[float, AtLeast(0), Below(1)] = 1e-3
     full: UnitFloat = 0.0
+    chunk: PositiveInt = 2048
 
     def corrupt(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Which tokens are masked, bool [B L], and their mask probability, float32 [B L]."""
@@ -64,13 +66,10 @@ class Masked(Checked, Objective):
         masked, p = self.corrupt(batch)
         clean = batch.sequence.tokens
         noisy = batch.sequence.with_tokens(clean.masked_fill(masked, model.spec.mask_id))
-        logits = model.logits_at(noisy, masked).float()
-        target = clean[masked]
-        losses = F.cross_entropy(logits, target, reduction="none")
+        losses, right = cross_entropy(model, noisy, masked, clean[masked], self.chunk)
         answer = batch.sequence.is_answer
         total, count = self.reduce(losses, p[masked], answer.sum())
         ones = torch.ones_like(losses)
-        right = (logits.detach().argmax(-1) == target).float()
         hard = (p[masked] > 0.9).float()
         logs = {
             "ce": (losses.detach().sum(), ones.sum()),

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
+from encoders.checks import Checked, PositiveInt
+from mmdlm.objectives.cross_entropy import cross_entropy
 from mmdlm.objectives.objective import Batch, Losses, Objective
 
 if TYPE_CHECKING:
@@ -15,12 +16,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class NextToken(Objective):
+class NextToken(Checked, Objective):
     """Mean cross entropy of every answer token given the ones before it.
 
     For models with a causal answer (block_size 1) whose position i predicts token i + 1 (shift).
     It trains the autoregressive twin that a masked model is compared with.
+
+    Args:
+        chunk: positions whose logits exist at a time, see `mmdlm.objectives.cross_entropy`.
     """
+
+    chunk: PositiveInt = 2048
 
     def step(self, model: MultimodalDLM, batch: Batch) -> Losses:
         """Loss of all answer tokens.
@@ -35,10 +41,8 @@ class NextToken(Objective):
             )
         sequence = batch.sequence
         answer = sequence.is_answer
-        logits = model.logits_at(sequence, answer).float()
         target = sequence.tokens[answer]
-        losses = F.cross_entropy(logits, target, reduction="none")
+        losses, right = cross_entropy(model, sequence, answer, target, self.chunk)
         count = torch.ones_like(losses).sum()
-        right = (logits.detach().argmax(-1) == target).float()
         logs = {"ce": (losses.detach().sum(), count), "accuracy": (right.sum(), count)}
         return Losses(losses.sum(), count, logs)

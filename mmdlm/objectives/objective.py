@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,14 +28,23 @@ class Losses(NamedTuple):
     logs: dict[str, tuple[Tensor, Tensor]]
     extra: tuple[tuple[Tensor, Tensor, float], ...] = ()
 
-    def mean(self, over: Callable[[Tensor], Tensor] = lambda count: count) -> Tensor:
+    @property
+    def counts(self) -> tuple[Tensor, ...]:
+        """The count of the loss, then that of each extra loss."""
+        return (self.count, *(count for _, count, _ in self.extra))
+
+    def mean(self, counts: Items[Tensor] | None = None) -> Tensor:
         """The weighted sum of all sum / count.
 
         Args:
-            over: adds a count up over all processes.
+            counts: `counts` summed over all processes; None for those of this process.
         """
-        terms = ((self.sum, self.count, 1.0), *self.extra)
-        return sum(weight * total / over(count).clamp(min=1) for total, count, weight in terms)
+        terms = ((self.sum, 1.0), *((total, weight) for total, _, weight in self.extra))
+        counts = self.counts if counts is None else counts
+        return sum(
+            weight * total / count.clamp(min=1)
+            for (total, weight), count in zip(terms, counts, strict=True)
+        )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import numpy as np
@@ -28,9 +28,17 @@ class Data(lightning.LightningDataModule):
         train: data sets by name.
         batch_size: rows of each data set per step and process.
         val: held-out data sets by name; may be empty.
-        val_rows: rows of each held-out data set that a validation looks at.
+        test: data sets of `mmdlm test` by name; may be empty.
+        val_rows: rows of each data set that are used in a validation or test.
         seed: of order and noise.
-        workers: processes that prepare batches; 0 prepares them in the training process.
+        workers: processes that prepare batches; 0 prepares them in the training process. They
+            get the data sets and the processor (tokenizer, preprocessing), but no weights.
+        start_method: how workers are started, "fork", "spawn" or "forkserver"; None for Python's
+            default. Batches do not depend on it.
+
+    Raises:
+        ValueError: data sets and batch sizes have different names, `val_rows` is below 1, or there
+            are no workers to start with `start_method`.
     """
 
     def __init__(
@@ -38,9 +46,11 @@ class Data(lightning.LightningDataModule):
         train: dict[str, Dataset],
         batch_size: dict[str, int],
         val: dict[str, Dataset] | None = None,
+        test: dict[str, Dataset] | None = None,
         val_rows: int = 64,
         seed: int = 0,
         workers: int = 0,
+        start_method: Literal["fork", "spawn", "forkserver"] | None = None,
     ) -> None:
         super().__init__()
         if set(train) != set(batch_size):
@@ -48,15 +58,21 @@ class Data(lightning.LightningDataModule):
                 f"data sets {sorted(train)} and batch sizes {sorted(batch_size)} differ; "
                 "give every data set a batch size"
             )
-        self.train, self.val, self.batch_size = train, val or {}, batch_size
-        self.val_rows, self.seed, self.workers = val_rows, seed, workers
+        if val_rows < 1:
+            raise ValueError(f"val_rows is {val_rows}, expected at least 1")
+        if start_method is not None and workers == 0:
+            raise ValueError(
+                f"start_method={start_method!r} has no effect without workers; set workers"
+            )
+        self.train, self.val, self.test, self.batch_size = train, val or {}, test or {}, batch_size
+        self.val_rows, self.seed = val_rows, seed
+        self.workers, self.start_method = workers, start_method
 
     @property
     def words(self) -> list[str]:
         """Every word of all data sets, sorted: the vocabulary of a model trained from scratch."""
-        return sorted(
-            {w for d in (*self.train.values(), *self.val.values()) for w in d.vocabulary()}
-        )
+        datasets = (*self.train.values(), *self.val.values(), *self.test.values())
+        return sorted({word for dataset in datasets for word in dataset.vocabulary()})
 
     @property
     def statistics(self) -> dict[str, Any] | None:
@@ -77,36 +93,44 @@ class Data(lightning.LightningDataModule):
             trainer.global_rank,
             trainer.world_size,
         )
-        return self._loader(steps, Onward(trainer, len(steps)))
+        return self._loader(steps, RemainingSteps(trainer, len(steps)))
 
     def val_dataloader(self) -> DataLoader | list:
         """The first rows of each held-out data set, with fixed noise."""
-        if not self.val:
-            return []
-        processor = self.trainer.lightning_module.model.processor
-        size = {name: min(32, len(d), self.val_rows) for name, d in self.val.items()}
-        steps = Steps(processor, self.val, size, seed=0, shuffle=False)
-        return self._loader(steps, list(range(max(1, self.val_rows // max(size.values())))))
+        return self._held_out(self.val)
+
+    def test_dataloader(self) -> DataLoader | list:
+        """The first rows of each test data set, with fixed noise."""
+        return self._held_out(self.test)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, index: int) -> Any:
-        """The batch as it is: the model moves what it encodes, and text is laid out after that."""
+        """The batch unchanged: the model moves what it encodes and lays out the text after that."""
         return batch
 
-    def _loader(self, steps: Steps, order: Onward | list[int]) -> DataLoader:
+    def _held_out(self, datasets: dict[str, Dataset]) -> DataLoader | list:
+        if not datasets:
+            return []
+        processor = self.trainer.lightning_module.model.processor
+        size = {name: min(32, len(d), self.val_rows) for name, d in datasets.items()}
+        steps = Steps(processor, datasets, size, seed=0, shuffle=False)
+        return self._loader(steps, list(range(max(1, self.val_rows // max(size.values())))))
+
+    def _loader(self, steps: Steps, order: RemainingSteps | list[int]) -> DataLoader:
         return Stateless(
             steps,
             batch_size=None,
             sampler=order,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
+            multiprocessing_context=self.start_method,
         )
 
 
-class Onward:
-    """Numbers of the batches still to come, from wherever the trainer stands.
+class RemainingSteps:
+    """Numbers of the batches from the trainer's current step to its last.
 
     Args:
-        trainer: whose step is read when iteration begins.
+        trainer: its step is read when iteration begins.
         once: batches after which every data set was seen once; used without `max_steps`.
     """
 
@@ -114,7 +138,9 @@ class Onward:
         self.trainer = trainer
         steps = trainer.max_steps if trainer.max_steps > 0 else trainer.max_epochs * once
         if steps < 0:
-            raise ValueError("training without end; give trainer.max_steps or trainer.max_epochs")
+            raise ValueError(
+                "training would never end; set trainer.max_steps or trainer.max_epochs"
+            )
         self.total = steps * trainer.accumulate_grad_batches
 
     def __len__(self) -> int:
@@ -127,9 +153,9 @@ class Onward:
 
 
 class Stateless(DataLoader):
-    """A loader with nothing to restore: where it starts follows from the trainer's step.
+    """A loader with no state to restore, as its first batch follows from the trainer's step.
 
-    Saying so keeps Lightning from warning that a run resumed within an epoch repeats its data.
+    The two methods keep Lightning from warning that a run resumed within an epoch repeats data.
     """
 
     def state_dict(self) -> dict[str, Any]:
@@ -141,7 +167,7 @@ class Stateless(DataLoader):
 
 
 class Steps(TorchDataset):
-    """Item s is what one process sees at step s: data set name to `Collated`.
+    """Item s is the batch of one process at step s: data set name to `Collated`.
 
     Args:
         processor: preprocesses media and encodes text.
@@ -168,7 +194,7 @@ class Steps(TorchDataset):
         self.orders: dict[tuple[str, int], np.ndarray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out the orders, which each process draws for itself."""
+        """Everything but the orders, which each worker computes itself."""
         return {**vars(self), "orders": {}}
 
     def __len__(self) -> int:
@@ -184,7 +210,7 @@ class Steps(TorchDataset):
     def _rows(self, name: str, step: int) -> Collated:
         dataset, size = self.datasets[name], self.batch_size[name]
         total = size * self.world
-        # Interleaved over processes, so that together they hold the rows of one larger batch.
+        # Interleaved over processes, which together hold the rows of one larger batch.
         places = np.arange(self.rank, total, self.world)
         key = name_key(name)
         samples, seeds = [], []
@@ -199,7 +225,7 @@ class Steps(TorchDataset):
         return collate(self.processor, samples, torch.tensor(seeds), torch.from_numpy(phase))
 
     def _order(self, name: str, epoch: int) -> np.ndarray:
-        """The rows of a data set in the order of one pass; the latest ones are kept."""
+        """The order of a data set's rows in one pass; the latest eight orders are kept."""
         if (name, epoch) not in self.orders:
             rng = np.random.default_rng([self.seed, name_key(name), epoch, 2])
             while len(self.orders) >= 8:

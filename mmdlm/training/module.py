@@ -2,125 +2,107 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import lightning
 import torch
 from torch import Tensor
 
-from adapters.action_bins import ActionBins
-from adapters.adapter import Adapter
-from adapters.normalize import Normalizer
-from adapters.robot import Robot
-from encoders.encoder import Encoder
-from mmdlm.backbones.config import TransformerConfig
-from mmdlm.backbones.family import Spec
 from mmdlm.data.collate import Collated, batch
-from mmdlm.loading.ckpt import ENTRY, entry
+from mmdlm.loading.ckpt import ENTRY, entry, read
 from mmdlm.model import MultimodalDLM
 from mmdlm.objectives.objective import Losses, Objective
-from mmdlm.text import Tokenizer
+from mmdlm.training import tune as tuning
+from mmdlm.training.new_model import NewModel
+from mmdlm.training.optimizer import AdamW, Schedule
+from mmdlm.training.reduction import Totals, totals
+from mmdlm.training.tune import Rule
+
+ADAMW, SCHEDULE = AdamW(), Schedule()
 
 
 class Module(lightning.LightningModule):
-    """Trains a model from scratch, or a checkpoint further, with any objective.
+    """Trains a new model, or an existing one further, with any objective.
 
     The loss of a step is the weighted mean over data sets of sum / count, both summed over all
     processes first, so it does not depend on how many processes share the global batch.
 
     Args:
         objective: what is minimised.
-        backbone: sizes of a new backbone; its `vocab` is filled in from the data.
-        encoders: by modality, of a new model.
-        adapters: by modality; called with (encoder width, backbone width).
-        source: checkpoint to train further instead of a new model: a bundled name, a folder or a
-            hub id. `backbone`, `encoders` and `adapters` are then left out.
-        init: checkpoint of an earlier stage (`.ckpt`) whose weights a new model starts from.
-        attention: of a new model: "full", "prefix" or "cascade", see `mmdlm.layout`.
-        block_size: of a new model; 1 makes the answer autoregressive.
-        shift: of a new model: rows score the next token.
-        chunk: actions per answer of a new policy.
-        bins: bins per action number of a new policy.
-        words: vocabulary of a new model; filled in from the data.
-        statistics: action and state statistics of a new policy; filled in from the data.
+        blueprint: a new model; its vocabulary and action statistics come from the data.
+        source: an existing model instead: a bundled name, a folder or a hub id. It keeps its
+            vocabulary, encoders, attention and action statistics.
+        init: checkpoint of an earlier stage (`.ckpt`) whose weights the new model starts from.
+        tune: per pattern of parameter names, "frozen", or lr and weight_decay; the last matching
+            pattern decides, see `mmdlm.training.tune`.
+        optimizer: settings of AdamW.
+        schedule: warm-up and decay of the learning rate.
+        checkpointing: compute the activations of each backbone block again in the backward pass
+            instead of keeping them: less memory, about a third more time.
         weights: weight of each data set in the loss; 1 where not given.
-        lr: peak learning rate.
-        warmup: steps of linear warm-up.
-        decay: share of the run, at its end, over which the rate falls to `final` by a cosine.
-        final: last learning rate as a share of the peak.
-        weight_decay: of AdamW, on matrices only.
-        betas: of AdamW.
-        seed: of the initial weights.
+        words: vocabulary of a new model; filled in from the data.
+        statistics: action and state statistics of the data; filled in from the data.
+
+    Raises:
+        ValueError: neither or both of `blueprint` and `source` are given, `init` is given beside
+            `source`, or `tune` does not fit the model; see also `NewModel.build`.
     """
 
     def __init__(
         self,
         objective: Objective,
-        backbone: TransformerConfig | None = None,
-        encoders: dict[str, Encoder] | None = None,
-        adapters: dict[str, Callable[[int, int], Adapter]] | None = None,
+        blueprint: NewModel | None = None,
         source: str | None = None,
         init: str | None = None,
-        attention: str = "cascade",
-        block_size: int | None = None,
-        shift: bool = False,
-        chunk: int = 8,
-        bins: int = 64,
+        tune: dict[str, Rule] | None = None,
+        optimizer: AdamW = ADAMW,
+        schedule: Schedule = SCHEDULE,
+        checkpointing: bool = False,
+        weights: dict[str, float] | None = None,
         words: list[str] | None = None,
         statistics: dict[str, Any] | None = None,
-        weights: dict[str, float] | None = None,
-        lr: float = 6e-4,
-        warmup: int = 100,
-        decay: float = 1.0,
-        final: float = 0.05,
-        weight_decay: float = 0.05,
-        betas: tuple[float, float] = (0.9, 0.98),
-        seed: int = 0,
     ) -> None:
         super().__init__()
-        if (source is None) == (backbone is None):
-            raise ValueError("give either source (train further) or backbone (train from scratch)")
         self.objective = objective
-        self.weights = weights or {}
-        self.lr, self.warmup, self.decay, self.final = lr, warmup, decay, final
-        self.weight_decay, self.betas = weight_decay, betas
-        if source is not None:
-            from mmdlm.checkpoint import load
-
-            self.model = load(source, device="cpu", dtype="float32")
-            return
-        tokenizer = Tokenizer.from_words(words or [], bins if statistics else 0)
-        spec = Spec(
-            "mmdlm",
-            replace(backbone, vocab=len(tokenizer)),
-            mask_id=2,
-            eos_id=1,
-            pad_id=0,
-            shift=shift,
-            attention=attention,
-            block_size=block_size,
-        )
-        encoders = encoders or {}
-        built = {
-            name: (adapters or {})[name](encoder.dim, backbone.width)
-            for name, encoder in encoders.items()
-        }
-        robot = new_robot(statistics, bins, len(tokenizer) - 1, chunk) if statistics else None
-        self.model = MultimodalDLM(spec, encoders, built, tokenizer, robot)
-        self.model.backbone.reset(torch.Generator().manual_seed(seed))
+        self.optimizer, self.schedule = optimizer, schedule
+        self.weights, self.tune = weights or {}, tune or {}
+        if (source is None) == (blueprint is None):
+            seen = "neither" if source is None else "both"
+            raise ValueError(
+                f"{seen} of source and blueprint are given; give either source (train an existing "
+                "model further) or blueprint (train a new one)"
+            )
+        if blueprint is not None:
+            self.model = blueprint.build(words or [], statistics)
+        else:
+            if init is not None:
+                raise ValueError(
+                    f"init={init!r} has no effect beside source={source!r}, which has weights; "
+                    "leave one of them out"
+                )
+            self.model = existing(source, statistics)
         if init is not None:
             self.start_from(init)
+        self.model.backbone.checkpointing = checkpointing
+        tuning.freeze(self.model, self.tune)
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """Train mode for everything but frozen parts, whose dropout stays off."""
+        super().train(mode)
+        tuning.set_frozen_to_eval(self.model)
+        return self
 
     def start_from(self, checkpoint: str) -> None:
-        """Takes the weights of an earlier stage.
+        """Loads the weights of an earlier stage.
 
         Raises:
-            ValueError: that stage had another vocabulary, so its rows mean other words.
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a checkpoint of ours; or that stage had another vocabulary, in
+                which the same ids mean other words.
+            RuntimeError: the weights do not fit the model.
         """
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        saved = read(checkpoint)
         if saved[ENTRY]["tokenizer"] != self.model.tokenizer.backend.to_str():
             raise ValueError(
                 f"{checkpoint} was trained with another vocabulary; use the data sets of that stage"
@@ -129,38 +111,47 @@ class Module(lightning.LightningModule):
 
     def training_step(self, batch: dict[str, Collated], index: int) -> Tensor:
         """Loss of one step over all data sets."""
-        total = torch.zeros((), device=self.device)
+        losses = {name: self.losses(part) for name, part in batch.items()}
+        logged = {
+            name: each._replace(logs={"loss": (each.sum, each.count), **each.logs})
+            for name, each in losses.items()
+        }
+        totals = self.totals(logged)
         share = sum(self.weights.get(name, 1.0) for name in batch)
-        for name, part in batch.items():
-            losses = self.losses(part)
-            # DDP averages gradients over processes; the sum must not be divided by their number.
-            mean = losses.mean(self._over_processes) * self.trainer.world_size
-            total = total + mean * self.weights.get(name, 1.0) / share
-            logs = {"loss": (losses.sum.detach(), losses.count), **losses.logs}
-            self._log(f"train/{name}", logs)
-        return total
+        # DDP averages gradients over processes; the sum must not be divided by their number.
+        scale = self.trainer.world_size / share
+        if self._is_logging_step():
+            self._log("train", totals)
+        return sum(
+            totals.mean(name, each) * (self.weights.get(name, 1.0) * scale)
+            for name, each in losses.items()
+        )
 
     def validation_step(self, batch: dict[str, Collated], index: int) -> None:
-        """The same losses on held-out data with fixed noise."""
-        for name, part in batch.items():
-            self._log(f"val/{name}", self.losses(part).logs)
+        """Metrics on held-out data with fixed noise."""
+        self._log("val", self.totals({name: self.losses(part) for name, part in batch.items()}))
+
+    def test_step(self, batch: dict[str, Collated], index: int) -> None:
+        """Metrics on test data with fixed noise."""
+        self._log("test", self.totals({name: self.losses(part) for name, part in batch.items()}))
 
     def losses(self, part: Collated) -> Losses:
         """Sum and count of the loss of one data set's rows."""
         return self.objective.step(self.model, batch(self.model, part))
+
+    def totals(self, losses: dict[str, Losses]) -> Totals:
+        """Sums and counts over all processes; at most one collective call."""
+        return totals(losses, self.device, self._over_processes)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what `mmdlm export` needs to build the model without this module's arguments."""
         checkpoint[ENTRY] = entry(self.model)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW with warm-up, a plateau and a cosine fall at the end."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
+        """AdamW with one or two parameter groups per pattern of `tune`, and the schedule."""
+        settings = self.optimizer
+        groups = tuning.groups(self.model, self.tune, settings.lr, settings.weight_decay)
+        optimizer = settings.build(groups)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
         return {
             "optimizer": optimizer,
@@ -168,40 +159,42 @@ class Module(lightning.LightningModule):
         }
 
     def rate(self, step: int) -> float:
-        """Learning rate at a step as a share of the peak."""
-        last = self.trainer.max_steps
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        begin = last * (1 - self.decay)
-        if last <= 0 or step < begin:
-            return 1.0
-        done = min(1.0, (step - begin) / max(1.0, last - begin))
-        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))
+        """Learning rate at a step as a fraction of the peak."""
+        return self.schedule.factor(step, self.trainer.max_steps)
 
-    def _over_processes(self, value: Tensor) -> Tensor:
+    def _over_processes(self, values: Tensor) -> Tensor:
+        """[M] summed over all processes."""
         if self.trainer.world_size == 1:
-            return value
-        return self.all_gather(value).sum()
+            return values
+        return self.all_gather(values).sum(0)
 
-    def _log(self, prefix: str, logs: dict[str, tuple[Tensor, Tensor]]) -> None:
-        for name, (total, count) in logs.items():
-            total, count = self._over_processes(total), self._over_processes(count)
-            if count > 0:
-                self.log(f"{prefix}/{name}", total / count, prog_bar=name == "ce", batch_size=1)
+    def _is_logging_step(self) -> bool:
+        """Whether Lightning writes the metrics of the current step; other steps need no sync."""
+        trainer = self.trainer
+        return trainer.should_stop or (trainer.global_step + 1) % trainer.log_every_n_steps == 0
+
+    def _log(self, prefix: str, totals: Totals) -> None:
+        for name, value in totals.means().items():
+            shown = name.endswith("/ce")
+            self.log(f"{prefix}/{name}", value, prog_bar=shown, batch_size=1)
 
 
-def new_robot(statistics: dict[str, Any], bins: int, last_id: int, chunk: int) -> Robot:
-    """A robot whose action ids are the last ones of the vocabulary.
+def existing(source: str, statistics: dict[str, Any] | None) -> MultimodalDLM:
+    """The model of a source on the CPU in float32, ready to be trained.
 
     Args:
-        statistics: "action" and "state", see `Normalizer`.
-        bins: ids.
-        last_id: the largest of them.
-        chunk: actions per answer.
+        source: see `mmdlm.load`.
+        statistics: of the data's actions, None if they have none.
+
+    Raises:
+        ValueError: the data hold actions and the model has no action vocabulary.
     """
-    return Robot(
-        ActionBins(bins, last_id=last_id, reverse=False),
-        Normalizer(statistics["action"]),
-        Normalizer(statistics["state"]),
-        chunk,
-    )
+    from mmdlm.checkpoint import load
+
+    model = load(source, device="cpu", dtype="float32", pack=False)
+    if statistics is not None and model.robot is None:
+        raise ValueError(
+            f"the data hold actions, but {source} has no action vocabulary; train a policy, or a "
+            "new model (blueprint)"
+        )
+    return model.train()

@@ -25,14 +25,15 @@ trainer:
                    save_on_exception: true, save_top_k: -1, filename: "{{step}}"}}
 model:
   objective: {{class_path: mmdlm.objectives.masked.Masked}}
-  backbone: {{width: 32, layers: 2, heads: 2, inner: 64}}
-  encoders:
-    image:
-      class_path: encoders.vit.ViT
-      init_args: {{size: 32, patch: 8, dim: 32, depth: 1, heads: 2}}
-  adapters:
-    image: {{class_path: adapters.mlp.MLP}}
-  warmup: 2
+  blueprint:
+    backbone: {{width: 32, layers: 2, heads: 2, inner: 64}}
+    encoders:
+      image:
+        class_path: encoders.vit.ViT
+        init_args: {{size: 32, patch: 8, dim: 32, depth: 1, heads: 2}}
+    adapters:
+      image: {{class_path: adapters.mlp.MLP}}
+  schedule: {{warmup: 2}}
 data:
   train:
     scenes:

@@ -104,7 +104,7 @@ def test_bfloat16_halves_the_file(trained, tmp_path):
 def test_new_run_starts_from_the_weights_of_a_checkpoint(config, trained, seen, tmp_path):
     model, checkpoint = trained
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    again = ("--trainer.callbacks.dirpath", str(tmp_path / "again"), "--model.seed", "7")
+    again = ("--trainer.callbacks.dirpath", str(tmp_path / "again"), "--model.blueprint.seed", "7")
     fit(config, "--seed_everything", "3", "--model.init", str(checkpoint), *again)
     start, end = seen[-2], seen[-1]
     assert start.keys() == before.keys()
@@ -117,7 +117,7 @@ def test_new_run_starts_from_the_weights_of_a_checkpoint(config, trained, seen, 
 def test_weights_that_do_not_fit_start_no_run(config, trained, tmp_path):
     _, checkpoint = trained
     with pytest.raises(RuntimeError, match=r"(?s)size mismatch.*backbone"):
-        fit(config, "--model.init", str(checkpoint), "--model.backbone.width", "16")
+        fit(config, "--model.init", str(checkpoint), "--model.blueprint.backbone.width", "16")
     saved = torch.load(checkpoint, weights_only=True)
     del saved["state_dict"]["model.backbone.norm.weight"]
     torch.save(saved, tmp_path / "less.ckpt")

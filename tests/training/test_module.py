@@ -92,7 +92,7 @@ def test_a_checkpoint_is_trained_further(config, tmp_path):
     import mmdlm
 
     text = config.read_text()
-    begin, end = text.index("  backbone:"), text.index("  warmup:")
+    begin, end = text.index("  blueprint:"), text.index("  schedule:")
     text = text[:begin] + "  source: tiny\n" + text[end:]
     config.write_text(text.replace("size: 32, questions", "size: 64, questions"))
     fit(config, "--trainer.max_steps", "2")
@@ -103,35 +103,3 @@ def test_a_checkpoint_is_trained_further(config, tmp_path):
     assert any(name.startswith("backbone.") for name in moved)
     assert any(name.startswith("encoders.image.") for name in moved)
     assert not any(name.startswith("encoders.audio.") for name in moved)  # no sound in these data
-
-
-def test_without_source_or_backbone_it_says_so(config):
-    from mmdlm.objectives.masked import Masked
-    from mmdlm.training.module import Module
-
-    with pytest.raises(ValueError, match="either source"):
-        Module(Masked())
-
-
-def test_learning_rate_warms_up_and_falls(config):
-    from types import SimpleNamespace
-
-    from mmdlm.backbones.config import TransformerConfig
-    from mmdlm.objectives.masked import Masked
-    from mmdlm.training.module import Module
-
-    module = Module(
-        Masked(),
-        TransformerConfig(vocab=0, width=8, layers=1, heads=1, inner=8),
-        words=["a"],
-        warmup=10,
-        decay=0.5,
-        final=0.1,
-    )
-    module.trainer = None
-    module._trainer = SimpleNamespace(max_steps=100)
-    rates = [module.rate(s) for s in range(101)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[10:50] == [1.0] * 40
-    assert rates[100] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[50:], rates[51:], strict=False))

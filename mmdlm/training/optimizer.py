@@ -1,0 +1,86 @@
+"""The optimizer and the learning rate schedule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+
+from encoders.checks import (
+    AtLeast,
+    Below,
+    Checked,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    UnitFloat,
+)
+
+FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
+"""Devices for which torch has a fused AdamW."""
+
+
+@dataclass(frozen=True)
+class AdamW(Checked):
+    """AdamW (arXiv 1711.05101).
+
+    Args:
+        lr: peak learning rate; `tune` can give parts of the model another one.
+        weight_decay: on matrices only.
+        betas: decay rates of the averages of gradients and squared gradients.
+        fused: one kernel for all parameters; None where the device supports it.
+    """
+
+    lr: PositiveFloat = 6e-4
+    weight_decay: NonNegativeFloat = 0.05
+    betas: tuple[Annotated[float, AtLeast(0), Below(1)], Annotated[float, AtLeast(0), Below(1)]] = (
+        0.9,
+        0.98,
+    )
+    fused: bool | None = None
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+        """The optimizer of parameter groups, on the devices where the parameters are.
+
+        Args:
+            groups: see `mmdlm.training.tune.groups`.
+        """
+        devices = {parameter.device.type for group in groups for parameter in group["params"]}
+        fused = devices <= FUSED_DEVICES if self.fused is None else self.fused
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=fused)
+        # A fused optimizer would undo the loss scaling of fp16 itself, after gradients are clipped,
+        # so Lightning refuses to clip. This way the gradient scaler does it first.
+        optimizer._step_supports_amp_scaling = False
+        return optimizer
+
+
+@dataclass(frozen=True)
+class Schedule(Checked):
+    """Linear warm-up, a plateau, and a cosine decay at the end of the run.
+
+    Args:
+        warmup: steps of linear warm-up.
+        decay: fraction of the run, at its end, over which the rate decays.
+        final: last learning rate as a fraction of the peak.
+    """
+
+    warmup: NonNegativeInt = 100
+    decay: UnitFloat = 1.0
+    final: NonNegativeFloat = 0.05
+
+    def factor(self, step: int, steps: int) -> float:
+        """Learning rate at a step as a fraction of the peak.
+
+        Args:
+            step: from 0.
+            steps: length of the run; 0 or less if it is unknown, which means no decay.
+        """
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        begin = steps * (1 - self.decay)
+        if steps <= 0 or step < begin:
+            return 1.0
+        done = min(1.0, (step - begin) / max(1.0, steps - begin))
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))

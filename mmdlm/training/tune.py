@@ -1,0 +1,145 @@
+"""Which parameters are trained, and how fast: freezing and learning rates by name pattern.
+
+    tune:
+      "encoders.*": frozen
+      "backbone.*": {lr: 1.0e-5}
+      "*.norm.weight": {lr: 1.0e-4, weight_decay: 0.0}
+
+A pattern is compared with the whole name of a parameter in the model, such as
+`encoders.image.blocks.0.norm1.weight`; `*` matches any text, dots included. If several patterns
+match a parameter, the last one decides about it alone: nothing is merged. Parameters that no
+pattern matches are trained with the settings of the optimizer.
+
+Low-rank adapters (LoRA) belong here too: as a third kind of rule beside "frozen" and `Rate`, which
+`freeze` would apply to the linear layers of the matched parameters before any group is made.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from torch import nn
+
+from encoders.checks import Checked, NonNegativeFloat, PositiveFloat
+
+FROZEN = "frozen"
+DEFAULT = "default"
+"""Name of the group of parameters that no pattern matches."""
+
+
+@dataclass(frozen=True)
+class Rate(Checked):
+    """How the parameters of a pattern are trained.
+
+    Args:
+        lr: peak learning rate; None for the optimizer's.
+        weight_decay: weight decay of the matrices among them; None for the optimizer's.
+    """
+
+    lr: PositiveFloat | None = None
+    weight_decay: NonNegativeFloat | None = None
+
+
+Rule = Literal["frozen"] | Rate
+
+
+def assign(names: Iterable[str], tune: Mapping[str, Rule]) -> dict[str, str]:
+    """The pattern that decides about each parameter, `DEFAULT` where none matches.
+
+    Args:
+        names: names of parameters.
+        tune: rules by pattern; the last pattern that matches a name decides.
+
+    Raises:
+        ValueError: a pattern matches no name, or only names that later patterns decide about; or a
+            rule is neither "frozen" nor a `Rate`.
+    """
+    names = list(names)
+    result = dict.fromkeys(names, DEFAULT)
+    for pattern, rule in tune.items():
+        if rule != FROZEN and not isinstance(rule, Rate):
+            raise ValueError(
+                f"tune: {pattern!r} is {rule!r}, expected 'frozen' or lr and weight_decay"
+            )
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        if not matched:
+            near = difflib.get_close_matches(pattern.rstrip("*."), _prefixes(names), 1, 0.5)
+            hint = f"did you mean '{near[0]}.*'?" if near else f"expected, e.g., {names[0]!r}"
+            raise ValueError(f"tune: {pattern!r} matches no parameter of the model; {hint}")
+        result.update(dict.fromkeys(matched, pattern))
+    if unused := [pattern for pattern in tune if pattern not in result.values()]:
+        raise ValueError(
+            f"tune: {unused[0]!r} has no effect, as later patterns match the same parameters; the "
+            "last match decides, so write general patterns first"
+        )
+    return result
+
+
+def freeze(model: nn.Module, tune: Mapping[str, Rule]) -> None:
+    """Excludes from training what the rules freeze.
+
+    Args:
+        model: its parameters are matched by name.
+        tune: rules by pattern, see `assign`.
+
+    Raises:
+        ValueError: see `assign`; or nothing is left to train.
+    """
+    patterns = assign((name for name, _ in model.named_parameters()), tune)
+    for name, parameter in model.named_parameters():
+        if tune.get(patterns[name]) == FROZEN:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"tune: {list(tune)} freeze every parameter; nothing is left to train")
+
+
+def set_frozen_to_eval(model: nn.Module) -> None:
+    """Puts every module all of whose parameters are frozen into eval mode (no dropout)."""
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
+
+
+def groups(
+    model: nn.Module, tune: Mapping[str, Rule], lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer; frozen parameters are left out.
+
+    Each pattern gives up to two: "<pattern>" with the matrices, and "<pattern> (no decay)" with
+    vectors and scalars (norms, biases), whose weight decay is 0.
+
+    Args:
+        model: the model; `freeze` has run.
+        tune: rules by pattern, see `assign`.
+        lr: learning rate where the rule has none.
+        weight_decay: of matrices where the rule has none.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    patterns = assign((name for name, _ in model.named_parameters()), tune)
+    found = []
+    for pattern in (DEFAULT, *tune):
+        rule = tune.get(pattern)
+        rule = rule if isinstance(rule, Rate) else Rate()
+        mine = [parameter for name, parameter in trained.items() if patterns[name] == pattern]
+        matrices = [parameter for parameter in mine if parameter.ndim > 1]
+        vectors = [parameter for parameter in mine if parameter.ndim <= 1]
+        rate = lr if rule.lr is None else rule.lr
+        decay = weight_decay if rule.weight_decay is None else rule.weight_decay
+        for name, params, each in (
+            (pattern, matrices, decay),
+            (f"{pattern} (no decay)", vectors, 0.0),
+        ):
+            if params:
+                found.append({"name": name, "params": params, "lr": rate, "weight_decay": each})
+    return found
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """Every dotted prefix of some names, for suggestions."""
+    parts = (name.split(".") for name in names)
+    return sorted({".".join(each[:n]) for each in parts for n in range(1, len(each))})
