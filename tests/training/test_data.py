@@ -1,15 +1,16 @@
 """Batches follow from seed and step alone."""
 
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from adapters.mlp import MLP
 from encoders.vit import ViT
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
+from mmdlm.data.digits import Digits
 from mmdlm.data.scenes import Scenes
 from mmdlm.model import MultimodalDLM
 from mmdlm.text import Tokenizer
@@ -98,12 +99,64 @@ def test_steps_can_be_pickled_without_weights(model):
     assert all(map(torch.equal, images(again[3]["scenes"]), images(first["scenes"])))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_give_the_batches_of_the_training_process(model, method):
-    steps = Steps(model.processor, {"scenes": Scenes(size=32)}, {"scenes": 2}, seed=0)
-    loader = DataLoader(
-        steps, batch_size=None, sampler=range(3), num_workers=2, multiprocessing_context=method
+def attached(data, model, step=0):
+    """A data module whose trainer is at a step of four."""
+    data.trainer = SimpleNamespace(
+        lightning_module=SimpleNamespace(model=model),
+        global_rank=0,
+        world_size=1,
+        global_step=step,
+        max_steps=4,
+        accumulate_grad_batches=1,
     )
-    for step, found in enumerate(loader):
-        assert flat(found) == flat(steps[step])
-        assert all(map(torch.equal, images(found["scenes"]), images(steps[step]["scenes"])))
+    return data
+
+
+def data_of(**settings):
+    train = {"scenes": Scenes(size=32)}
+    return Data(
+        train, {"scenes": 2}, val={"scenes": Scenes(size=32, seed=1)}, val_rows=2, **settings
+    )
+
+
+def same(one, two):
+    one, two = one["scenes"], two["scenes"]
+    return (
+        flat({"scenes": one}) == flat({"scenes": two})
+        and all(map(torch.equal, images(one), images(two)))
+        and torch.equal(one.seeds, two.seeds)
+        and torch.equal(one.phase, two.phase)
+        and one.groups == two.groups
+    )
+
+
+@pytest.mark.parametrize("method", [None, "fork", "spawn"])
+def test_workers_give_the_batches_of_the_training_process(model, method):
+    alone = attached(data_of(), model, step=1)
+    want = [list(alone.train_dataloader()), list(alone.val_dataloader())]
+    shared = attached(data_of(workers=2, start_method=method), model, step=1)
+    found = [list(shared.train_dataloader()), list(shared.val_dataloader())]
+    assert [len(each) for each in want] == [len(each) for each in found] == [3, 1]
+    for one, two in zip(sum(want, []), sum(found, []), strict=True):
+        assert same(one, two)
+    assert not same(want[0][0], want[0][1])
+
+
+def test_settings_without_effect_are_errors():
+    with pytest.raises(ValueError, match="start_method='spawn' has no effect without workers"):
+        data_of(start_method="spawn")
+    with pytest.raises(ValueError, match="val_rows is 0"):
+        Data({"a": Scenes()}, {"a": 1}, val_rows=0)
+
+
+def test_a_run_without_an_end_is_an_error(model):
+    data = attached(data_of(), model)
+    data.trainer.max_steps, data.trainer.max_epochs = -1, -1
+    with pytest.raises(ValueError, match=r"set trainer\.max_steps or trainer\.max_epochs"):
+        data.train_dataloader()
+
+
+def test_words_of_test_data_are_in_the_vocabulary(model):
+    data = Data({"a": Scenes(objects=(1,))}, {"a": 1}, test={"b": Digits(split="held_out")})
+    assert set(Digits().vocabulary()) <= set(data.words)
+    assert attached(data_of(), model).test_dataloader() == []
