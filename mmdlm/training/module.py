@@ -117,15 +117,14 @@ class Module(lightning.LightningModule):
             for name, each in losses.items()
         }
         totals = self.totals(logged)
-        share = sum(self.weights.get(name, 1.0) for name in batch)
-        # DDP averages gradients over processes; the sum must not be divided by their number.
-        scale = self.trainer.world_size / share
         if self._is_logging_step():
             self._log("train", totals)
-        return sum(
-            totals.mean(name, each) * (self.weights.get(name, 1.0) * scale)
-            for name, each in losses.items()
-        )
+        weights = {name: self.weights.get(name, 1.0) for name in batch}
+        share = sum(weights.values())
+        # DDP averages gradients over processes; the sum must not be divided by their number.
+        world = self.trainer.world_size
+        means = {name: totals.mean(name, each) * world for name, each in losses.items()}
+        return sum(mean * weights[name] / share for name, mean in means.items())
 
     def validation_step(self, batch: dict[str, Collated], index: int) -> None:
         """Metrics on held-out data with fixed noise."""
