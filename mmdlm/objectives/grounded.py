@@ -46,7 +46,7 @@ class Grounded(Objective):
         return Losses(main.sum, main.count, {**main.logs, **logs}, extra)
 
     def named(self, model: MultimodalDLM, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sum and count of the naming loss; a zero with a gradient graph if there are no names."""
+        """Sum and count of the naming loss; without names, a zero that has a gradient graph."""
         if not batch.names:
             media = [x for items in batch.media.values() for x in items]
             zero = sum(x.sum() for x in media) * 0.0 if media else torch.zeros(())

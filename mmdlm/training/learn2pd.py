@@ -1,4 +1,4 @@
-"""The filter of `Learn2PD`, trained on what a model decodes."""
+"""Trains the filter of `Learn2PD` on decoded answers of a model."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from mmdlm.layout import Row
 if TYPE_CHECKING:
     from mmdlm.model import MultimodalDLM
 
-EVERY = 25  # epochs between two looks at the held-out prompts
+EVERY = 25  # epochs between two evaluations on the held-out prompts
 
 
 @dataclass(frozen=True)
 class Scores:
-    """How good a filter is at masked positions of prompts that training never saw.
+    """Precision and recall of a filter at masked positions of held-out prompts.
 
     Args:
-        precision: share of what it accepts that is final; NaN where it accepts nothing.
-        recall: share of what is final that it accepts; NaN where nothing is.
-        decided: predictions it was asked about.
+        precision: fraction of the accepted predictions that are final; NaN if none is accepted.
+        recall: fraction of the final predictions that are accepted; NaN if none is final.
+        decided: number of predictions.
         epochs: epochs after which the weights were kept.
     """
 
@@ -48,14 +48,14 @@ class Scores:
 
 @dataclass(frozen=True)
 class Samples:
-    """Blocks of single steps, as a filter sees them.
+    """Training samples: one block at one decoding step each.
 
     Args:
         confidences: [N size] float32 probability of each prediction.
-        final: [N size] bool, the prediction is the token that stands there in the end.
-        masked: [N size] bool, the position was still open.
-        real: [N size] bool, the position was there at all.
-        prompt: [N] int64, the prompt a sample is of.
+        final: [N size] bool, the prediction equals the token of the final answer.
+        masked: [N size] bool, the position was still masked.
+        real: [N size] bool, the position exists; False in a shorter last block.
+        prompt: [N] int64, index of the sample's prompt.
     """
 
     confidences: Tensor
@@ -65,22 +65,22 @@ class Samples:
     prompt: Tensor
 
     def of(self, prompts: Tensor) -> Samples:
-        """Those of some prompts, int64 [n]."""
+        """The samples of some prompts, int64 [n]."""
         chosen = torch.isin(self.prompt, prompts)
         return Samples(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
 
 
 @dataclass(frozen=True, eq=False)
 class Recorder(Strategy):
-    """Notes what a filter would see in every step, and which predictions are final.
+    """Records the filter's inputs at every step, and which predictions are final.
 
     Args:
-        final: [B G] int64 answer of each row of the caller's batch.
-        size: positions of a block.
-        oracle: commit all that is final in a step, as a perfect filter would; a row whose open
-            predictions are all wrong gets the rest of its block. Else the best one commits.
-        seen: where the notes go: one entry per step, the fields of `Samples` with the prompt
-            counted within the batch.
+        final: [B G] int64 final answer of each row of the caller's batch.
+        size: positions per block.
+        oracle: commit every final prediction of a step, as a perfect filter would; a row whose
+            open predictions are all wrong commits the final tokens of its whole block. If False,
+            only the most confident prediction commits.
+        seen: filled with one entry per step; `prompt` is the index within the batch.
     """
 
     sees: ClassVar = "window"
@@ -92,10 +92,10 @@ class Recorder(Strategy):
     seen: list[Samples] = field(default_factory=list)
 
     def pick(self, state: DecodeState, logits: Tensor) -> Tensor:
-        """[B R] the most probable token, or the final one in rows that could not go on."""
+        """[B R] the most probable token, or the final one in rows where no prediction is final."""
         best = logits.argmax(-1)
         final = self.final[state.rows].gather(1, state.at - state.prompt)
-        self._note(state, log_odds(logits, best).sigmoid(), best == final)
+        self._record(state, log_odds(logits, best).sigmoid(), best == final)
         stuck = ~((best == final) & state.open).any(1, keepdim=True)
         return torch.where(stuck & state.open, final, best) if self.oracle else best
 
@@ -105,7 +105,7 @@ class Recorder(Strategy):
             return rank(state.confidence) < 1
         return state.candidates == self.final[state.rows].gather(1, state.at - state.prompt)
 
-    def _note(self, state: DecodeState, probability: Tensor, final: Tensor) -> None:
+    def _record(self, state: DecodeState, probability: Tensor, final: Tensor) -> None:
         place, count = places(state), blocks(state, self.size)
         flags = (final, state.open, torch.ones_like(final))
         table = [
@@ -113,9 +113,9 @@ class Recorder(Strategy):
             *(gathered(flag, place, count, self.size, False) for flag in flags),
             torch.tensor(state.rows, device=place.device)[:, None].expand(-1, count),
         ]
-        # A block in which nothing is open any more (it waits for other rows) decides nothing.
-        busy = table[2].any(-1)
-        self.seen.append(Samples(*(part[busy].cpu() for part in table)))
+        # Blocks without open positions are complete and give no sample.
+        is_open = table[2].any(-1)
+        self.seen.append(Samples(*(part[is_open].cpu() for part in table)))
 
 
 def train_filter(
@@ -135,34 +135,34 @@ def train_filter(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Scores:
-    """A filter for `Learn2PD`, written as safetensors, and its scores on prompts of its own.
+    """Trains a filter for `Learn2PD`, writes it as safetensors, and returns its test scores.
 
-    The answers are what the model writes with one token per step in blocks. Then it decodes again,
-    and every block of every step is a sample: its probabilities, and which of its predictions are
-    those of the answer. A tenth of the prompts decides when to stop, another one gives the scores.
-    The kept weights are those of the best precision at `accept`, counting one more wrong prediction
-    than there was, so that a filter that accepts next to nothing is not the best.
+    The model first decodes each answer with one token per step in blocks. Then it decodes again,
+    and every block of every step is a sample: its probabilities, and which of its predictions equal
+    the answer. A tenth of the prompts is used for early stopping, another tenth for the scores.
+    The kept weights have the best precision at `accept`, computed with one additional wrong
+    prediction, so that a filter that accepts almost nothing does not win.
 
     Source: ims-kdks/Learning-to-Parallel-Decoding: llada/generate_training_data.py, train.ipynb
     (BCE with logits over all positions of a block, AdamW at 3e-3, 40,000 epochs of the whole set);
-    there prompts are not kept apart, and there is no early stop.
+    it has no held-out prompts and no early stopping.
 
     Args:
         model: the model the filter is for.
-        prompts: token ids [n] each, or rows as `model.arrange` takes them; three at least.
+        prompts: token ids [n] each, or rows as `model.arrange` takes them; at least three.
         length: positions of an answer.
         out: file to write.
-        block: positions of a block, which is how `Blocks` has to cut the answer later.
+        block: positions per block; later decodes must use `Blocks` of the same size.
         hidden: width between the filter's layers; None for `block`.
-        accept: probability of being final at which it will be used.
-        trajectory: what the second decode commits in a step: "oracle", all that is final, as the
-            source does; or "plain", one token.
+        accept: probability of being final above which the filter will accept.
+        trajectory: what the second decode commits in a step: "oracle", every final prediction, as
+            the source does; or "plain", one token.
         batch_size: prompts decoded together.
-        epochs: most epochs.
+        epochs: maximum number of epochs.
         patience: epochs without a better precision after which training ends.
         rate: learning rate.
-        seed: of the split and of the first weights.
-        progress: show bars; None for where there is a terminal.
+        seed: of the split and of the initial weights.
+        progress: show progress bars; None: only in a terminal.
     Raises:
         ValueError: there are fewer than three prompts, or the trajectory is unknown.
     """
@@ -188,7 +188,7 @@ def train_filter(
 
 
 def _scored(network: Filter, test: Samples, accept: float, epochs: int) -> Scores:
-    """Scores on samples that took no part in the training."""
+    """Scores on samples that were not used in training."""
     right, accepted, final = counted(network, test, accept)
     return Scores(
         precision=right / accepted if accepted else math.nan,
@@ -208,7 +208,7 @@ def fit(
     rate: float,
     hide: bool | None,
 ) -> int:
-    """Epochs after which the weights were best by `stop`, which the network has now."""
+    """Trains the network, restores its best weights on `stop`, and returns their epoch."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate)
     best, kept, when = -math.inf, copy.deepcopy(network.state_dict()), 0
     bar = tqdm(range(1, epochs + 1), desc="filter", unit="epoch", disable=hide)
@@ -241,7 +241,7 @@ def record(
     batch_size: int = 8,
     hide: bool | None = None,
 ) -> Samples:
-    """What a filter would see while the model answers the prompts; see `train_filter`."""
+    """The filter's samples while the model decodes the prompts; see `train_filter`."""
     rows = [Row((prompt,)) if isinstance(prompt, Tensor) else prompt for prompt in prompts]
     found: list[Samples] = []
     bar = tqdm(total=len(rows), desc="decode", unit="prompt", disable=hide)
@@ -256,20 +256,20 @@ def record(
                 found.append(Samples(*parts[:-1], parts[-1] + first))
             bar.update(len(answers))
     fields = ([getattr(step, name) for step in found] for name in Samples.__dataclass_fields__)
-    # Tensors of a decode cannot be trained on, copies of them can.
+    # Tensors made in inference mode cannot be trained on; copies can.
     return Samples(*(torch.cat(parts).clone() for parts in fields))
 
 
 @torch.no_grad()
 def counted(network: Filter, samples: Samples, accept: float) -> tuple[int, int, int]:
-    """Of the masked positions: accepted and final, accepted, final."""
+    """Number of masked positions that are accepted and final, accepted, and final."""
     accepted = samples.masked & (network(samples.confidences) > odds_of(accept))
     final = samples.masked & samples.final
     return int((accepted & final).sum()), int(accepted.sum()), int(final.sum())
 
 
 def fresh(size: int, hidden: int | None, generator: torch.Generator) -> Filter:
-    """A filter with new weights, distributed as torch draws them but from a stream of their own."""
+    """A filter with initial weights, distributed as in torch but drawn from `generator`."""
     with torch.device("meta"):
         network = Filter(size, hidden)
     network.to_empty(device="cpu")

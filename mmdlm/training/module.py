@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Self
 
 import lightning
@@ -181,9 +182,12 @@ class Module(lightning.LightningModule):
 def existing(source: str, statistics: dict[str, Any] | None) -> MultimodalDLM:
     """The model of a source on the CPU in float32, ready to be trained.
 
+    A policy keeps its own action and state statistics, as they define its action ids. It warns if
+    those of the data differ.
+
     Args:
         source: see `mmdlm.load`.
-        statistics: of the data's actions, None if they have none.
+        statistics: "action" and "state" of the data, None if they hold no actions.
 
     Raises:
         ValueError: the data hold actions and the model has no action vocabulary.
@@ -191,9 +195,18 @@ def existing(source: str, statistics: dict[str, Any] | None) -> MultimodalDLM:
     from mmdlm.checkpoint import load
 
     model = load(source, device="cpu", dtype="float32", pack=False)
-    if statistics is not None and model.robot is None:
-        raise ValueError(
-            f"the data hold actions, but {source} has no action vocabulary; train a policy, or a "
-            "new model (blueprint)"
-        )
+    if statistics is not None:
+        if model.robot is None:
+            raise ValueError(
+                f"the data hold actions, but {source} has no action vocabulary; train a policy, or "
+                "a new model (blueprint)"
+            )
+        own = {"action": model.robot.action, "state": model.robot.state}
+        other = sorted(name for name in own if own[name].statistics != statistics[name])
+        if other:
+            warnings.warn(
+                f"{' and '.join(other)} statistics of the data differ from those of {source}, "
+                "which are kept; values outside their range are clipped",
+                stacklevel=2,
+            )
     return model.train()

@@ -1,4 +1,4 @@
-"""A trained checkpoint becomes a folder that says the same, or the first weights of a new run."""
+"""Export of a trained checkpoint to a folder, and its weights as the start of a new run."""
 
 import json
 import shutil
@@ -69,7 +69,7 @@ def picture():
 
 
 @pytest.mark.filterwarnings("ignore:.*filled the canvas")
-def test_exported_folder_says_what_the_trained_model_says(trained, decoding, tmp_path):
+def test_exported_folder_equals_the_trained_model(trained, decoding, tmp_path):
     model, checkpoint = trained
     card = tmp_path / "card.md"
     card.write_text("# A test\n")
@@ -82,9 +82,9 @@ def test_exported_folder_says_what_the_trained_model_says(trained, decoding, tmp
         assert torch.equal(loaded.logits(tokens), want)
         assert torch.equal(returned.logits(tokens), want)
     model.preset = PRESET
-    said = [mmdlm.caption(one, picture(), details=True) for one in (model, loaded, returned)]
-    assert said[0].tokens == said[1].tokens == said[2].tokens
-    assert said[0].confidence == pytest.approx(said[1].confidence, abs=1e-6)
+    answers = [mmdlm.caption(one, picture(), details=True) for one in (model, loaded, returned)]
+    assert answers[0].tokens == answers[1].tokens == answers[2].tokens
+    assert answers[0].confidence == pytest.approx(answers[1].confidence, abs=1e-6)
     assert loaded.preset == returned.preset == PRESET
 
 
@@ -114,7 +114,7 @@ def test_new_run_starts_from_the_weights_of_a_checkpoint(config, trained, seen, 
     assert any(not torch.equal(w, before[name]) for name, w in weights(end).items())
 
 
-def test_weights_that_do_not_fit_start_no_run(config, trained, tmp_path):
+def test_weights_that_do_not_fit_are_an_error(config, trained, tmp_path):
     _, checkpoint = trained
     with pytest.raises(RuntimeError, match=r"(?s)size mismatch.*backbone"):
         fit(config, "--model.init", str(checkpoint), "--model.blueprint.backbone.width", "16")
@@ -126,7 +126,7 @@ def test_weights_that_do_not_fit_start_no_run(config, trained, tmp_path):
 
 
 def write(path, kind):
-    """A file that is no checkpoint of ours."""
+    """A file that is not a checkpoint of ours."""
     if kind == "text":
         path.write_text("hello world")
     elif kind == "empty":
@@ -152,14 +152,14 @@ def write(path, kind):
         ("code", "more than tensors and plain types, which is not read"),
     ],
 )
-def test_files_that_are_no_checkpoint_are_refused(kind, message, tmp_path):
+def test_files_that_are_not_checkpoints_are_errors(kind, message, tmp_path):
     write(tmp_path / "x.ckpt", kind)
     with pytest.raises(ValueError, match=message):
         export(tmp_path / "x.ckpt", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_files_that_are_not_there_are_named(tmp_path):
+def test_missing_files_are_named(tmp_path):
     absent, out = tmp_path / "absent.ckpt", tmp_path / "out"
     with pytest.raises(FileNotFoundError, match=r"no checkpoint .*absent\.ckpt; see runs"):
         export(absent, out)
@@ -170,7 +170,7 @@ def test_files_that_are_not_there_are_named(tmp_path):
     assert not out.exists()
 
 
-def test_decoding_that_would_not_load_is_refused(decoding, tmp_path):
+def test_invalid_decoding_file_is_an_error(decoding, tmp_path):
     decoding.write_text("caption: {prompts: describe the picture}")
     with pytest.raises(
         ValueError, match=r"decoding.yaml: task 'caption' has \['prompts'\]; expected"
@@ -251,7 +251,7 @@ def test_our_layout_and_back_is_bit_equal(name, tmp_path):
     assert first.spec == second.spec == mmdlm.load(tmp_path / "back", device="cpu").spec
 
 
-def test_stored_type_stays_unless_another_is_asked_for(tmp_path):
+def test_stored_type_is_kept_unless_another_is_given(tmp_path):
     source = shutil.copytree(GOLDEN / "dream", tmp_path / "dream")
     save_file({k: v.bfloat16() for k, v in stored(source).items()}, source / SINGLE)
     export(source, tmp_path / "same", layout="published")
@@ -261,7 +261,7 @@ def test_stored_type_stays_unless_another_is_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["own", "published"])
-def test_files_of_the_tokenizer_are_carried_along(layout, tmp_path):
+def test_files_of_the_tokenizer_are_copied(layout, tmp_path):
     source = shutil.copytree(GOLDEN / "llada", tmp_path / "llada")
     Tokenizer.from_words(["a", "b"]).save(source)
     files = {
@@ -287,13 +287,13 @@ def test_files_of_the_tokenizer_are_carried_along(layout, tmp_path):
     )
 
 
-def test_card_that_is_given_comes_before_the_source_folders(tmp_path):
+def test_a_given_card_replaces_that_of_the_source(tmp_path):
     (tmp_path / "card.md").write_text("# Mine\n")
     export(GOLDEN / "dream", tmp_path / "out", card=tmp_path / "card.md")
     assert (tmp_path / "out" / "README.md").read_text() == "# Mine\n"
 
 
-def test_model_of_no_family_takes_the_layout_it_is_told(tmp_path):
+def test_model_without_family_is_written_in_the_given_layout(tmp_path):
     save(text_model(template="llada"), tmp_path / "own")
     with pytest.raises(
         ValueError, match=r"not of a published family \('mmdlm'\); give family=, one of"
@@ -310,7 +310,7 @@ def test_model_of_no_family_takes_the_layout_it_is_told(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_what_the_published_layout_cannot_hold_is_named(trained, decoding, tmp_path):
+def test_errors_name_what_the_published_layout_cannot_hold(trained, decoding, tmp_path):
     _, checkpoint = trained
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="llada holds text models only, this one has encoders"):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -238,6 +239,21 @@ def test_actions_need_a_policy(tmp_path):
     save(small().model, tmp_path / "text")
     with pytest.raises(ValueError, match="the data hold actions, but .* has no action vocabulary"):
         small(blueprint=None, source=str(tmp_path / "text"), statistics={"action": {}, "state": {}})
+
+
+def test_a_policy_keeps_its_statistics_and_warns_of_others():
+    import mmdlm
+
+    robot = mmdlm.load("tiny", pack=False).robot
+    own = {"action": robot.action.statistics, "state": robot.state.statistics}
+    further = {"blueprint": None, "source": "tiny", "words": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small(**further, statistics=own)
+    other = {**own, "state": {name: [9.0] * 4 for name in own["state"]}}
+    with pytest.warns(UserWarning, match=r"^state statistics of the data differ .*tiny"):
+        module = small(**further, statistics=other)
+    assert module.model.robot.to_dict() == robot.to_dict()
 
 
 def test_learning_rate_warms_up_and_falls():
