@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from encoders.checks import Checked, PositiveInt
 from mmdlm.objectives.objective import Batch, Losses, Objective
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Grounded(Objective):
+class Grounded(Checked, Objective):
     """Another objective plus a loss that predicts what each media token shows.
 
     The head is applied to the media embeddings directly, before any block of the backbone. For an
@@ -30,10 +32,12 @@ class Grounded(Objective):
     Args:
         objective: the main objective; None trains only the encoders and skips the backbone.
         weight: weight of the naming loss.
+        chunk: media tokens whose logits exist at a time; at least one image or clip.
     """
 
     objective: Objective | None = None
     weight: float = 1.0
+    chunk: PositiveInt = 2048
 
     def step(self, model: MultimodalDLM, batch: Batch) -> Losses:
         """The main loss, with the naming loss as an extra term."""
@@ -53,10 +57,22 @@ class Grounded(Objective):
             return zero, torch.zeros(())
         is_speech = isinstance(batch.names[0], Tensor)
         media = batch.media["audio" if is_speech else "image"]  # a robot's state has no names
+        parts = groups(media, batch.names, self.chunk)
+        if len(parts) == 1 or not torch.is_grad_enabled():
+            losses = [self._named(model, *part) for part in parts]
+        else:
+            losses = [checkpoint(self._named, model, *p, use_reentrant=False) for p in parts]
+        totals, counts = zip(*losses, strict=True)
+        return sum(totals), sum(counts)
+
+    def _named(
+        self, model: MultimodalDLM, media: list[Tensor], names: list
+    ) -> tuple[Tensor, Tensor]:
+        """Sum and count of the naming loss of some images or clips."""
         logits = [model.backbone.head(model.backbone.norm(x)).float() for x in media]
-        if is_speech:
-            return self.spoken(logits, batch.names, model.spec.pad_id)
-        return self.shown(logits, batch.names, model.spec.pad_id)
+        if isinstance(names[0], Tensor):
+            return self.spoken(logits, names, model.spec.pad_id)
+        return self.shown(logits, names, model.spec.pad_id)
 
     @staticmethod
     def spoken(logits: list[Tensor], names: list[Tensor], blank: int) -> tuple[Tensor, Tensor]:
@@ -100,3 +116,25 @@ class Grounded(Objective):
         share = torch.cat([torch.full((len(w),), 1 / len(w)) for w in words])
         log = scores.log_softmax(-1)[token, torch.cat(words).to(scores.device)]
         return -(log * share.to(log.device)).sum(), torch.tensor(float(len(words)))
+
+
+def groups(media: list[Tensor], names: list, chunk: int) -> list[tuple[list[Tensor], list]]:
+    """Consecutive items of at most `chunk` tokens together, or a single larger one, with names.
+
+    Args:
+        media: [N D] of each item.
+        names: of each item. One group is made if these are of samples that have several items.
+        chunk: number of tokens.
+    """
+    if len(media) != len(names):
+        return [(media, names)]
+    found: list[tuple[list[Tensor], list]] = []
+    room = 0
+    for item, words in zip(media, names, strict=True):
+        if len(item) > room:
+            found.append(([], []))
+            room = chunk
+        room -= len(item)
+        found[-1][0].append(item)
+        found[-1][1].append(words)
+    return found

@@ -14,7 +14,7 @@ from mmdlm.data import collate
 from mmdlm.data.scenes import Scenes
 from mmdlm.layout import Row, Turn
 from mmdlm.model import MultimodalDLM
-from mmdlm.objectives.grounded import Grounded
+from mmdlm.objectives.grounded import Grounded, groups
 from mmdlm.objectives.masked import Masked
 from mmdlm.objectives.objective import Batch
 from mmdlm.text import Tokenizer
@@ -116,6 +116,43 @@ def test_image_loss_equals_a_plain_loop():
             want += sum(-math.log(row[word]) for word in shown) / len(shown)
     assert losses.sum.item() == pytest.approx(want, rel=1e-5)
     assert losses.count.item() == 8
+
+
+@pytest.mark.parametrize("kind", ["image", "audio"])
+@pytest.mark.parametrize(("chunk", "parts"), [(1, 4), (8, 2), (9, 2), (16, 1)])
+def test_chunks_change_neither_loss_nor_gradients(kind, chunk, parts, monkeypatch):
+    model, media = small(), leaves(4, 4, 4, 4)
+    names = [[ids(5, 6), ids(), ids(8), ids(9)]] * 4 if kind == "image" else [ids(5, 6)] * 4
+    batch = batch_of(model, names, **{kind: media})
+    assert len(groups(media, names, chunk)) == parts
+    outcomes = []
+    for objective in (Grounded(), Grounded(chunk=chunk)):
+        model.zero_grad()
+        for x in media:
+            x.grad = None
+        losses = objective.step(model, batch)
+        losses.sum.backward()
+        weights = [model.backbone.norm.weight, model.backbone.out.weight]
+        outcomes.append((losses.sum, losses.count, [x.grad.clone() for x in [*media, *weights]]))
+    (want, count, gradients), (found, found_count, found_gradients) = outcomes
+    torch.testing.assert_close(found, want)
+    assert found_count == count
+    for a, b in zip(found_gradients, gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    rows, head = [], model.backbone.head
+    monkeypatch.setattr(model.backbone, "head", lambda x: rows.append(len(x)) or head(x))
+    Grounded(chunk=chunk).step(model, batch).sum.backward()
+    # Each chunk is computed again in the backward pass.
+    assert len(rows) == (4 if parts == 1 else 8)
+
+
+def test_groups_are_filled_in_order():
+    media = leaves(3, 2, 9, 1)
+    found = groups(media, ["a", "b", "c", "d"], 5)
+    assert [names for _, names in found] == [["a", "b"], ["c"], ["d"]]
+    assert [[len(x) for x in part] for part, _ in found] == [[3, 2], [9], [1]]
+    # Two samples with two images each.
+    assert groups(media, ["a", "b"], 5) == [(media, ["a", "b"])]
 
 
 def test_media_without_names_are_not_scored():
