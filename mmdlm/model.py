@@ -143,7 +143,7 @@ class MultimodalDLM(nn.Module):
         return self.backbone(x, sequence.positions, mask=sequence.visible())
 
     def hidden_at(self, sequence: Sequence, at: Tensor) -> Tensor:
-        """Hidden states [N D] that score the tokens where `at` [B L] is True, in row-major order."""
+        """Hidden states [N D] that score the tokens where `at` [B L] is True, row by row."""
         if self.spec.shift:
             at = torch.cat([at[:, 1:], torch.zeros_like(at[:, :1])], 1)
         return self.hidden(sequence)[at]
