@@ -127,7 +127,7 @@ def test_turns_cannot_share_a_prompt_that_attends_to_them():
     with pytest.raises(ValueError, match="cascade"):
         small("prefix").arrange(rows)
     text = [Row((torch.tensor([3]),), rows[0].turns)]
-    with pytest.raises(ValueError, match="shared text"):
+    with pytest.raises(ValueError, match="2 turns share text"):
         small("cascade").arrange(text)
 
 
