@@ -169,7 +169,7 @@ def test_mask_token_with_media_is_rejected(media_model, seen, call) -> None:
     assert not seen
 
 
-@pytest.mark.parametrize("own", MASKS)
+@pytest.mark.parametrize("mask_token", MASKS)
 def test_mask_token_of_each_family_is_rejected(speller, mask_token) -> None:
     special = [] if mask_token == "<|mask|>" else [mask_token]
     model = speller([*MARKERS, *special], template="chatml", mask_id=261 if special else 258)

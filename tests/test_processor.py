@@ -119,7 +119,7 @@ def test_canvas_has_text_masks_and_answers(build):
         processor.canvas((assistant(Slot("text", 1, "ab")),))
     with pytest.raises(ValueError, match="no length"):
         processor.canvas((assistant(Slot()),))
-    with pytest.raises(ValueError, match="gives text, not actions"):
+    with pytest.raises(ValueError, match="output is 'actions', expected one of text"):
         processor.canvas((assistant(Slot("actions", 1)),))
 
 
