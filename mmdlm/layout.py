@@ -27,7 +27,7 @@ GOLDEN = 0.6180339887498949
 Attention = Literal["full", "prefix", "cascade", "block_causal"]
 """full: bidirectional attention. prefix: the prompt does not attend to the answer. cascade: media
 attend to media, the prompt text to media and text, the answer to all. block_causal: tokens attend
-to their own block and earlier ones. With a block size, the answer of prefix and cascade is
+to the same and earlier blocks. With a block size, the answer of prefix and cascade is
 block-causal."""
 
 
@@ -186,8 +186,8 @@ def visible(
             return None
     seen = seen_by(query_level, key_level, key_mask)
     if query_branch is not None:
-        own = key_branch[:, None] == query_branch[..., None]
-        seen = seen & (own | (key_branch[:, None] == 0))
+        is_same = key_branch[:, None] == query_branch[..., None]
+        seen = seen & (is_same | (key_branch[:, None] == 0))
     return seen
 
 

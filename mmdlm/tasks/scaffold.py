@@ -181,8 +181,9 @@ def instruction(schema: Mapping[str, Any], text: str = "") -> str:
         text: text from which the values are to be extracted.
     """
     given = schema.get("properties", {})
-    about = {name: given[name].get("description") for name, _ in parse(schema).properties}
-    listed = "\n".join(f"- {n}: {told}" if told else f"- {n}" for n, told in about.items())
+    descriptions = {name: given[name].get("description") for name, _ in parse(schema).properties}
+    lines = [f"- {name}: {about}" if about else f"- {name}" for name, about in descriptions.items()]
+    listed = "\n".join(lines)
     prompt = (
         f"Answer with one JSON object of these values and nothing else:\n{listed}\n"
         f"Where a value is not known, write {NONE} in its place, as often as there is room."
