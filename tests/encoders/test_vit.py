@@ -219,7 +219,7 @@ def test_forward_names_the_image_that_does_not_fit():
     [
         ({"name": "vit_so400m_patch14_siglip"}, "near: .*vit_so400m_patch14_siglip_224"),
         ({"name": "resnet18"}, "expected a vision transformer"),
-        ({"name": "deit_tiny_patch16_224", "stem": "conv"}, "keeps its own patch"),
+        ({"name": "deit_tiny_patch16_224", "stem": "conv"}, "fixed patch embedding"),
         ({"patch": 7}, "power of two"),
         ({"dim": 100}, "multiple of heads=6"),
         ({"size": 60}, "size=60"),

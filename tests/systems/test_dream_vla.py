@@ -433,7 +433,7 @@ def test_cameras_may_be_named_or_listed(policy_case):
     for result, actions in zip(together, (expected, alone, expected), strict=True):
         assert np.array_equal(result["actions"], actions)
     assert policy.metadata["cameras"] == ["image", "wrist_image"]
-    with pytest.raises(ValueError, match="is an empty list; give at least one"):
+    with pytest.raises(ValueError, match="is an empty list, expected at least one image"):
         policy.infer(obs | {"image": []})
     with pytest.raises(ValueError, match=r"obs\['wrist_image'\] is float64"):
         policy.infer(obs | {"wrist_image": np.zeros((56, 56, 3))})
