@@ -73,7 +73,10 @@ def test_examples_with_and_without_media_share_a_batch():
         ([sample(("what ?", "a red circle", 2))], "3 tokens, but its slot only 2"),
         ([sample(("what ?", "green", 2))], "green"),
         ([example([Turn("a", "red", 2)], audio=(np.zeros(999, np.float32), 16000))], "audio"),
-        ([sample(("what ?", np.zeros((2, 2), np.float32), 4))], "output is 'actions', expected one of text"),
+        (
+            [sample(("what ?", np.zeros((2, 2), np.float32), 4))],
+            "output is 'actions', expected one of text",
+        ),
         ([example([Turn("a", "red", 2)], names=("a",)), sample(("a", "red", 2))], "all or none"),
     ],
 )
