@@ -49,6 +49,9 @@ class KV:
     whole: ClassVar[bool] = False
     """`watch` sees the queries of all computed rows in the last layer too, not of the read ones."""
 
+    whole_batch: ClassVar[bool] = False
+    """All rows of the batch take part in every forward."""
+
     def __init__(
         self,
         layers: int,
@@ -119,8 +122,69 @@ class KV:
         self.keys = [keys[rows.to(keys.device)] for keys in self.keys]
         self.values = [values[rows.to(values.device)] for values in self.values]
 
-    def release(self) -> None:
-        """Called when a decode needs them no more."""
+    def of_rows(self, rows: Tensor) -> KV:
+        """The buffers of some rows, int64 [n]: what is written goes to these buffers."""
+        return RowsKV(self, rows)
+
+    def pad(self, left: int, right: int) -> KV:
+        """Buffers of a canvas with positions added on both sides (fewer at the end, if negative)."""
+        length = self.length + left + right
+        stay = min(self.length, length - left)
+        grown = self.like(len(self.keys[0]), length)
+        for mine, theirs in zip(
+            (*self.keys, *self.values), (*grown.keys, *grown.values), strict=True
+        ):
+            theirs[:, :, left : left + stay] = mine[:, :, :stay]
+        return grown
+
+    def join(self, other: KV) -> KV:
+        """Buffers of these rows, then of the others; the lengths are the same."""
+        both = self.like(len(self.keys[0]) + len(other.keys[0]), self.length)
+        for new, one, two in zip(
+            (*both.keys, *both.values),
+            (*self.keys, *self.values),
+            (*other.keys, *other.values),
+            strict=True,
+        ):
+            torch.cat([one, two], out=new)
+        return both
+
+    def like(self, batch: int, length: int) -> KV:
+        """Empty buffers of another size."""
+        _, heads, _, width = self.keys[0].shape
+        places = [keys.device for keys in self.keys]
+        kind = self.keys[0].dtype
+        return KV(len(self.keys), batch, heads, length, width, device=places, dtype=kind)
+
+
+class RowsKV(KV):
+    """Buffers of some rows of a batch, for a forward in which only these take part.
+
+    Args:
+        kv: the buffers of the batch, shared, not copied.
+        rows: int64 [n], the rows.
+    """
+
+    def __init__(self, kv: KV, rows: Tensor) -> None:
+        self.kv, self.rows = kv, rows
+        self.keys, self.values, self.length, self.end = kv.keys, kv.values, kv.length, kv.end
+
+    def write(self, layer: int, keys: Tensor, values: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """See `KV.write`; what is returned are copies of the rows' keys and values."""
+        found = []
+        for new, buffers in ((keys, self.keys[layer]), (values, self.values[layer])):
+            batch = self.rows.to(buffers.device)
+            own = buffers[batch, :, : self.end]
+            if isinstance(rows, slice):
+                own[:, :, rows] = new
+                buffers[batch, :, rows] = new.to(buffers.dtype)
+            else:
+                at = rows[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
+                own.scatter_(2, at, new.to(own.dtype))
+                place = (batch[:, None], slice(None), rows)
+                buffers[place] = new.transpose(1, 2).to(buffers.dtype)
+            found.append(own)
+        return found[0], found[1]
 
 
 class Held(KV):

@@ -1,67 +1,64 @@
-"""What the layout of a model rules out, said to whoever asks for it all the same."""
+"""What a decode must offer so that a strategy can work, and which strategy takes it away."""
 
 from __future__ import annotations
 
-from mmdlm.decoding.state import DecodeState
+from collections.abc import Sequence as Items
+
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.model import MultimodalDLM
+
+PROPERTIES = {
+    "full_attention": "full attention",
+    "any_order": "an answer that can be filled in any order",
+    "all_scored": "all positions of the answer scored in each step",
+    "fixed_length": "an answer whose length stays",
+    "final_tokens": "committed tokens that do not change",
+    "own_schedule": "a schedule that no early exit cuts short",
+    "one_forward": "one forward per step",
+}
+"""Name of each property and what it means; see `Strategy.requires` and `Strategy.denies`."""
+
+BY_HOOK = {"edit": "final_tokens", "resize": "fixed_length", "stop": "own_schedule"}
+"""Properties that a decode lacks when a strategy decides the hook."""
 
 
-def full_attention(strategy: Strategy, state: DecodeState) -> None:
-    """Refuses models whose answers cannot change their length.
-
-    Raises:
-        ValueError: the model's attention is not full.
-    """
-    kind = state.model.spec.attention
-    if kind != "full":
-        raise ValueError(
-            f"{type(strategy).__name__} changes the length of the answer, which is for full "
-            f"attention only; this model has {kind}. Leave it out"
-        )
+def denied(strategy: Strategy) -> frozenset[str]:
+    """Names of the properties that a decode with the strategy lacks."""
+    return strategy.denies | {BY_HOOK[hook] for hook in strategy.hooks() if hook in BY_HOOK}
 
 
-def any_order(strategy: Strategy, state: DecodeState) -> None:
-    """Refuses models whose answers grow in one direction.
-
-    Raises:
-        ValueError: the answer is made in blocks that do not see those behind them.
-    """
-    if not state.even:
-        raise ValueError(
-            f"{type(strategy).__name__} goes back and forth in the answer, but this model makes it "
-            f"block by block ({state.model.spec.attention} attention), and nothing behind a block "
-            "changes it; leave it out, the default keeps all that is final"
-        )
-
-
-def aligned(strategy: Strategy, state: DecodeState) -> None:
-    """Checks that all rows compute the same positions of the answer.
+def check_together(strategies: Items[Strategy]) -> None:
+    """Checks that no strategy takes away what another one requires.
 
     Raises:
-        ValueError: the model's own blocks are not the same in each row, so that a row would see,
-            and commit, more of its next block than it does alone.
+        ValueError: one does.
     """
-    level = state.level[:, state.prompt :]  # -1 behind the end of a row that is shorter
-    lowest = level.masked_fill(level < 0, int(level.max())).amin(0)
-    if bool((level.amax(0) > lowest).any()):
-        raise ValueError(
-            f"{type(strategy).__name__} commits what it sees beyond the block, but the blocks of "
-            "this model end elsewhere in rows whose prompts are of unequal length; decode such "
-            "rows one by one, or leave the strategy out"
-        )
+    for one in strategies:
+        for other in strategies:
+            missing = one.requires & denied(other) if one is not other else ()
+            for name in sorted(missing):
+                a, b = type(one).__name__, type(other).__name__
+                raise ValueError(
+                    f"{a} cannot be combined with {b}: {a} requires {PROPERTIES[name]}, which {b} "
+                    "rules out; keep one"
+                )
 
 
-def columns(strategy: Strategy, state: DecodeState) -> tuple[int, int]:
-    """Bounds of a window that stands at the same columns in every row.
+def check_model(strategy: Strategy, model: MultimodalDLM) -> None:
+    """Checks that the model's attention offers what a strategy requires.
 
     Raises:
-        ValueError: the blocks are the model's own, which begin at other columns in every row.
+        ValueError: it does not.
     """
-    start, stop, turn = state.window
-    if turn is not None:
+    spec = model.spec
+    lacks = {"full_attention"} if spec.attention != "full" else set()
+    if spec.attention == "block_causal" or (spec.attention == "cascade" and spec.block_size):
+        lacks.add("any_order")
+    if spec.attention == "prefix" and spec.block_size:
+        lacks.add("any_order")
+    for name in sorted(strategy.requires & lacks):
+        detail = f" in blocks of {spec.block_size}" if name == "any_order" else ""
         raise ValueError(
-            f"{type(strategy).__name__} recomputes the same columns in all rows, but this model's "
-            "own blocks begin elsewhere in each; leave the cache out (the default keeps all that "
-            "is final), take SubBlockCache, or give Blocks a size"
+            f"{type(strategy).__name__} requires {PROPERTIES[name]}, but this model has "
+            f"{spec.attention} attention{detail}; leave {type(strategy).__name__} out"
         )
-    return start, stop

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 def rank(confidence: Tensor) -> Tensor:
@@ -74,18 +74,18 @@ def entropy(logits: Tensor) -> Tensor:
     return F.softplus(-log_odds(logits, best)) + spread
 
 
-def lead(state: DecodeState, logits: Tensor) -> Tensor:
+def logit_margin(view: View, logits: Tensor) -> Tensor:
     """[B R] difference of the two highest logits, the mask token left out; 1e9 at most.
 
     Args:
-        state: the run.
+        view: the rows.
         logits: [B R V]; the mask token's are set to -inf.
     """
-    logits = state.ban_mask(logits)
+    logits = view.ban_mask(logits)
     if logits.shape[-1] == 1:
         return torch.full_like(logits[..., 0], 1e9)
     first, second = logits.topk(2).values.unbind(-1)
-    # A token without rival leads by infinity, which would reach a bar that nothing may reach.
+    # A token without rival has an infinite margin, which would reach a bar that nothing may reach.
     return (first - second).clamp(max=1e9)
 
 
@@ -102,24 +102,24 @@ def check(strategy: Strategy, *names: str) -> None:
             raise ValueError(f"{owner}.{name} is {value}, expected a probability or None")
 
 
-def passing(state: DecodeState, best: Tensor, high: float | None, low: float | None) -> Tensor:
+def passing(view: View, best: Tensor, high: float | None, low: float | None) -> Tensor:
     """[B R] bool, what exceeds `high`, and of the best ones what exceeds `low`."""
     if low is not None:
-        best = best & (state.log_odds > odds_of(low))
-    return best if high is None else best | (state.log_odds > odds_of(high))
+        best = best & (view.log_odds > odds_of(low))
+    return best if high is None else best | (view.log_odds > odds_of(high))
 
 
-def best_of_runs(state: DecodeState, member: Tensor, read: Tensor, value: Tensor) -> Tensor:
+def best_of_runs(view: View, member: Tensor, read: Tensor, value: Tensor) -> Tensor:
     """[B R] bool, in every run of positions the one of highest value; of equal ones the first.
 
     Args:
-        state: the step.
+        view: the step.
         member: [B L] bool, positions whose neighbourhood makes the runs.
         read: [B R] bool, those of them that are scored in this step.
         value: [B R] float32.
     """
     starts = member & ~member.roll(1, 1)  # position 0 belongs to the prompt
-    run = starts.long().cumsum(1).gather(1, state.at)  # [B R], 1 is the first
+    run = starts.long().cumsum(1).gather(1, view.at)  # [B R], 1 is the first
     value = value.masked_fill(~read, -torch.inf)
     top = torch.full_like(member, -torch.inf, dtype=value.dtype)
     top.scatter_reduce_(1, run, value, "amax")

@@ -5,94 +5,78 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmdlm.decoding.compatibility import columns
-from mmdlm.decoding.state import DecodeState
-from mmdlm.decoding.strategy import Refresh, Strategy, Window
+from mmdlm.decoding.strategy import Refresh
+from mmdlm.decoding.view import View
 
 
-def scored_from(state: DecodeState, levels: tuple[Tensor, Tensor]) -> int:
-    """End of the rows that the window's scores depend on.
-
-    Args:
-        state: the run.
-        levels: see `column_levels`.
-    """
-    highest, lowest = levels
-    start, stop, _ = state.window
-    shift = state.model.spec.shift
-    top = highest[start - shift : stop - shift].max()  # of the rows whose logits are read
-    return int((lowest <= top).nonzero()[-1]) + 1
+def scoring(view: View) -> Tensor:
+    """[B L] host bool, the positions whose rows score the open ones."""
+    if not view.model.spec.shift:
+        return view.plan
+    scores = view.plan.roll(-1, 1)
+    scores[:, -1] = False
+    return scores
 
 
-def column_levels(state: DecodeState) -> tuple[Tensor, Tensor] | None:
-    """Highest and lowest level of each canvas column over the real tokens of all rows.
-
-    Taken once per decode. Rows that leave the batch only make the bounds looser.
-
-    Returns:
-        two int64 [L] on the CPU, or None when all tokens are of one level.
-    """
-    if "levels" not in state.memory:
-        level = state.level
-        highest = level.amax(0)
-        lowest = level.masked_fill(level < 0, int(level.max()) + 1).amin(0)
-        state.memory["levels"] = None if highest.max() == lowest.min() else (highest, lowest)
-    return state.memory["levels"]
+def scoring_masks(view: View) -> Tensor:
+    """[B L] host bool, the positions that score the open masks, or the block if all is written."""
+    masks = view.plan & view.left
+    masks = masks | (view.plan & ~masks.any(1, keepdim=True))
+    if not view.model.spec.shift:
+        return masks
+    scores = masks.roll(-1, 1)
+    scores[:, -1] = False
+    return scores
 
 
-def renewed(state: DecodeState) -> int:
-    """First row whose kept keys may be out of date, if all rows from there on are now recomputed.
-
-    Rows before the first unsettled one (the first that can see a mask) are final from now on: the
-    coming forward computes them with all they depend on known.
-    """
-    levels = column_levels(state)
-    if levels is None:
-        return 0
-    highest, lowest = levels
-    floor = lowest[state.looked.any(0).nonzero()[0]]
-    unsettled = int((highest >= floor).nonzero()[0])
-    first = min(state.memory.get("final", 0), unsettled)
-    state.memory["final"] = unsettled
-    return first
+def needed(view: View) -> Tensor:
+    """[B L] host bool, what exact logits of the open positions need, as far as it is not final."""
+    level, scores = view.level, scoring(view)
+    top = level.masked_fill(~scores, -1).amax(1, keepdim=True)
+    return ((level >= view.settled[:, None]) & (level >= 0) & (level <= top)) | scores
 
 
-def anew(state: DecodeState, kept: int = 0) -> Refresh:
-    """The recomputation of all rows that can have changed, from which a cache goes on.
-
-    Args:
-        state: the run.
-        kept: first row that may be recomputed; those before keep what they have.
-    """
-    first = min(max(renewed(state), kept), state.window.start - int(state.model.spec.shift))
-    return Refresh(first, state.length, cached=True)
+def everything(view: View) -> Tensor:
+    """[B L] host bool, all positions that can have changed, and those that score the open ones."""
+    changed = (view.level >= view.settled[:, None]) & (view.level >= 0)
+    return changed | scoring(view)
 
 
-def full_pass(cache: Strategy, state: DecodeState) -> Refresh | None:
-    """The recomputation that opens a block; None within the block.
+def span(view: View) -> tuple[Tensor, Tensor]:
+    """[B 1] int64 each, where the open stretch of each row starts, and the position after it."""
+    plan = view.plan
+    start = plan.int().argmax(1, keepdim=True)
+    stop = plan.shape[1] - plan.flip(1).int().argmax(1, keepdim=True)
+    return start, stop
 
-    In a shifted family the row before the block scores its first position. That row is not among
-    those recomputed within the block, so the full pass fills this position and nothing else.
+
+def between(view: View, start: Tensor, stop: Tensor) -> Tensor:
+    """[B L] host bool, the real positions from start [B 1] to stop [B 1]."""
+    at = torch.arange(view.length)
+    return (at >= start) & (at < stop) & (view.level >= 0)
+
+
+def block_pass(view: View, within: Tensor) -> Refresh:
+    """Everything in the step that opens a block, then less.
+
+    In a shifted family the position before the block scores its first one. It is not recomputed
+    within the block, so while the first one is masked everything is, and only that one commits.
 
     Args:
-        cache: who asks.
-        state: the run.
-    Raises:
-        ValueError: see `columns`.
+        view: the rows.
+        within: [B L] host bool, what later steps of the block recompute.
     """
-    start, _ = columns(cache, state)
-    shift = state.model.spec.shift
-    stuck = shift and bool(state.looked[:, start].any()) and bool(state.left[:, start].any())
-    if state.block_step and not stuck and state.caches:  # a new length empties them
-        return None
-    first = min(renewed(state), start - shift)
-    fill = Window(start, start + 1) if stuck else None
-    return Refresh(first, state.length, cached=True, fill=fill)
-
-
-def open_masks(state: DecodeState) -> Tensor:
-    """[B L] bool on the CPU, the masks of the window (and what else keeps it open)."""
-    start, stop, turn = state.window
-    masks = torch.zeros_like(state.left)
-    masks[:, start:stop] = state.left[:, start:stop]
-    return masks if turn is None else masks & (state.turns == turn)
+    opens = (view.block_step == 0) | ~view.has_cache
+    only = None
+    if view.model.spec.shift:
+        start = span(view)[0]
+        stuck = view.left_before.gather(1, start)
+        if bool(stuck.any()):  # otherwise there is no need to wait for a GPU
+            stuck = view.left.gather(1, start)
+            only = (torch.arange(view.length) == start) & stuck
+            opens = opens | stuck[:, 0]
+    if bool(opens.all()):
+        return Refresh(everything(view), only=only)
+    if not bool(opens.any()):
+        return Refresh(within, only=only)
+    return Refresh(torch.where(opens[:, None], everything(view), within), only=only)

@@ -1,172 +1,211 @@
-"""The hooks a decoding method may override."""
+"""The hooks a decoding method may override, and what it may ask the loop to remember."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
+from mmdlm.decoding.memory import Entry
+from mmdlm.model import MultimodalDLM
+
 if TYPE_CHECKING:
-    from mmdlm.decoding.state import DecodeState
+    from mmdlm.decoding.view import View
 
-
-class Window(NamedTuple):
-    """Canvas positions [start, stop), shared by all rows of a batch.
-
-    Args:
-        start: first position.
-        stop: position after the last.
-        turn: only the positions of this number in `DecodeState.turns`; for blocks that start at
-            different canvas positions in different rows. None: no such limit.
-    """
-
-    start: int
-    stop: int
-    turn: int | None = None
+NEW, EOS, GONE = -1, -2, -3
+"""What may stand at a position of a resized answer, see `Strategy.resize`."""
 
 
 class Refresh(NamedTuple):
-    """Canvas rows [start, stop) to recompute in a step.
+    """What one step computes; every batch row has its own positions.
+
+    All tensors are [B L] bool on the host.
 
     Args:
-        start: first row.
-        stop: row after the last.
-        cached: keep their keys and values for later steps, and attend to those kept from earlier
-            ones. Without it the rows must be the whole canvas.
-        attend: end of the keys the rows may see, for rows behind which nothing is valid yet; None:
-            the whole canvas.
-        fill: positions that later steps of the block cannot score. Batch rows that have a mask
-            there commit it and nothing else, in the others `select` decides. None: in all of them.
-        store: rows that a forward of its own computes before, for nothing but their keys and
-            values, which `cached` keeps; None: there is no such forward.
-        renew: [B L] bool on the CPU, the computed rows whose new keys and values are kept, the
-            others keep the old ones; for batches whose rows renew different positions. None: all.
-        rows: [B L] bool on the CPU, the rows within [start, stop) to compute, others in every row
-            of the batch and at least one in each; only positions they score can commit. None: all.
-        seen: [B L] bool on the CPU, the only keys that queries may attend to; None: all that the
-            layout allows.
+        compute: positions whose keys, values and states are recomputed, at least one per row.
+            Position p of a shifted family scores the token at p + 1.
+        cached: keep the keys and values for later steps, and attend to those kept earlier. Without
+            it `compute` must hold all positions of a row.
+        attend: the only keys that may be attended to; None: all that the layout allows.
+        prefill: positions computed in a separate forward that only fills the cache, before the
+            others; None: there is no such forward. Rows without one take no part in it.
+        only: positions that later steps of the block cannot score. A row that has a mask there
+            commits it and nothing else; in the other rows `select` decides. None: in all rows.
     """
 
-    start: int
-    stop: int
-    cached: bool
-    attend: int | None = None
-    fill: Window | None = None
-    store: Window | None = None
-    renew: Tensor | None = None
-    rows: Tensor | None = None
-    seen: Tensor | None = None
+    compute: Tensor
+    cached: bool = True
+    attend: Tensor | None = None
+    prefill: Tensor | None = None
+    only: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """One decoding method: hyperparameters here, the state of a run in `DecodeState`.
+    """One decoding method: hyperparameters here, what a decode needs to remember in `view.memory`.
 
-    A step asks, in this order: refresh, (the model runs), guide, pick, score, stop, select, edit;
-    then the loop writes and asks revise, end, resize and plan. A method overrides the hooks it
-    decides. `plan`, `refresh`, `pick`, `score`, `select`, `edit` and `resize` have one owner per
-    decode; of `guide`, `stop`, `revise` and `end` there may be many, applied in the order given.
+    Every batch row has its own clock (step, block, step within the block) and never waits for other
+    rows. The hooks see all rows at once, through a read-only `View`; only the loop writes.
+
+    A step calls, in this order: plan, refresh, (the model runs), guide and observe in the order of
+    the strategies, pick, score, replan, stop, select, edit; then the loop writes and calls hold,
+    revise, end and resize. `layout`, `plan`, `refresh`, `pick`, `score`, `select`, `edit` and
+    `resize` have one owner per decode; of the others there may be many.
 
     The loop, never a strategy, keeps these rules: the mask id is never committed; only masked
-    positions of the open window commit, so prompt and known tokens stay; at least one of them
-    commits per row and step (unless `may_idle`); revising ends after twice as many of a
-    row's own steps as there are positions; a finished row leaves the batch.
+    positions that are open commit, so prompt and known tokens stay; at least one of them commits
+    per row and step (unless `may_idle`); revising ends after twice as many steps of a row as its
+    answer has positions; a finished row leaves the batch.
 
     Attributes:
         ONE_OWNER: hooks that two strategies cannot both decide.
+        MANY: hooks that several strategies may decide.
         paper: where the method comes from, "name, arXiv 2505.22618"; empty for our own.
         exact: the answer a reader sees is that of the same decode without the strategy.
-        excludes: names of strategies, or of hooks, that it cannot be combined with.
+        requires: names of `mmdlm.decoding.compatibility.PROPERTIES` that the decode must have.
+        denies: properties that a decode with this strategy lacks. Deciding `edit`, `resize` or
+            `stop` denies "final_tokens", "fixed_length" or "own_schedule" by itself.
         may_idle: `select` may commit nothing in a step (schedules with a fixed number of steps).
-        steady: `plan` keeps its window as long as any row has a mask in it.
-        sees: which logits the hooks need. "open": masked positions of the window, give or take;
-            "window": the whole window; "answer": the whole canvas, as far as `refresh` computes it.
+        steady: `plan` stays the same as long as a row has a mask in it.
+        sliding: the open positions of `plan` move; for the clock all of the answer is one block.
+        sees: which logits the hooks need. "open": open masks, give or take; "block": all open
+            positions, committed ones too; "answer": the whole answer. Always as far as `refresh`
+            computes them.
     """
 
     ONE_OWNER: ClassVar[tuple[str, ...]] = (
-        *("plan", "refresh", "pick", "score", "select", "edit", "resize"),
+        *("layout", "plan", "refresh", "pick", "score", "select", "edit", "resize"),
     )
+    MANY: ClassVar[tuple[str, ...]] = ("observe", "guide", "stop", "hold", "revise", "end")
     paper: ClassVar[str] = ""
     exact: ClassVar[bool] = False
-    excludes: ClassVar[tuple[str, ...]] = ()
+    requires: ClassVar[frozenset[str]] = frozenset()
+    denies: ClassVar[frozenset[str]] = frozenset()
     may_idle: ClassVar[bool] = False
     steady: ClassVar[bool] = False
-    sees: ClassVar[Literal["open", "window", "answer"]] = "open"
+    sliding: ClassVar[bool] = False
+    sees: ClassVar[Literal["open", "block", "answer"]] = "open"
 
-    def begin(self, state: DecodeState) -> None:
-        """Called once before the first step, to check the model and to set up memory."""
+    def prepare(self, model: MultimodalDLM, columns: slice | None) -> dict[str, Any]:
+        """Objects that all requests share (networks, ids), made once per session; checks them.
 
-    def plan(self, state: DecodeState) -> Window:
-        """The open window, empty to end; called before the first step and after every write."""
+        Args:
+            model: the model.
+            columns: ids that may be committed; None for the whole vocabulary.
+        Raises:
+            ValueError: the strategy does not fit the model.
+        """
+        return {}
+
+    def begin(self, view: View) -> dict[str, Entry]:
+        """What is remembered of new rows, by name; called once for each request that is added.
+
+        Args:
+            view: the new rows alone, before their first step.
+        Raises:
+            ValueError: the strategy does not fit the request.
+        """
+        return {}
+
+    def layout(self, view: View) -> Tensor:
+        """[B L] int64 level of each position (`mmdlm.layout`); called once for new rows."""
+        raise TypeError(f"{type(self).__name__} does not decide layout")
+
+    def plan(self, view: View) -> Tensor:
+        """[B L] bool on the host, the open positions of each row: its block, committed or not.
+
+        A row whose positions change begins a new block. A row without any is finished. Positions of
+        the prompt that belong to the block may be included; they are never written.
+        """
         raise TypeError(f"{type(self).__name__} does not decide plan")
 
-    def refresh(self, state: DecodeState) -> Refresh:
-        """The rows to recompute in this step."""
+    def block_size(self, view: View) -> Tensor:
+        """[B] int64 on the host, positions of a full block like each row's, for schedules."""
+        return view.plan.sum(1)
+
+    def replan(self, view: View) -> Tensor | None:
+        """[B L] bool on the host, a part of the open positions, once the candidates are known.
+
+        For the owner of `plan` only. Those left out close before anything is selected; the block of
+        a row stays the same. None: nothing changes.
+        """
+        return None
+
+    def refresh(self, view: View) -> Refresh:
+        """The positions to recompute in this step."""
         raise TypeError(f"{type(self).__name__} does not decide refresh")
 
-    def guide(self, state: DecodeState, logits: Tensor) -> Tensor:
-        """Rewritten logits [B R V] of the read positions."""
+    def guide(self, view: View, logits: Tensor) -> Tensor:
+        """Rewritten logits [B R V] of the scored positions."""
         raise TypeError(f"{type(self).__name__} does not decide guide")
 
-    def pick(self, state: DecodeState, logits: Tensor) -> Tensor:
-        """Candidate [B R] int64 of each read position, a column of the logits."""
+    def observe(self, view: View, logits: Tensor) -> None:
+        """Sees the logits [B R V] as the strategies before it in the list have left them."""
+        raise TypeError(f"{type(self).__name__} does not decide observe")
+
+    def pick(self, view: View, logits: Tensor) -> Tensor:
+        """Candidate [B R] int64 of each scored position, a column of the logits."""
         raise TypeError(f"{type(self).__name__} does not decide pick")
 
-    def score(self, state: DecodeState, logits: Tensor, tokens: Tensor) -> Tensor:
+    def score(self, view: View, logits: Tensor, tokens: Tensor) -> Tensor:
         """Confidence [B R] float32 of the candidates; higher commits earlier."""
         raise TypeError(f"{type(self).__name__} does not decide score")
 
-    def stop(self, state: DecodeState) -> Tensor:
-        """[B] bool, True for rows that commit every masked position read in this step."""
+    def stop(self, view: View) -> Tensor:
+        """[B] bool, True for rows that commit every masked position scored in this step."""
         raise TypeError(f"{type(self).__name__} does not decide stop")
 
-    def select(self, state: DecodeState) -> Tensor:
+    def select(self, view: View) -> Tensor:
         """[B R] bool, which open positions commit in this step."""
         raise TypeError(f"{type(self).__name__} does not decide select")
 
-    def lasts(self, state: DecodeState) -> bool:
-        """Whether `select` surely leaves a mask in the window, in some row, after this step.
+    def lasts(self, view: View) -> bool:
+        """Whether `select` is sure to leave an open mask in every row after this step.
 
-        For schedules that need not see what they did, so that the host does not wait for the
-        device in every step; asked before the step, where nothing else writes.
+        For schedules whose counts are known beforehand, so that a GPU need not be waited for in
+        every step; called before the step, where nothing else writes.
         """
         return False
 
-    def edit(self, state: DecodeState) -> Tensor:
+    def edit(self, view: View) -> Tensor:
         """[B R] bool, which written answer positions take their candidate instead.
 
         The loop leaves those as they are that see no mask any more (see `mmdlm.layout`).
         """
         raise TypeError(f"{type(self).__name__} does not decide edit")
 
-    def revise(self, state: DecodeState) -> Tensor:
-        """[B L] bool, which known answer positions become masks again; asked after the write."""
+    def hold(self, view: View) -> Tensor:
+        """[B L] bool on the host, written positions that count as masks of the block; after `edit`.
+
+        They keep a row in its block for one more step although nothing in it is masked.
+        """
+        raise TypeError(f"{type(self).__name__} does not decide hold")
+
+    def revise(self, view: View) -> Tensor:
+        """[B L] bool, which known answer positions become masks again; called after the write."""
         raise TypeError(f"{type(self).__name__} does not decide revise")
 
-    def end(self, state: DecodeState) -> Tensor:
-        """[B L] bool, masks that can only become end tokens; asked first and after every write."""
+    def end(self, view: View) -> Tensor:
+        """[B L] bool, masks that can only become end tokens; called first and after every write."""
         raise TypeError(f"{type(self).__name__} does not decide end")
 
-    def resize(self, state: DecodeState) -> Tensor | None:
-        """[B N] int64 on the CPU, a canvas of another length, or None to leave it as it is.
+    def resize(self, view: View) -> Tensor | None:
+        """[B N] int64 on the host, answers of another length, or None to leave them as they are.
 
-        Each entry says which position of the old canvas (0 is the first of the answer) stands
-        there: `DecodeState.NEW` for a fresh mask, `DecodeState.EOS` for an end token,
-        `DecodeState.GONE` behind the end of a row that is shorter than others. Asked after every
-        write; models of full attention only. All caches are dropped, of the rows that keep their
-        length too. Strategies begin again, but keep what they had set up in `begin` as a tensor [B]
-        (per row), [B G ...] or [B L ...] (per position of the answer or the canvas): fresh
-        positions get what `begin` gives them.
+        Each entry is a position of the old answer (0 is its first), or `NEW` for a mask, `EOS` for
+        an end token, `GONE` after the end of a row that is shorter than others. Called after every
+        write; models of full attention only. The keys and values of a row that changes are dropped.
+        What strategies remember per position follows; new positions get the fill of their entry.
         """
         raise TypeError(f"{type(self).__name__} does not decide resize")
 
     def idle(self, length: int) -> bool:
-        """Whether this changes nothing in an answer of so many positions."""
+        """Whether this changes nothing in an answer of `length` positions."""
         return False
 
     @classmethod
     def hooks(cls) -> tuple[str, ...]:
         """Names of the hooks this strategy decides."""
-        names = (*cls.ONE_OWNER, "guide", "stop", "revise", "end")
+        names = (*cls.ONE_OWNER, *cls.MANY)
         return tuple(n for n in names if getattr(cls, n) is not getattr(Strategy, n))

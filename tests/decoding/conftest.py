@@ -13,9 +13,11 @@ from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
 from mmdlm.backbones.kv import KV, Rows, take
 from mmdlm.decoding.decode import Decoded, decode
+from mmdlm.decoding.memory import Memory
 from mmdlm.decoding.numerics import log_odds
-from mmdlm.decoding.state import DecodeState
-from mmdlm.decoding.strategy import Strategy, Window
+from mmdlm.decoding.state import State
+from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 from mmdlm.layout import Sequence, from_tokens
 from mmdlm.model import MultimodalDLM
 
@@ -96,33 +98,52 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[[MultimodalDLM], list[For
 
 
 @pytest.fixture
-def moment() -> Callable[..., DecodeState]:
-    """moment(logits [B R V], masked [B R]): the state in which score and select are asked.
+def moment() -> Callable[..., View]:
+    """moment(logits [B R V], masked [B R], *strategies): what score and select see.
 
-    The window is what is read, right behind a prompt of one token; the mask id is the last one.
+    The open positions are those scored, right after a prompt of one token; the mask id is the last
+    one. The strategies remember what they remember before the first step.
     """
 
     def make(
-        logits: Tensor, masked: Tensor, block_step: int = 0, block_masks: Tensor | None = None
-    ) -> DecodeState:
+        logits: Tensor,
+        masked: Tensor,
+        *strategies: Strategy,
+        block_step: int = 0,
+        block_masks: Tensor | None = None,
+    ) -> View:
         vocab, read = logits.shape[-1], logits.shape[1]
-        sizes = SimpleNamespace(vocab=vocab)
-        model = SimpleNamespace(
-            spec=SimpleNamespace(
-                mask_id=vocab, eos_id=0, stop_ids=(), shift=False, transformer=sizes
-            )
+        spec = SimpleNamespace(
+            mask_id=vocab,
+            eos_id=0,
+            stop_ids=(),
+            shift=False,
+            attention="full",
+            block_size=None,
+            transformer=SimpleNamespace(vocab=vocab),
         )
         tokens = torch.where(masked, vocab, 0)
         tokens = torch.cat([torch.zeros_like(tokens[:, :1]), tokens], 1)
-        state = DecodeState(model, from_tokens(tokens, None, "full", None), 1)
-        state.window = Window(1, 1 + read)
-        state.focus(state.window)
-        state.block_step = block_step
+        sequence = from_tokens(tokens, None, "full", None)
+        model = SimpleNamespace(spec=spec)
+        batch = len(tokens)
+        state = State(model, sequence, 1, list(range(batch)), [(None, i) for i in range(batch)])
+        view = View(state)
+        for each in strategies:
+            shared = each.prepare(model, None)
+            state.memories[id(each)] = Memory({}, shared)
+            state.memories[id(each)] = Memory(each.begin(view), shared)
+        state.plan = state.answer
+        state.opened = state.plan
+        state.block += 1
+        state.focus(slice(1, 1 + read))
+        state.block_step += block_step
         state.block_masks = masked.sum(1) if block_masks is None else block_masks
+        state.block_size += read
         state.candidates = logits.argmax(-1)
         state.log_odds = log_odds(logits, state.candidates)
         state.confidence = state.log_odds.masked_fill(~masked, -torch.inf)
-        return state
+        return view
 
     return make
 
@@ -154,7 +175,7 @@ class Synthetic:
             fits=lambda length: None,
             transformer=SimpleNamespace(vocab=self.vocab),
         )
-        nowhere = SimpleNamespace(keys=(), keep=lambda rows: None, release=lambda: None)
+        nowhere = SimpleNamespace(keys=(), keep=lambda rows: None, whole_batch=False)
         self.backbone = SimpleNamespace(cache=lambda batch, length: nowhere)
 
     def run(

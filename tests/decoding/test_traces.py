@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import mmdlm
 from mmdlm.decoding.caches.dual_cache import DualCache
@@ -31,8 +32,8 @@ from mmdlm.decoding.scores.entropy import Entropy
 from mmdlm.decoding.scores.margin import Margin
 from mmdlm.decoding.scores.probability import Probability
 from mmdlm.decoding.scores.random_order import RandomOrder
-from mmdlm.decoding.state import DecodeState
-from mmdlm.decoding.strategy import Refresh, Strategy, Window
+from mmdlm.decoding.strategy import Refresh, Strategy
+from mmdlm.decoding.view import View
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {
@@ -49,23 +50,20 @@ class GivesUp(Strategy):
 
     size: int
 
-    def plan(self, state: DecodeState) -> Window:
-        block, late = divmod(state.step, 2)
-        start = state.prompt + self.size * block
-        if start >= state.length:
-            return Window(state.length, state.length)
-        return Window(start if late else state.prompt, min(start + self.size, state.length))
+    def plan(self, view: View) -> Tensor:
+        block, late = view.step // 2, view.step % 2
+        start = self.size * block[:, None]
+        at = torch.arange(view.length) - view.prompt
+        first = torch.where(late[:, None] > 0, start, 0)
+        return (at >= first) & (at < start + self.size) & (start < view.length - view.prompt)
 
 
 @dataclass(frozen=True)
 class Given(Strategy):
     """A full pass in the first step of such a block, then the block alone."""
 
-    def refresh(self, state: DecodeState) -> Refresh:
-        start, stop, _ = state.window
-        return Refresh(
-            start if state.step % 2 else 0, stop if state.step % 2 else state.length, True
-        )
+    def refresh(self, view: View) -> Refresh:
+        return Refresh(view.plan if int(view.step[0]) % 2 else view.level >= 0)
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +128,11 @@ def test_decode_repeats_the_reference(
         # The reference draws for prompt, window and all else at once, from one generator.
         generator = torch.Generator().manual_seed(0)
 
-        def uniform(state: DecodeState) -> torch.Tensor:
-            draws = torch.rand(len(state.tokens), state.length, generator=generator)
-            return draws.gather(1, state.at)
+        def uniform(view: View) -> Tensor:
+            draws = torch.rand(len(view.tokens), view.length, generator=generator)
+            return draws.gather(1, view.at)
 
-        monkeypatch.setattr(DecodeState, "uniform", uniform)
+        monkeypatch.setattr(View, "uniform", uniform)
 
     got = run(models[family], family, case)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mmdlm.decoding.recompute import full_pass
-from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.recompute import between, block_pass, span
 from mmdlm.decoding.strategy import Refresh, Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,8 @@ class DualCache(Strategy):
     """
 
     paper: ClassVar[str] = "Fast-dLLM, arXiv 2505.22618"
-    # Whose blocks lie elsewhere in every row.
-    excludes: ClassVar[tuple[str, ...]] = ("AdaBlock", "SubBlocks")
+    denies: ClassVar[frozenset[str]] = frozenset({"all_scored"})
 
-    def refresh(self, state: DecodeState) -> Refresh:
-        """All rows that can have changed at the start of a block, then the block."""
-        start, stop, _ = state.window
-        return full_pass(self, state) or Refresh(start, stop, cached=True)
+    def refresh(self, view: View) -> Refresh:
+        """All positions that can have changed at the start of a block, then the block."""
+        return block_pass(view, between(view, *span(view)))

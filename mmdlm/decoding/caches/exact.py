@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mmdlm.decoding.recompute import column_levels, renewed, scored_from
-from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.recompute import needed
 from mmdlm.decoding.strategy import Refresh, Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,8 @@ class Exact(Strategy):
 
     exact: ClassVar[bool] = True
 
-    def refresh(self, state: DecodeState) -> Refresh:
-        """Rows from the first that may have changed to the last the window can see."""
-        levels = column_levels(state)
-        if levels is None:
-            return Refresh(0, state.length, cached=False)
-        end = scored_from(state, levels)
-        start = min(renewed(state), state.window.start - state.model.spec.shift)
-        return Refresh(start, end, cached=True, attend=end)
+    def refresh(self, view: View) -> Refresh:
+        """Positions from the first level that may have changed to the last that matters."""
+        if view.one_level:
+            return Refresh(view.level >= 0, cached=False)
+        return Refresh(needed(view))

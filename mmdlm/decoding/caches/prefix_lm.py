@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mmdlm.decoding.state import DecodeState
+from torch import Tensor
+
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
@@ -21,13 +23,8 @@ class PrefixLM(Strategy):
 
     paper: ClassVar[str] = "LaViDa, arXiv 2505.16839"
 
-    def begin(self, state: DecodeState) -> None:
-        """Puts the prompt on a level below the answer.
+    requires: ClassVar[frozenset[str]] = frozenset({"full_attention"})
 
-        Raises:
-            ValueError: the model's attention is not full.
-        """
-        attention = state.model.spec.attention
-        if attention != "full":
-            raise ValueError(f"PrefixLM is for full attention, this model has {attention}; drop it")
-        state.set_levels(state.sequence.is_answer.long())
+    def layout(self, view: View) -> Tensor:
+        """[B L] int64, the prompt on a level below the answer."""
+        return view.sequence.is_answer.long()

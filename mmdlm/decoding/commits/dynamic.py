@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mmdlm.decoding.numerics import odds_of, rank
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Dynamic(Strategy):
         if not self.tau >= 0:
             raise ValueError(f"Dynamic.tau is {self.tau}, expected a probability")
 
-    def select(self, state: DecodeState) -> Tensor:
+    def select(self, view: View) -> Tensor:
         """[B R] bool."""
-        size = state.size
-        steps = self.steps_per_block or size
-        due = size // steps + (state.block_step < size % steps)
-        sure = state.open & (state.log_odds > odds_of(self.tau))
+        size, now = view.block_size, view.block_step
+        steps = size if self.steps_per_block is None else self.steps_per_block
+        due = (size // steps + (now < size % steps)).to(view.device)[:, None]
+        sure = view.open & (view.log_odds > odds_of(self.tau))
         enough = sure.sum(1, keepdim=True) >= due
-        return torch.where(enough, sure, rank(state.confidence) < due)
+        return torch.where(enough, sure, rank(view.confidence) < due)

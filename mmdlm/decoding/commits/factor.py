@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mmdlm.decoding.numerics import rank
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Factor(Strategy):
         if not self.factor >= 0:
             raise ValueError(f"Factor.factor is {self.factor}, expected 0 or more")
 
-    def select(self, state: DecodeState) -> Tensor:
+    def select(self, view: View) -> Tensor:
         """[B R] bool."""
-        is_open = state.open
-        odds = state.log_odds.masked_fill(~is_open, -torch.inf)
+        is_open = view.open
+        odds = view.log_odds.masked_fill(~is_open, -torch.inf)
         place = rank(odds)
         # 1 - p from the odds: exact where p itself would round to 1.
         doubt = (-odds).sigmoid()

@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mmdlm.decoding.compatibility import aligned
-from mmdlm.decoding.numerics import lead
-from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.memory import Entry, PerAnswer
+from mmdlm.decoding.numerics import logit_margin
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,7 @@ class Prophet(Strategy):
     first third, `mid` in the second, `late` in the last. What is written are the candidates.
 
     A step sees, and can commit, only what it computes: everything without a cache, only the block
-    between the full passes of `DualCache`. Logits of earlier steps are not used. Steps in which a
-    row waits for others do not count.
+    between the full passes of `DualCache`. Logits of earlier steps are not used.
 
     Source: Prophet (arXiv 2508.19982; pixeli99/Prophet: generate_earlyexit.py), whose region is the
     5 positions behind an answer template.
@@ -40,8 +39,6 @@ class Prophet(Strategy):
 
     paper: ClassVar[str] = "Prophet, arXiv 2508.19982"
     sees: ClassVar[Literal["answer"]] = "answer"
-    # It computes for every row what any row needs, which rows alone would not look at.
-    excludes: ClassVar[tuple[str, ...]] = ("SubBlockCache",)
 
     early: float = 7.5
     mid: float = 5.0
@@ -62,46 +59,45 @@ class Prophet(Strategy):
                     f"Prophet.region is {self.region}, expected (first, last + 1) of the answer"
                 )
 
-    def begin(self, state: DecodeState) -> None:
-        """Starts to count the steps of each row.
+    def begin(self, view: View) -> dict[str, Entry]:
+        """What the logits of a step say.
 
         Raises:
-            ValueError: the region begins behind the answer, or see `aligned`.
+            ValueError: the region begins after the end of the answer.
         """
-        aligned(self, state)
-        size = state.length - state.prompt
+        size = view.length - view.prompt
         if self.region is not None and self.region[0] >= size:
             raise ValueError(
                 f"Prophet.region begins at {self.region[0]}, but the answer has {size} positions; "
                 "give a longer answer or another region"
             )
-        state.memory[self, "steps"] = state.commit_step.new_zeros(len(state.tokens))
+        return {"margin": PerAnswer(torch.zeros_like(view.commit_confidence))}
 
-    def guide(self, state: DecodeState, logits: Tensor) -> Tensor:
-        """[B R V], the logits as they were."""
-        state.memory[self, "lead"] = lead(state, logits)
-        return logits
+    def observe(self, view: View, logits: Tensor) -> None:
+        """Notes the margin of each scored position."""
+        mine, real = view.memory(self), view.here(torch.ones_like(view.masked))
+        mine["margin"] = view.placed(mine["margin"], real, logit_margin(view, logits), view.prompt)
 
-    def stop(self, state: DecodeState) -> Tensor:
+    def stop(self, view: View) -> Tensor:
         """[B] bool."""
-        busy, at = state.open.any(1), state.at - state.prompt
-        state.memory[self, "steps"] = done = state.memory[self, "steps"] + busy
+        at = view.at - view.prompt
         if self.region is None:
-            looked = state.here(state.masked)
+            counted = view.here(view.masked)
         else:
-            real = state.here(torch.ones_like(state.masked))
-            looked = real & (at >= self.region[0]) & (at < self.region[1])
-        total = state.memory[self, "lead"].masked_fill(~looked, 0.0).sum(1)
-        mean = total / looked.sum(1).clamp(min=1)
-        bar = self.bar(done, self.steps or state.length - state.prompt)
-        return busy & looked.any(1) & (mean >= bar)
+            real = view.here(view.sequence.mask)
+            counted = real & (at >= self.region[0]) & (at < self.region[1])
+        margin = view.memory(self)["margin"].gather(1, at)
+        mean = margin.masked_fill(~counted, 0.0).sum(1) / counted.sum(1).clamp(min=1)
+        steps = view.lengths if self.steps is None else self.steps
+        bar = self.bar(view.step + 1, steps).to(mean)
+        return counted.any(1) & (mean >= bar)
 
-    def bar(self, done: Tensor, steps: int) -> Tensor:
-        """[B] float32, what the mean lead must reach.
+    def bar(self, done: Tensor, steps: int | Tensor) -> Tensor:
+        """[B] float32, what the mean margin must reach.
 
         Args:
             done: [B] steps done, the current one included.
-            steps: number of all steps.
+            steps: number of all steps, or [B].
         """
         progress = done.double() / steps
         later = torch.where(progress < 0.67, self.mid, self.late)

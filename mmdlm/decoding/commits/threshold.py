@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from mmdlm.decoding.numerics import odds_of, rank
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,14 @@ class Threshold(Strategy):
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"Threshold.steps is {self.steps}, expected at least 1")
 
-    def select(self, state: DecodeState) -> Tensor:
+    def select(self, view: View) -> Tensor:
         """[B R] bool."""
-        sure = state.log_odds >= odds_of(self.tau)
+        sure = view.log_odds >= odds_of(self.tau)
         if self.steps is None:
             return sure
-        steps, masks = state.share(self.steps), state.block_masks
-        now = state.block_step + 1
-        due = masks // steps * now + (masks % steps).clamp(max=now) if now < steps else masks
-        filled = masks - state.opened(state.window.start, state.window.stop).sum(1)
-        return sure & (rank(state.confidence) < (due - filled)[:, None])
+        steps, masks, now = view.share(self.steps), view.block_masks, view.block_step + 1
+        due = torch.where(
+            now < steps, masks // steps * now + torch.minimum(masks % steps, now), masks
+        )
+        filled = masks.to(view.device) - (view.masked & view.opened).sum(1)
+        return sure & (rank(view.confidence) < (due.to(view.device) - filled)[:, None])

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mmdlm.decoding.numerics import rank
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,33 @@ class Timesteps(Strategy):
         if not 0 < self.eps < 1:
             raise ValueError(f"Timesteps.eps is {self.eps}, expected a level between 0 and 1")
 
-    def select(self, state: DecodeState) -> Tensor:
+    def select(self, view: View) -> Tensor:
         """[B R] bool."""
-        steps, now = state.share(self.steps or state.asked), state.block_step
-        is_open = state.open
-        if now >= steps - 1:
-            return is_open
+        steps = view.share(view.asked if self.steps is None else self.steps)
         # float32 throughout: the truncation of the reference depends on its rounding.
-        level = torch.linspace(1, self.eps, steps + 1)
-        fall = 1 - level[now + 1] / level[now]
-        quota = (is_open.sum(1).float() * fall.to(is_open.device)).long()
-        return rank(state.confidence) < quota[:, None]
+        falls = [
+            fall(self.eps, int(s), int(n)) for s, n in zip(steps, view.block_step, strict=True)
+        ]
+        part = torch.tensor(falls, device=view.device)
+        quota = (view.open.sum(1).float() * part).long()
+        last = (view.block_step >= steps - 1).to(view.device)
+        return view.open & (last[:, None] | (rank(view.confidence) < quota[:, None]))
 
-    def lasts(self, state: DecodeState) -> bool:
+    def lasts(self, view: View) -> bool:
         """Until the last step, as a level never falls to zero."""
-        return state.block_step < state.share(self.steps or state.asked) - 1
+        steps = view.share(view.asked if self.steps is None else self.steps)
+        return bool((view.block_step < steps - 1).all())
+
+
+def fall(eps: float, steps: int, now: int) -> float:
+    """Share by which the noise level falls in a step, in float32.
+
+    Args:
+        eps: the last level.
+        steps: number of steps.
+        now: steps done; beyond the last one, all of the noise goes.
+    """
+    if now >= steps - 1:
+        return 1.0
+    level = torch.linspace(1, eps, steps + 1)
+    return float(1 - level[now + 1] / level[now])

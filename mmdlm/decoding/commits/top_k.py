@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from mmdlm.decoding.numerics import rank
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
@@ -34,19 +35,18 @@ class TopK(Strategy):
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"TopK.steps is {self.steps}, expected at least 1")
 
-    def select(self, state: DecodeState) -> Tensor:
+    def select(self, view: View) -> Tensor:
         """[B R] bool."""
         if self.steps is None:
-            return rank(state.confidence) < 1
-        steps = state.share(self.steps)
-        if state.block_step >= steps - 1:
-            return state.open
-        masks = state.block_masks
-        quota = masks // steps + (state.block_step < masks % steps)
-        return rank(state.confidence) < quota[:, None]
+            return rank(view.confidence) < 1
+        steps, now, masks = view.share(self.steps), view.block_step, view.block_masks
+        quota = masks // steps + (now < masks % steps)
+        quota = torch.where(now >= steps - 1, view.length, quota).to(view.device)
+        return view.open & (rank(view.confidence) < quota[:, None])
 
-    def lasts(self, state: DecodeState) -> bool:
-        """Whether the fullest row has more masks than it has committed by then."""
-        masks, now = state.block_most, state.block_step + 1
-        steps = masks if self.steps is None else state.share(self.steps)
-        return now < steps and masks // steps * now + min(now, masks % steps) < masks
+    def lasts(self, view: View) -> bool:
+        """Whether every row has more masks than it has committed after this step."""
+        masks, now = view.block_masks, view.block_step + 1
+        steps = masks if self.steps is None else view.share(self.steps)
+        done = masks // steps * now + torch.minimum(now, masks % steps)
+        return bool(((now < steps) & (done < masks)).all())

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 from mmdlm.layout import ANSWER
 
 
@@ -27,6 +27,7 @@ class CFG(Strategy):
     """
 
     paper: ClassVar[str] = "LLaDA, arXiv 2502.09992"
+    denies: ClassVar[frozenset[str]] = frozenset({"one_forward"})
 
     scale: float = 1.0
 
@@ -34,11 +35,11 @@ class CFG(Strategy):
         if not self.scale >= 0:
             raise ValueError(f"CFG.scale is {self.scale}, expected 0 or more")
 
-    def guide(self, state: DecodeState, logits: Tensor) -> Tensor:
+    def guide(self, view: View, logits: Tensor) -> Tensor:
         """[B R V] float32."""
         if self.scale == 0:
             return logits
-        text = ~(state.sequence.is_medium | (state.sequence.role == ANSWER))
-        without = state.tokens.masked_fill(text, state.model.spec.mask_id)
-        plain = state.forward(without, cache="without text")
+        text = ~(view.sequence.is_medium | (view.sequence.role == ANSWER))
+        without = view.tokens.masked_fill(text, view.model.spec.mask_id)
+        plain = view.forward(without, "without text")
         return plain + (self.scale + 1) * (logits - plain)

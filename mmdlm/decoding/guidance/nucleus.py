@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
+
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-
-from mmdlm.decoding.state import DecodeState
-from mmdlm.decoding.strategy import Strategy
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Nucleus(Strategy):
                 "take the likeliest token"
             )
 
-    def guide(self, state: DecodeState, logits: Tensor) -> Tensor:
+    def guide(self, view: View, logits: Tensor) -> Tensor:
         """[B R V] with -inf for the tokens left out, and for the mask token, which is no answer."""
         # Where the mask token is the likeliest, nothing else would be left.
-        logits = state.ban_mask(logits / self.temperature)
+        logits = view.ban_mask(logits / self.temperature)
         if self.top_p < 1:
             ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
             p = ordered.softmax(-1)

@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmdlm.decoding.compatibility import full_attention
+from mmdlm.decoding.block_order import fixed_blocks, full_size
+from mmdlm.decoding.memory import Entry, PerRow
 from mmdlm.decoding.numerics import odds_of, ragged
-from mmdlm.decoding.plans.blocks import Blocks
-from mmdlm.decoding.resizing import lasting, lengths, longest
-from mmdlm.decoding.state import DecodeState
-from mmdlm.decoding.strategy import Strategy, Window
+from mmdlm.decoding.resizing import lasting, longest
+from mmdlm.decoding.strategy import EOS, GONE, NEW, Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,7 @@ class DAEDAL(Strategy):
     position of a step, if below `low`, becomes `expansion` masks. What no longer fits is cut off,
     unless it was given.
 
-    The length given to `decode` is where it starts. As with `Blocks`, rows wait for each other at
-    the end of the first phase and of each block; their lengths differ.
+    The length given to `decode` is where it starts.
 
     Source: DAEDAL (arXiv 2508.00819; Li-Jinsong/DAEDAL: models/LLaDA_DAEDAL.py), which starts with
     64 and ends at 2048, that is with a `growth` of 32.
@@ -46,7 +45,7 @@ class DAEDAL(Strategy):
     """
 
     paper: ClassVar[str] = "DAEDAL, arXiv 2508.00819"
-    excludes: ClassVar[tuple[str, ...]] = ("refresh",)  # the end is predicted from all positions
+    requires: ClassVar[frozenset[str]] = frozenset({"full_attention", "all_scored"})
     may_idle: ClassVar[bool] = True
     sees: ClassVar = "answer"
 
@@ -67,66 +66,57 @@ class DAEDAL(Strategy):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"DAEDAL.{name} is {getattr(self, name)}, expected a probability")
 
-    def begin(self, state: DecodeState) -> None:
-        """Looks how long the rows may get.
+    def begin(self, view: View) -> dict[str, Entry]:
+        """Computes each row's maximum length; all rows grow at first."""
+        most = longest(view, self.growth)
+        return {"most": PerRow(most), "growing": PerRow(torch.ones_like(most, dtype=torch.bool))}
 
-        Raises:
-            ValueError: the model's attention is not full.
-        """
-        full_attention(self, state)
-        state.memory[self, "most"] = most = longest(state, self.growth)
-        state.memory[self, "growing"] = torch.ones_like(most, dtype=torch.bool)
+    def plan(self, view: View) -> Tensor:
+        """[B L] bool, the whole answer of rows that grow, the block of the others."""
+        growing = view.memory(self)["growing"][:, None]
+        return torch.where(growing, view.answer, fixed_blocks(view, self.size))
 
-    def plan(self, state: DecodeState) -> Window:
-        """The whole answer while it grows, then its blocks."""
-        growing = state.memory[self, "growing"]
-        if state.left.any() and bool(growing.any()):
-            # A row that waits for others to grow draws nothing meanwhile, as it would alone.
-            state.turns = (growing.long() - 1)[:, None].repeat(1, state.length)
-            return Window(state.prompt, state.length, turn=0)
-        return Blocks(self.size).plan(state)
+    def block_size(self, view: View) -> Tensor:
+        """[B] int64, see `Blocks`."""
+        return full_size(view, self.size)
 
-    def select(self, state: DecodeState) -> Tensor:
-        """[B R] bool; nothing while the answer grows."""
-        if bool(state.memory[self, "growing"].any()):
-            return torch.zeros_like(state.open)
-        sure = state.log_odds > odds_of(self.high)
-        return sure.scatter(1, state.confidence.argmax(1, keepdim=True), True)
+    def select(self, view: View) -> Tensor:
+        """[B R] bool; nothing in rows that grow."""
+        sure = view.log_odds > odds_of(self.high)
+        taken = sure.scatter(1, view.confidence.argmax(1, keepdim=True), True)
+        return taken & ~view.memory(self)["growing"].to(view.device)[:, None]
 
-    def resize(self, state: DecodeState) -> Tensor | None:
+    def resize(self, view: View) -> Tensor | None:
         """[B N] int64, masks appended or put in; None where all rows keep their length."""
-        growing, most = (state.memory[self, name] for name in ("growing", "most"))
-        unsure = state.open & ~state.taken & (state.log_odds < odds_of(self.low))
-        doubt = state.log_odds.masked_fill(~unsure, torch.inf)
-        least = state.at.gather(1, doubt.argmin(1, keepdim=True))[:, 0] - state.prompt
-        found = torch.stack([self._ended(state), unsure.any(1), least.float()]).cpu()
-        ended, sizes = found[0], lengths(state)
-        if bool(growing.any()):
-            grows = growing & (ended < self.enough) & (sizes < most)
-            tail = growing & ~grows
-            added = torch.where(grows, self.expansion, torch.where(tail, self.check // 2, 0))
-            added = torch.minimum(added, most - sizes)
-            state.memory[self, "growing"] = grows
-            rows = [
-                [*range(n), *[state.NEW if g else state.EOS] * more]
-                for n, more, g in zip(sizes.tolist(), added.tolist(), grows.tolist(), strict=True)
-            ]
-            return ragged(rows, state.GONE) if bool(added.any()) else None
-        expands = found[1].bool() & (ended < self.expand_until) & (sizes < most)
-        if not bool(expands.any()):
+        mine = view.memory(self)
+        growing, most, sizes = mine["growing"], mine["most"], view.lengths
+        unsure = view.open & ~view.taken & (view.log_odds < odds_of(self.low))
+        doubt = view.log_odds.masked_fill(~unsure, torch.inf)
+        least = view.at.gather(1, doubt.argmin(1, keepdim=True))[:, 0] - view.prompt
+        found = torch.stack([self._ended(view), unsure.any(1), least.float()]).cpu()
+        ended = found[0]
+        grows = growing & (ended < self.enough) & (sizes < most)
+        added = torch.where(grows, self.expansion, self.check // 2) * growing
+        added = torch.minimum(added, most - sizes)
+        mine["growing"] = grows
+        expands = ~growing & found[1].bool() & (ended < self.expand_until) & (sizes < most)
+        if not bool((expands | (added > 0)).any()):
             return None
-        rows = [list(range(n)) for n in sizes.tolist()]
-        given = lasting(state)
+        rows = [
+            [*range(size), *[NEW if grow else EOS] * more]
+            for size, more, grow in zip(sizes.tolist(), added.tolist(), grows.tolist(), strict=True)
+        ]
+        given = lasting(view)
         for i in expands.nonzero()[:, 0].tolist():
             at, limit = int(found[2, i]), int(most[i])
-            row = rows[i][:at] + [state.NEW] * self.expansion + rows[i][at + 1 :]
+            row = rows[i][:at] + [NEW] * self.expansion + rows[i][at + 1 :]
             if given[i] is None or given[i] not in row[limit:]:
                 rows[i] = row[:limit]
-        return ragged(rows, state.GONE)
+        return ragged(rows, GONE)
 
-    def _ended(self, state: DecodeState) -> Tensor:
+    def _ended(self, view: View) -> Tensor:
         """[B] float32 end confidence, from the predictions of all positions."""
-        real = state.here(state.sequence.mask)
-        ends = (state.candidates == state.model.spec.eos_id) & real
-        behind = ends.flip(1).cumsum(1).flip(1)  # how many from here to the end
-        return (state.probability * (ends & (behind <= self.check))).sum(1) / self.check
+        real = view.here(view.sequence.mask)
+        ends = (view.candidates == view.model.spec.eos_id) & real
+        after = ends.flip(1).cumsum(1).flip(1)  # how many from here to the end
+        return (view.probability * (ends & (after <= self.check))).sum(1) / self.check

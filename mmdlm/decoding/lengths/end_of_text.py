@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class EndOfText(Strategy):
     paper: ClassVar[str] = "dInfer, arXiv 2510.08666"
     exact: ClassVar[bool] = True
 
-    def end(self, state: DecodeState) -> Tensor:
+    def end(self, view: View) -> Tensor:
         """[B L] bool, the masks behind each row's first end token."""
-        spec = state.model.spec
-        tokens = state.tokens
+        spec = view.model.spec
+        tokens = view.tokens
         known = tokens != spec.mask_id
         ends = torch.zeros_like(known)
         for stop_id in {spec.eos_id, *spec.stop_ids}:
             ends |= tokens == stop_id
-        ends[:, : state.prompt], known[:, : state.prompt] = False, True
+        ends[:, : view.prompt], known[:, : view.prompt] = False, True
         ended = ends & known.long().cumprod(1).bool()
         return (ended.long().cumsum(1) > 0) & ~known

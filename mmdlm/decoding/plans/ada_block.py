@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from mmdlm.decoding.block_order import LATER, narrow, next_turn
 from mmdlm.decoding.delimiters import line_breaks
 from mmdlm.decoding.numerics import odds_of
-from mmdlm.decoding.state import DecodeState
-from mmdlm.decoding.strategy import Strategy, Window
+from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
+from mmdlm.model import MultimodalDLM
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,9 @@ class AdaBlock(Strategy):
     """Opens the answer block by block, each up to the surest delimiter predicted ahead.
 
     The first forward of a block looks at the next `share` of the answer. If the delimiter it
-    predicts most surely there reaches `threshold`, the block ends behind it, else after `size`
-    positions; the same forward commits. Each row of a batch has blocks of its own, and waits until
-    all have filled theirs. The best use is with `Threshold`; with fixed numbers of steps a block
-    gets those of one of `size` positions. A cache that follows such blocks is `SubBlockCache`.
+    predicts most surely there reaches `threshold`, the block ends after it, else after `size`
+    positions; the same forward commits. The best use is with `Threshold`; with fixed numbers
+    of steps a block gets those of one of `size` positions.
 
     Source: AdaBlock-dLLM (arXiv 2509.26432; lgxi24/AdaBlock-dLLM: llada/generate_adablock.py). A
     block that the first forward finishes costs no further one, as there.
@@ -38,7 +37,7 @@ class AdaBlock(Strategy):
     """
 
     paper: ClassVar[str] = "AdaBlock-dLLM, arXiv 2509.26432"
-    sees: ClassVar = "window"
+    sees: ClassVar = "block"
 
     size: int = 32
     threshold: float = 0.3
@@ -55,59 +54,49 @@ class AdaBlock(Strategy):
         if not 0 <= self.share <= 1:
             raise ValueError(f"AdaBlock.share is {self.share}, expected a part between 0 and 1")
 
-    def begin(self, state: DecodeState) -> None:
+    def prepare(self, model: MultimodalDLM, columns: slice | None) -> dict[str, Any]:
         """Looks the delimiters up."""
-        found = line_breaks(state.model) if self.delimiters is None else list(self.delimiters)
+        found = line_breaks(model) if self.delimiters is None else list(self.delimiters)
         if self.delimiters is None and not found and self.threshold <= 1:
             warnings.warn(
                 "AdaBlock: the model has no tokenizer with a line break, so all blocks are of "
                 f"{self.size}; give delimiters=(id, ...)",
                 stacklevel=2,
             )
-        state.memory[self, "delimiters"] = found
+        return {"delimiters": torch.tensor(found, dtype=torch.int64, device=model.device)}
 
-    def plan(self, state: DecodeState) -> Window:
-        """The block of each row, or the widest it may become; an empty window when none is left."""
-        if not state.left.any():
-            return Window(state.length, state.length)
-        if self not in state.memory:
-            state.turns = torch.full_like(state.turns, -1)
-            state.turns[:, state.prompt :] = LATER
-            state.turn_size, state.memory[self] = self.size, -1
-        if int(state.turns[state.left].min()) == LATER:
-            state.memory[self] += 1
-            start, reach, _ = self._sizes(state)
-            state.memory[self, "opening"] = True
-            at = torch.arange(state.length)
-            wide = (at >= start) & (at < start + reach.clamp(min=self.size))
-            state.turns = state.turns.masked_fill(wide & (at >= state.prompt), state.memory[self])
-        return next_turn(state)
+    def plan(self, view: View) -> Tensor:
+        """[B L] bool, the block of each row; of a new one the positions it may hold."""
+        left, at = view.left, torch.arange(view.length)
+        start, reach, _ = self._sizes(view)
+        wide = view.answer & (at >= start) & (at < start + reach.clamp(min=self.size))
+        stays = (view.plan & left).any(1, keepdim=True)
+        return torch.where(stays, view.plan, wide) & left.any(1, keepdim=True)
 
-    def stop(self, state: DecodeState) -> Tensor:
-        """[B] bool, nothing; this is where predictions are first known, and blocks find their end.
+    def block_size(self, view: View) -> Tensor:
+        """[B] int64, that of a block without a delimiter."""
+        return torch.full_like(view.asked, self.size)
+
+    def replan(self, view: View) -> Tensor | None:
+        """[B L] bool, the block of each row up to the delimiter that was predicted.
 
         Source: compute_block_length of the reference.
         """
-        if state.memory.pop((self, "opening"), False):
-            self._narrow(state)
-        return torch.zeros(len(state.tokens), dtype=torch.bool, device=state.tokens.device)
-
-    def _sizes(self, state: DecodeState) -> tuple[Tensor, Tensor, Tensor]:
-        """[B 1] int64 each: where the next block starts, how far it is searched, what is left."""
-        start = state.left.int().argmax(1, keepdim=True)
-        rest = state.length - start
-        return start, rest.clamp(max=int(self.share * (state.length - state.prompt))), rest
-
-    def _narrow(self, state: DecodeState) -> None:
-        """Ends the block of each row, and closes what lies behind."""
-        start, reach, rest = self._sizes(state)
-        ids = torch.tensor(state.memory[self, "delimiters"], device=state.at.device)
-        near = state.at < (start + reach).to(state.at.device)
-        near &= state.open  # what is given there is read, or not, as other rows need it
-        sure = state.log_odds.masked_fill(~(torch.isin(state.candidates, ids) & near), -torch.inf)
+        new = view.block_step == 0
+        if not bool(new.any()):
+            return None
+        start, reach, rest = self._sizes(view)
+        ids = view.memory(self)["delimiters"]
+        near = (view.at < (start + reach).to(view.device)) & view.open
+        sure = view.log_odds.masked_fill(~(torch.isin(view.candidates, ids) & near), -torch.inf)
         best, place = sure.max(1, keepdim=True)
         found = (best >= odds_of(self.threshold)) & (best > -torch.inf)
-        cut = torch.where(found, state.at.gather(1, place) + 1, -1).cpu()
+        cut = torch.where(found, view.at.gather(1, place) + 1, -1).cpu()
         end = torch.where(cut >= 0, cut, start + rest.clamp(max=self.size))
-        closed = torch.arange(state.length) >= end
-        narrow(state, closed)
+        return view.plan & ((torch.arange(view.length) < end) | ~new[:, None])
+
+    def _sizes(self, view: View) -> tuple[Tensor, Tensor, Tensor]:
+        """[B 1] int64 each: where the next block starts, how far it is searched, what is left."""
+        start, lengths = view.left.int().argmax(1, keepdim=True), view.lengths[:, None]
+        rest = view.prompt + lengths - start
+        return start, torch.minimum(rest, (self.share * lengths).long()), rest

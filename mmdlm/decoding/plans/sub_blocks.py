@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmdlm.decoding.block_order import heads, next_turn
-from mmdlm.decoding.state import DecodeState
-from mmdlm.decoding.strategy import Strategy, Window
+from mmdlm.decoding.block_order import heads, numbered
+from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class SubBlocks(Strategy):
 
     In a shifted family the first position of a block is scored by the last row of the block
     before, which does not see the block. It is opened alone, so that the others are scored with it
-    known. As with `Blocks`, a part stays open until every row has filled it.
+    known.
 
     Source: `small_block_size` of Efficient-Large-Model/Fast_dLLM_v2_7B: modeling.py (generate).
 
@@ -36,31 +36,31 @@ class SubBlocks(Strategy):
         if self.size < 1:
             raise ValueError(f"SubBlocks.size is {self.size}, expected at least 1")
 
-    def plan(self, state: DecodeState) -> Window:
-        """The first part that holds a mask in any row; an empty window when none does."""
-        if not state.left.any():
-            return Window(state.length, state.length)
-        if self not in state.memory:
-            state.memory[self] = True
-            state.turns, state.turn_size = self._turns(state), self.size
-        return next_turn(state)
+    def plan(self, view: View) -> Tensor:
+        """[B L] bool, the first part of each row that holds a mask."""
+        return numbered(view, self._numbers(view))
+
+    def block_size(self, view: View) -> Tensor:
+        """[B] int64, the size of a part."""
+        return torch.full_like(view.asked, self.size)
 
     def idle(self, length: int) -> bool:
         """A part holds all of the answer."""
         return self.size >= length
 
-    def _turns(self, state: DecodeState) -> Tensor:
+    def _numbers(self, view: View) -> Tensor:
         """[B L] int64, two numbers per part: for the first position opened alone, and the rest."""
-        spec, answer = state.model.spec, state.length - state.prompt
-        block = spec.block_size or answer
-        if spec.attention == "block_causal":
-            place = state.sequence.positions.cpu() % block
+        spec, level, start = view.model.spec, view.level, view.prompt
+        own = spec.attention == "block_causal"
+        block = spec.block_size or view.length - start
+        if own:
+            place = view.sequence.positions.cpu() % block
         else:
-            place = (torch.arange(state.length) - state.prompt).expand(len(state.tokens), -1)
-            place = place % block
+            place = ((torch.arange(view.length) - start) % block).expand(level.shape)
         parts = -(-block // self.size)
-        turns = (state.turns * parts + place // self.size) * 2 + (~heads(state)).long()
-        earlier = state.turns < 0
-        if spec.attention != "block_causal":
-            earlier[:, : state.prompt] = True  # with full attention the prompt has the same level
-        return turns.masked_fill(earlier, -1)
+        order = level - level[:, start : start + 1]
+        earlier = (order < 0) | (level < 0)
+        if not own:
+            earlier[:, :start] = True  # with full attention the prompt has the same level
+        numbers = (order * parts + place // self.size) * 2 + (~heads(view)).long()
+        return numbers.masked_fill(earlier, -1)

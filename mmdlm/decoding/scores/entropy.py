@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from mmdlm.decoding.numerics import entropy
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,6 @@ class Entropy(Strategy):
 
     paper: ClassVar[str] = "Dream, arXiv 2508.15487"
 
-    def score(self, state: DecodeState, logits: Tensor, tokens: Tensor) -> Tensor:
+    def score(self, view: View, logits: Tensor, tokens: Tensor) -> Tensor:
         """[B R] negative entropy in nats, 0 at most."""
         return -entropy(logits)

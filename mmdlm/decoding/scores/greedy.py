@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,6 @@ class Greedy(Strategy):
     paper: ClassVar[str] = "LLaDA, arXiv 2502.09992"
     exact: ClassVar[bool] = True
 
-    def pick(self, state: DecodeState, logits: Tensor) -> Tensor:
+    def pick(self, view: View, logits: Tensor) -> Tensor:
         """[B R] int64."""
         return logits.argmax(-1)

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Gumbel(Strategy):
         if not self.temperature >= 0:
             raise ValueError(f"Gumbel.temperature is {self.temperature}, expected 0 or more")
 
-    def pick(self, state: DecodeState, logits: Tensor) -> Tensor:
+    def pick(self, view: View, logits: Tensor) -> Tensor:
         """[B R] int64."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        u = state.uniform(logits.shape[-1], dtype=torch.float64)
+        u = view.uniform(logits.shape[-1], dtype=torch.float64)
         return (logits - self.temperature * u.log().neg().log()).argmax(-1)

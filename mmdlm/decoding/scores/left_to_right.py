@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,6 @@ class LeftToRight(Strategy):
 
     paper: ClassVar[str] = "SDAR, arXiv 2510.06303"
 
-    def score(self, state: DecodeState, logits: Tensor, tokens: Tensor) -> Tensor:
+    def score(self, view: View, logits: Tensor, tokens: Tensor) -> Tensor:
         """[B R] minus the place among the read positions, 0 for the first."""
         return -torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape).float()

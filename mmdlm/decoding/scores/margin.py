@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mmdlm.decoding.numerics import log_odds
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Margin(Strategy):
 
     paper: ClassVar[str] = "Dream, arXiv 2508.15487"
 
-    def score(self, state: DecodeState, logits: Tensor, tokens: Tensor) -> Tensor:
+    def score(self, view: View, logits: Tensor, tokens: Tensor) -> Tensor:
         """[B R] p1 - p2 - 1, in [-1, 0]: near 0 float32 tells more numbers apart than near 1."""
         best = logits.argmax(-1)
         odds = log_odds(logits, best)

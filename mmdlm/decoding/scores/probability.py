@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,6 @@ class Probability(Strategy):
     paper: ClassVar[str] = "LLaDA, arXiv 2502.09992"
     exact: ClassVar[bool] = True
 
-    def score(self, state: DecodeState, logits: Tensor, tokens: Tensor) -> Tensor:
+    def score(self, view: View, logits: Tensor, tokens: Tensor) -> Tensor:
         """[B R] log-odds, same order as the float64 probabilities."""
-        return state.log_odds
+        return view.log_odds

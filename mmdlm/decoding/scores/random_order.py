@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,6 @@ class RandomOrder(Strategy):
 
     paper: ClassVar[str] = "LLaDA, arXiv 2502.09992"
 
-    def score(self, state: DecodeState, logits: Tensor, tokens: Tensor) -> Tensor:
+    def score(self, view: View, logits: Tensor, tokens: Tensor) -> Tensor:
         """[B R] uniform in [0, 1), drawn anew in every step."""
-        return state.uniform()
+        return view.uniform()

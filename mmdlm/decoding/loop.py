@@ -1,0 +1,189 @@
+"""One denoising step of all rows of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mmdlm.decoding import forward, rows
+from mmdlm.decoding.active_positions import active_positions
+from mmdlm.decoding.dispatch import Owners
+from mmdlm.decoding.numerics import log_odds
+from mmdlm.decoding.state import State
+from mmdlm.decoding.view import View, ban_mask, settled
+
+
+def plan(state: State, owners: Owners) -> Tensor:
+    """Opens positions for the next step, and sets the clocks of rows that begin a block.
+
+    Returns:
+        [B] bool on the host, rows that have something left to do.
+    """
+    owner, view = owners["plan"][0], View(state)
+    before, state.region = state.plan, owner.plan(view)
+    planned = state.region & state.answer
+    if owner.sliding:
+        same = state.block >= 0
+    else:
+        # Of answers that change their length, the block that begins at the same place is the same.
+        same = (planned == before).all(1) | (state.resized & _first(planned).eq(_first(before)))
+        same &= state.block >= 0
+    state.plan, state.opened = planned, planned.to(state.tokens.device)
+    state.resized = torch.zeros_like(same)
+    if not bool(same.all()):
+        new = ~same
+        state.block += new
+        state.block_step.masked_fill_(new, 0)
+        inside = state.left if owner.sliding else state.left & planned
+        state.block_masks = torch.where(new, inside.sum(1), state.block_masks)
+        state.block_size = torch.where(new, owner.block_size(view), state.block_size)
+    return planned.any(1)
+
+
+def _first(flags: Tensor) -> Tensor:
+    """[B] the first True of each row [B L]."""
+    return flags.int().argmax(1)
+
+
+def lasts(state: State, owners: Owners) -> bool:
+    """Whether all rows are sure to stay in their blocks, so that a GPU need not be waited for."""
+    if state.score_masked_only:
+        return False
+    if any(hook in owners for hook in ("stop", "edit", "hold", "revise", "end", "resize")):
+        return False
+    return owners["plan"][0].steady and owners["select"][0].lasts(View(state))
+
+
+def step(state: State, owners: Owners, on_commit: Callable[[State], None] | None = None) -> None:
+    """One step: the forward, what it commits, what is taken back, and the clocks.
+
+    Args:
+        state: the rows, planned.
+        owners: the strategies.
+        on_commit: called after the write.
+    """
+    view = View(state)
+    state.refresh = owners["refresh"][0].refresh(view)
+    state.focus(active_positions(state, owners))
+    forward.prepare(state)
+    logits = forward.run(state)
+    _cached(state)
+    for strategy in owners["all"]:
+        if strategy in owners.get("guide", ()):
+            logits = strategy.guide(view, logits)
+        if strategy in owners.get("observe", ()):
+            strategy.observe(view, logits)
+    logits = ban_mask(state, logits)
+    picked = owners["pick"][0].pick(view, logits)
+    state.candidates = picked + view.first_id
+    state.log_odds = log_odds(logits, picked)
+    confidence = owners["score"][0].score(view, logits, picked)
+    state.confidence = confidence.masked_fill(~state.open, -torch.inf)
+    _replan(state, owners)
+    _commit(state, owners)
+    if on_commit is not None:
+        on_commit(state)
+    _revise(state, owners)
+    end(state, owners)
+    for strategy in owners.get("resize", ()):
+        source = strategy.resize(view)
+        if source is not None:
+            rows.resize(state, source)
+    state.wrote()
+    state.step += 1
+    state.block_step += 1
+
+
+def _cached(state: State) -> None:
+    """Notes what the caches hold after a forward."""
+    if not state.refresh.cached:
+        return
+    compute = state.refresh.compute
+    if state.refresh.prefill is not None:
+        compute = compute | state.refresh.prefill
+    if state.flat and bool(state.has_cache.all()):
+        return
+    low, level = settled(state)[:, None], state.level
+    first = state.left_before.int().argmax(1, keepdim=True)
+    floor = level.gather(1, first)
+    missing = ((level >= low) & (level < floor) & ~compute).any(1)
+    state.final = torch.where(missing, low[:, 0], floor[:, 0])
+    state.has_cache |= compute.any(1)
+
+
+def end(state: State, owners: Owners) -> None:
+    """Fills what can only become end tokens, also after those that are given."""
+    for strategy in owners.get("end", ()):
+        ended = strategy.end(View(state)) & state.masked
+        state.tokens.masked_fill_(ended, state.model.spec.eos_id)
+
+
+def _replan(state: State, owners: Owners) -> None:
+    """Closes open positions now that the candidates are known."""
+    part = owners["plan"][0].replan(View(state))
+    if part is None:
+        return
+    state.region = state.region & (part | ~state.plan)
+    state.plan = part & state.plan
+    state.opened = state.plan.to(state.tokens.device)
+    state.open = state.open & state.here(state.opened)
+    state.confidence = state.confidence.masked_fill(~state.open, -torch.inf)
+    first = state.block_step == 0
+    masks = (state.plan & state.left).sum(1)
+    state.block_masks = torch.where(first, masks, state.block_masks)
+
+
+def _commit(state: State, owners: Owners) -> None:
+    """Writes what this step takes into the canvas, and records when and how surely."""
+    view, is_open = View(state), state.open
+    finish = torch.zeros_like(is_open[:, :1])
+    for strategy in owners.get("stop", ()):
+        finish = finish | strategy.stop(view)[:, None]
+    taken = _selected(state, owners) & is_open
+    if "stop" in owners:
+        taken = taken | (finish & state.here(state.masked))
+    for strategy in owners.get("edit", ()):
+        # Of what no mask can change any more, caches keep the keys.
+        changing = state.unsettled.to(taken.device)
+        written = state.here(state.writable & ~state.masked & changing)
+        edited = strategy.edit(view) & written
+        taken = taken | (edited & state.here(state.opened))
+    state.held = torch.zeros_like(state.plan)
+    for strategy in owners.get("hold", ()):
+        state.held = state.held | strategy.hold(view)
+    state.taken = taken
+    when = state.step[:, None].to(taken.device)
+    state.put(state.tokens, taken, state.candidates)
+    state.put(state.commit_step, taken, when.expand(taken.shape), state.prompt)
+    state.put(state.commit_confidence, taken, state.log_odds.sigmoid(), state.prompt)
+
+
+def _selected(state: State, owners: Owners) -> Tensor:
+    """[B R] bool, the open positions that commit."""
+    select, is_open = owners["select"][0], state.open
+    only = state.refresh.only
+    stuck = None
+    if only is not None and bool((only & state.left).any()):
+        stuck = (only & state.left).any(1, keepdim=True)
+        if bool(stuck.all()):
+            return is_open
+        # Rows that fill one position do not select, nor do they draw.
+        stuck = stuck.to(is_open.device)
+        state.open = is_open & ~stuck
+    taken = select.select(View(state))
+    if not select.may_idle:
+        taken = taken.scatter(1, state.confidence.argmax(1, keepdim=True), True)
+    state.open = is_open
+    return taken if stuck is None else torch.where(stuck, is_open, taken)
+
+
+def _revise(state: State, owners: Owners) -> None:
+    """Makes known positions masks again."""
+    for strategy in owners.get("revise", ()):
+        again = strategy.revise(View(state)) & ~state.masked & state.writable
+        again &= (state.step < 2 * state.asked)[:, None].to(again.device)
+        state.tokens.masked_fill_(again, state.model.spec.mask_id)
+        state.commit_step.masked_fill_(again[:, state.prompt :], -1)
+        state.commit_confidence.masked_fill_(again[:, state.prompt :], 0.0)

@@ -1,0 +1,171 @@
+"""Rows that leave a running batch, join it, or change their length."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from mmdlm.decoding.memory import moved, padded
+from mmdlm.decoding.state import CLOCKS, State
+from mmdlm.decoding.strategy import GONE, NEW
+from mmdlm.layout import ANSWER, TOKEN, Sequence, chosen
+
+HOST = (*CLOCKS, "has_cache", "resized", "plan", "region", "held", "level", "left_before")
+DEVICE = ("opened", "writable", "commit_step", "commit_confidence")
+STEP = ("at", "real", "open", "candidates", "log_odds", "confidence", "taken")
+CANVAS = ("plan", "region", "held", "left_before", "opened", "writable")
+ANSWERS = (("commit_step", -1), ("commit_confidence", 0.0))
+
+
+def keep(state: State, rows: Tensor) -> None:
+    """Shrinks the batch to some of its rows.
+
+    Args:
+        state: changed in place.
+        rows: int64 [n] on the host, ascending.
+    """
+    at = rows.to(state.tokens.device)
+    state.keys = [state.keys[i] for i in rows.tolist()]
+    state.draws = [state.draws[i] for i in rows.tolist()]
+    state._left = None if state._left is None else state._left[rows]
+    for names, index in ((HOST, rows), ((*DEVICE, *STEP), at)):
+        for name in names:
+            value = getattr(state, name, None)
+            if value is not None and len(value):
+                setattr(state, name, value[index])
+    state.sequence = chosen(state.sequence, at)
+    for kv in state.caches.values():
+        kv.keep(at)
+    state.memories = {k: memory.each("keep", rows) for k, memory in state.memories.items()}
+
+
+def join(state: State, new: State) -> None:
+    """Adds rows to a batch: prompts are padded on the left, answers on the right.
+
+    Args:
+        state: changed in place.
+        new: rows before their first step, without keys and values or with those of earlier text.
+    """
+    prompt = max(state.prompt, new.prompt)
+    size = max(state.length - state.prompt, new.length - new.prompt)
+    for each in (state, new):
+        widen(each, prompt - each.prompt, size - (each.length - each.prompt))
+    for name in (*HOST, *DEVICE):
+        setattr(state, name, torch.cat([getattr(state, name), getattr(new, name)]))
+    state.sequence = joined(state.sequence, new.sequence)
+    state.keys, state.draws = [*state.keys, *new.keys], [*state.draws, *new.draws]
+    state.memories = {k: m.join(new.memories[k]) for k, m in state.memories.items()}
+    for name in {*state.caches, *new.caches}:
+        made = [
+            each.caches.get(name) or each.model.backbone.cache(len(each.tokens), each.length)
+            for each in (state, new)
+        ]
+        state.caches[name] = made[0].join(made[1])
+    state.relevel()
+    state.wrote()
+
+
+def widen(state: State, left: int, right: int) -> None:
+    """Makes all prompts and answers longer by padding, in place."""
+    if not left and not right:
+        return
+    spec = state.model.spec
+    state.prompt += left
+    state.sequence = pad(state.sequence, left, right, spec.pad_id, spec.eos_id)
+    state.level = padded(state.level, left, right, -1)
+    for name in CANVAS:
+        setattr(state, name, padded(getattr(state, name), left, right, False))
+    for name, fill in ANSWERS:
+        setattr(state, name, padded(getattr(state, name), 0, right, fill))
+    state.memories = {k: m.each("pad", left, right) for k, m in state.memories.items()}
+    for name, kv in state.caches.items():
+        state.caches[name] = kv.pad(left, right)
+    state.relevel()
+    state.wrote()
+
+
+def pad(sequence: Sequence, left: int, right: int, pad_id: int, eos_id: int) -> Sequence:
+    """The sequence with padding before its prompts and after its answers."""
+    changed = {}
+    for part in fields(sequence):
+        value = getattr(sequence, part.name)
+        if part.name == "media" or not isinstance(value, Tensor):
+            continue
+        value = padded(value, left, right, 0)
+        if part.name == "tokens":  # what is after a shorter answer reads as ended
+            value[:, :left] = pad_id
+            value[:, value.shape[1] - right :] = eos_id
+        changed[part.name] = value
+    return replace(sequence, **changed)
+
+
+def joined(one: Sequence, other: Sequence) -> Sequence:
+    """Rows of two sequences of the same length, one after the other."""
+    changed = {}
+    for part in fields(one):
+        values = [v for v in (getattr(one, part.name), getattr(other, part.name)) if v is not None]
+        if part.name == "media" and values:
+            values = [v.to(values[0].dtype) for v in values]
+        changed[part.name] = torch.cat(values) if values else None
+    return replace(one, **changed)
+
+
+def resize(state: State, source: Tensor) -> None:
+    """Gives the answers another length; see `Strategy.resize`.
+
+    Args:
+        state: changed in place.
+        source: [B N] int64 on the host.
+    Raises:
+        ValueError: the model's attention is not full, or the text is longer than its context.
+    """
+    spec, device = state.model.spec, state.tokens.device
+    if spec.attention != "full":
+        raise ValueError(
+            f"the length of the answer can change in full attention only, this model has "
+            f"{spec.attention}; leave out the strategy that changes it"
+        )
+    first = state.sequence.positions[:, state.prompt : state.prompt + 1]
+    spec.fits(int((first[:, 0].cpu() + (source != GONE).sum(1)).max()))
+    lengths = state.lengths
+    order = torch.arange(source.shape[1])
+    same = torch.where(order < lengths[:, None], order, GONE)
+    changed = (source != same).any(1) | (lengths > source.shape[1])
+    state.has_cache &= ~changed
+    state.resized = changed
+    state.final = torch.where(changed, 0, state.final)
+    prompt, size, on = state.prompt, source.shape[1] - (state.length - state.prompt), source
+    source = source.to(device)
+
+    def answer(values: Tensor, fill: float) -> Tensor:
+        return moved(values[:, prompt:], source if values.device == device else on, fill)
+
+    def whole(values: Tensor, new: Tensor) -> Tensor:
+        return torch.cat([values[:, :prompt], new], 1)
+
+    fresh, gone = source == NEW, source == GONE
+    was = state.sequence
+    tokens = answer(was.tokens, spec.eos_id).masked_fill(fresh, spec.mask_id)
+    state.sequence = replace(
+        was,
+        tokens=whole(was.tokens, tokens),
+        role=whole(was.role, torch.full_like(source, ANSWER)),
+        source=whole(was.source, torch.full_like(source, TOKEN)),
+        mask=whole(was.mask, ~gone),
+        positions=whole(was.positions, first + torch.arange(source.shape[1], device=device)),
+        level=whole(was.level, torch.zeros_like(source)),
+    )
+    state.writable = whole(state.writable, answer(state.writable, False) | fresh)
+    for name, fill in ANSWERS:
+        setattr(state, name, moved(getattr(state, name), source, fill))
+    for name in ("plan", "region", "held", "left_before"):
+        value = getattr(state, name)
+        setattr(state, name, whole(value, answer(value, False)))
+    state.opened = state.plan.to(device)
+    state.memories = {k: m.each("resize", on, prompt) for k, m in state.memories.items()}
+    for name, kv in state.caches.items():
+        state.caches[name] = kv.pad(0, size)
+    state.set_levels(state.sequence.level)
+    state.wrote()

@@ -1,0 +1,353 @@
+"""Requests that join and leave a running batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmdlm.decoding import loop, preset, rows
+from mmdlm.decoding.compatibility import check_model
+from mmdlm.decoding.conversation import Turn, continued, resume, saved
+from mmdlm.decoding.dispatch import assign
+from mmdlm.decoding.memory import Memory
+from mmdlm.decoding.rng import Source
+from mmdlm.decoding.start import committable, start
+from mmdlm.decoding.state import State
+from mmdlm.decoding.view import View
+from mmdlm.layout import Sequence
+from mmdlm.model import MultimodalDLM
+
+NO_TOKEN = (
+    "a position had no possible token: the model gave NaN (check the weights, or load with "
+    "dtype=float32), or strategies such as Suppress and Nucleus left none"
+)
+
+
+@dataclass(frozen=True)
+class Committed:
+    """Positions of one answer that a step filled.
+
+    Args:
+        key: the request.
+        positions: within the answer, ascending; 0 is its first.
+        tokens: the ids they got.
+        confidence: their probabilities, 0 to 1.
+    """
+
+    key: int
+    positions: list[int]
+    tokens: list[int]
+    confidence: list[float]
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """A complete answer.
+
+    Args:
+        key: the request.
+        tokens: [G] int64.
+        step: [G] int64, 0-based step of this request that filled a position; -1 where none did:
+            known beforehand, or ended.
+        confidence: [G] float32 probability of the token at that step, 0 where none did.
+        forwards: forwards of the backbone that this request took.
+    """
+
+    key: int
+    tokens: Tensor
+    step: Tensor
+    confidence: Tensor
+    forwards: int
+
+
+class Session:
+    """A running batch: requests are added and removed while others are being decoded.
+
+    Every request has its own clock and its own random stream: whenever it is added, it gets the
+    tokens, steps and number of forwards that it gets alone. (In low precision other shapes may
+    break near-ties otherwise; `ODD` makes rows differ on purpose.)
+
+    Args:
+        model: the model.
+        strategies: instances, or the name of a preset, see `mmdlm.decode`.
+        columns: range of ids that may be committed; the head computes only these.
+    Raises:
+        ValueError: the strategies do not fit together, or do not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: MultimodalDLM,
+        strategies: preset.Choice = (),
+        *,
+        columns: slice | None = None,
+    ) -> None:
+        self.model, self.columns = model, columns
+        self.owners = assign(preset.strategies(strategies))
+        ids = committable(columns, model)
+        for strategy in self.owners["all"]:
+            check_model(strategy, model)
+        self._shared = {id(s): s.prepare(model, ids) for s in self.owners["all"]}
+        self._state: State | None = None
+        self._waiting: list[State] = []
+        self._done: list[Finished] = []
+        self._turns: dict[int, Turn] = {}
+        self._kept: set[int] = set()
+        self._next, self._planned, self._calls = 0, False, 0
+        self._events: list[Committed] = []
+
+    @property
+    def calls(self) -> int:
+        """Forwards of the backbone so far, for all requests together."""
+        return self._calls + (0 if self._state is None else self._state.calls)
+
+    @property
+    def keys(self) -> list[int]:
+        """Requests that are not finished, in the order of their rows."""
+        states = ([] if self._state is None else [self._state]) + self._waiting
+        return [key for state in states for key in state.keys]
+
+    @torch.inference_mode()
+    def add(
+        self,
+        prompt: Tensor | Sequence,
+        length: int,
+        *,
+        generator: torch.Generator | None = None,
+        canvas: Tensor | None = None,
+        keep: bool = False,
+    ) -> int:
+        """Adds one request; it takes part from the next step on.
+
+        Args:
+            prompt: token ids [P], or a laid-out Sequence of one row.
+            length: positions G to fill.
+            generator: source of its random draws; None: torch's own.
+            canvas: [G] int64 answer of which only the masks are filled in; None: all masks.
+            keep: hold what `extend` needs when the answer is complete, keys and values too.
+        Returns:
+            its key.
+        Raises:
+            ValueError: see `mmdlm.decode`, or there is more than one row.
+        """
+        if isinstance(prompt, Tensor) and prompt.ndim == 1:
+            prompt = prompt[None]
+        count = len(prompt if isinstance(prompt, Tensor) else prompt.tokens)
+        if count != 1:
+            raise ValueError(f"add: the prompt has {count} rows, expected 1; use add_rows")
+        canvas = canvas if canvas is None or canvas.ndim == 2 else canvas[None]
+        return self.add_rows(prompt, length, generator=generator, canvas=canvas, keep=keep)[0]
+
+    @torch.inference_mode()
+    def add_rows(
+        self,
+        prompt: Tensor | Sequence,
+        length: int,
+        *,
+        mask: Tensor | None = None,
+        generator: Source = None,
+        canvas: Tensor | None = None,
+        keep: bool = False,
+    ) -> list[int]:
+        """Adds one request per row; see `add`.
+
+        Args:
+            prompt: token ids [B P] or a laid-out Sequence.
+            length: positions G to fill.
+            mask: [B P] key padding of token ids, True = real; pad on the left.
+            generator: one for the rows or one per row; None: torch's own.
+            canvas: [B G] int64.
+            keep: see `add`.
+        """
+        state = start(self.model, prompt, length, mask, generator, self.columns, canvas, self._next)
+        self._next += len(state.keys)
+        if keep:
+            self._kept |= set(state.keys)
+        return self._enter(state)
+
+    def _enter(self, state: State) -> list[int]:
+        """Prepares new rows, and lets them wait for the next step."""
+        keys = list(state.keys)
+        everyone = self.owners["all"]
+        state.memories = {id(s): Memory({}, self._shared[id(s)]) for s in everyone}
+        for strategy in self.owners.get("layout", ()):
+            state.set_levels(strategy.layout(View(state)))
+        for s in everyone:
+            state.memories[id(s)] = Memory(s.begin(View(state)), self._shared[id(s)])
+        loop.end(state, self.owners)
+        state.wrote()
+        self._done += self._leave(state, state.left.any(1))
+        if state.keys:
+            self._waiting.append(state)
+        return keys
+
+    @torch.inference_mode()
+    def step(self) -> list[Committed | Finished]:
+        """One step of every request.
+
+        Returns:
+            what was committed, and the answers that are complete.
+        Raises:
+            ValueError: nothing could be written because the model gave NaN.
+        """
+        self.advance()
+        events: list[Committed | Finished] = []
+        events += self._events
+        events += self._done
+        self._done = []
+        if any(e.confidence.isnan().any() for e in events if isinstance(e, Finished)):
+            raise ValueError(NO_TOKEN)
+        return events
+
+    def finished(self) -> list[Finished]:
+        """The answers completed since they were last taken, for those who call `advance`."""
+        done, self._done = self._done, []
+        return done
+
+    @torch.inference_mode()
+    def advance(self, *, events: bool = True) -> bool:
+        """One step of every request, without a report.
+
+        Args:
+            events: note what is committed, which waits for the device.
+        Returns:
+            whether any request is left.
+        """
+        self._events = []
+        self._join()
+        state = self._state
+        if state is not None and not self._planned:
+            self._done += self._leave(state, loop.plan(state, self.owners))
+        if state is None or not state.keys:
+            self._drop_empty()
+            return False
+        stays = loop.lasts(state, self.owners)
+        loop.step(state, self.owners, on_commit=self._note if events else None)
+        self._planned = stays
+        if not stays:
+            self._done += self._leave(state, state.left.any(1))
+        self._drop_empty()
+        return bool(self.keys)
+
+    def _drop_empty(self) -> None:
+        """Forgets a batch whose last row has left."""
+        if self._state is not None and not self._state.keys:
+            self._calls += self._state.calls
+            self._state = None
+
+    def _join(self) -> None:
+        """Takes the waiting rows into the batch."""
+        for new in self._waiting:
+            self._planned = False
+            if self._state is None:
+                self._state = new
+            else:
+                rows.join(self._state, new)
+        self._waiting = []
+
+    def _note(self, state: State) -> None:
+        """Remembers what a step committed."""
+        taken, at = state.taken.cpu(), state.at.cpu() - state.prompt
+        tokens, sure = state.candidates.cpu(), state.log_odds.sigmoid().cpu()
+        for i, key in enumerate(state.keys):
+            where = taken[i]
+            if bool(where.any()):
+                found = (each[i][where].tolist() for each in (at, tokens, sure))
+                self._events.append(Committed(key, *found))
+
+    def _leave(self, state: State, busy: Tensor) -> list[Finished]:
+        """Takes rows out of the batch that are not busy, [B] bool on the host."""
+        if bool(busy.all()):
+            return []
+        done, lengths = [], state.lengths.tolist()
+        for i in (~busy).nonzero()[:, 0].tolist():
+            key, size = state.keys[i], lengths[i]
+            answer = slice(state.prompt, state.prompt + size)
+            done.append(
+                Finished(
+                    key,
+                    state.tokens[i, answer].clone(),
+                    state.commit_step[i, :size].clone(),
+                    state.commit_confidence[i, :size].clone(),
+                    int(state.forwards[i]),
+                )
+            )
+            if key in self._kept:
+                self._turns[key] = saved(state, i)
+        rows.keep(state, busy.nonzero()[:, 0])
+        return done
+
+    @torch.inference_mode()
+    def extend(
+        self,
+        key: int,
+        prompt: Tensor | Sequence,
+        length: int,
+        *,
+        generator: torch.Generator | None = None,
+        canvas: Tensor | None = None,
+    ) -> int:
+        """Asks for the next answer of a conversation; equal to a fresh decode of all of it.
+
+        Keys and values of the earlier text are reused as far as new text cannot change them: whole
+        blocks of a block-causal model, media of a cascade; nothing with full attention.
+
+        Args:
+            key: a finished request that was added with `keep=True`.
+            prompt: token ids [n] that follow the answer (up to its first end token, which stays),
+                or a laid-out Sequence of one row with all of the conversation.
+            length: see `add`.
+            generator: see `add`.
+            canvas: see `add`.
+        Returns:
+            the same key.
+        Raises:
+            KeyError: the request is not finished, or was added without `keep=True`.
+        """
+        if key not in self._turns:
+            raise KeyError(
+                f"request {key} cannot be extended; it must be finished, and added with keep=True"
+            )
+        turn = self._turns.pop(key)
+        if isinstance(prompt, Tensor):
+            prompt = continued(self.model, turn, prompt)
+        canvas = canvas if canvas is None or canvas.ndim == 2 else canvas[None]
+        state = start(self.model, prompt, length, None, generator, self.columns, canvas, key)
+        for strategy in self.owners.get("layout", ()):
+            state.set_levels(strategy.layout(View(state)))
+        resume(state, turn)
+        self._enter(state)
+        return key
+
+    def remove(self, key: int) -> None:
+        """Drops a request, running or kept.
+
+        Raises:
+            KeyError: there is no such request.
+        """
+        known = self._turns.pop(key, None) is not None
+        self._kept.discard(key)
+        for state in [*self._waiting, *([] if self._state is None else [self._state])]:
+            if key in state.keys:
+                known = True
+                stay = [i for i, other in enumerate(state.keys) if other != key]
+                rows.keep(state, torch.tensor(stay, dtype=torch.int64))
+        self._waiting = [state for state in self._waiting if state.keys]
+        self._drop_empty()
+        if not known:
+            raise KeyError(f"there is no request {key}; running: {self.keys}")
+
+    def canvas(self, key: int) -> Tensor:
+        """[G] int64 ids of an answer so far; what is open holds the mask id.
+
+        Raises:
+            KeyError: the request is not running.
+        """
+        for state in [*self._waiting, *([] if self._state is None else [self._state])]:
+            if key in state.keys:
+                i = state.keys.index(key)
+                size = int(state.lengths[i])
+                return state.tokens[i, state.prompt : state.prompt + size].clone()
+        raise KeyError(f"request {key} is not running; running: {self.keys}")

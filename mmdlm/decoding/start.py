@@ -1,0 +1,92 @@
+"""The rows of a request before their first step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mmdlm.decoding.rng import Source, Streams
+from mmdlm.decoding.state import State
+from mmdlm.layout import ANSWER, TOKEN, Sequence, from_tokens, levels
+from mmdlm.model import MultimodalDLM
+
+
+def start(
+    model: MultimodalDLM,
+    prompt: Tensor | Sequence,
+    length: int,
+    mask: Tensor | None = None,
+    generator: Source = None,
+    columns: slice | None = None,
+    canvas: Tensor | None = None,
+    first_key: int = 0,
+) -> State:
+    """The prompt followed by the canvas.
+
+    Args:
+        model: the model.
+        prompt: token ids [B P] or a laid-out Sequence.
+        length: positions G to fill.
+        mask: [B P] key padding of token ids, True = real.
+        generator: source of random draws.
+        columns: ids that may be committed.
+        canvas: [B G] int64 answer of which only the masks are filled in; None: all masks.
+        first_key: key of the first row; the others count on from it.
+    Raises:
+        ValueError: see `mmdlm.decode`.
+    """
+    spec = model.spec
+    if length < 1:
+        raise ValueError(f"length is {length}, expected at least one position to fill")
+    if isinstance(prompt, Tensor):
+        if prompt.ndim != 2:
+            raise ValueError(f"prompt is {list(prompt.shape)}, expected token ids [B P]")
+        prompt = from_tokens(prompt, mask, spec.attention, spec.block_size)
+    elif mask is not None:
+        raise ValueError("mask is for token ids; a Sequence brings its own")
+    prompt = prompt.to(model.device)
+    batch, size = prompt.tokens.shape
+    if batch == 0 or size == 0:
+        raise ValueError("the prompt is empty; give at least one row with one token")
+    order = torch.arange(length, device=model.device).expand(batch, -1)
+    answer = torch.full_like(order, spec.mask_id)
+    if canvas is not None:
+        if canvas.shape != order.shape:
+            raise ValueError(f"canvas is {list(canvas.shape)}, expected {[batch, length]}")
+        answer = canvas.to(order)
+    role, source = torch.full_like(order, ANSWER), torch.full_like(order, TOKEN)
+    last = (prompt.positions * prompt.mask).amax(1, keepdim=True)
+    if spec.context is not None:
+        spec.fits(int(last.max()) + 1 + length)
+    positions = last + 1 + order
+    level = levels(role, source, positions, order, spec.attention, spec.block_size)
+    sequence = replace(
+        prompt,
+        tokens=torch.cat([prompt.tokens, answer], 1),
+        role=torch.cat([prompt.role, role], 1),
+        source=torch.cat([prompt.source, source], 1),
+        mask=torch.cat([prompt.mask, torch.ones_like(order, dtype=torch.bool)], 1),
+        positions=torch.cat([prompt.positions, positions], 1),
+        level=torch.cat([prompt.level, level], 1),
+        branch=None,
+    )
+    made = Streams(generator, batch, model.device)
+    keys = list(range(first_key, first_key + batch))
+    draws = [(made, i) for i in range(batch)]
+    return State(model, sequence, size, keys, draws, committable(columns, model))
+
+
+def committable(columns: slice | None, model: MultimodalDLM) -> slice | None:
+    """The ids that may be committed as a slice with a start and a stop.
+
+    Raises:
+        ValueError: there are none besides the mask id, or the slice has a step.
+    """
+    if columns is None:
+        return None
+    start, stop, step = columns.indices(model.spec.transformer.vocab)
+    if step != 1 or start >= stop or (start, stop) == (model.spec.mask_id, model.spec.mask_id + 1):
+        raise ValueError(f"columns is {columns}, expected a range of ids besides the mask id")
+    return slice(start, stop)
