@@ -127,7 +127,7 @@ class KV:
         return RowsKV(self, rows)
 
     def pad(self, left: int, right: int) -> KV:
-        """Buffers of a canvas with positions added on both sides (fewer at the end, if negative)."""
+        """Buffers with positions added on both sides; a negative `right` takes some from the end."""
         length = self.length + left + right
         stay = min(self.length, length - left)
         grown = self.like(len(self.keys[0]), length)

@@ -30,16 +30,18 @@ def scoring_masks(view: View) -> Tensor:
 
 
 def needed(view: View) -> Tensor:
-    """[B L] host bool, what exact logits of the open positions need, as far as it is not final."""
-    level, scores = view.level, scoring(view)
-    top = level.masked_fill(~scores, -1).amax(1, keepdim=True)
-    return ((level >= view.settled[:, None]) & (level >= 0) & (level <= top)) | scores
+    """[B L] host bool, what exact logits of the open positions need, as far as it is not final.
 
-
-def everything(view: View) -> Tensor:
-    """[B L] host bool, all positions that can have changed, and those that score the open ones."""
-    changed = (view.level >= view.settled[:, None]) & (view.level >= 0)
+    All that can have changed, but for positions that the open ones do not see.
+    """
+    level = view.level
+    changed = (level >= view.settled[:, None]) & (level >= 0) & (level <= highest(view))
     return changed | scoring(view)
+
+
+def highest(view: View) -> Tensor:
+    """[B 1] host int64, the highest level that the open positions of each row see."""
+    return view.level.masked_fill(~scoring(view), -1).amax(1, keepdim=True)
 
 
 def span(view: View) -> tuple[Tensor, Tensor]:
@@ -51,16 +53,16 @@ def span(view: View) -> tuple[Tensor, Tensor]:
 
 
 def between(view: View, start: Tensor, stop: Tensor) -> Tensor:
-    """[B L] host bool, the real positions from start [B 1] to stop [B 1]."""
-    at = torch.arange(view.length)
-    return (at >= start) & (at < stop) & (view.level >= 0)
+    """[B L] host bool, the positions from start [B 1] to stop [B 1] that the open ones see."""
+    at, level = torch.arange(view.length), view.level
+    return (at >= start) & (at < stop) & (level >= 0) & (level <= highest(view))
 
 
 def block_pass(view: View, within: Tensor) -> Refresh:
-    """Everything in the step that opens a block, then less.
+    """All that can have changed in the step that opens a block, then less.
 
     In a shifted family the position before the block scores its first one. It is not recomputed
-    within the block, so while the first one is masked everything is, and only that one commits.
+    within the block, so while the first one is masked all is, and only that one commits.
 
     Args:
         view: the rows.
@@ -76,7 +78,7 @@ def block_pass(view: View, within: Tensor) -> Refresh:
             only = (torch.arange(view.length) == start) & stuck
             opens = opens | stuck[:, 0]
     if bool(opens.all()):
-        return Refresh(everything(view), only=only)
+        return Refresh(needed(view), only=only)
     if not bool(opens.any()):
         return Refresh(within, only=only)
-    return Refresh(torch.where(opens[:, None], everything(view), within), only=only)
+    return Refresh(torch.where(opens[:, None], needed(view), within), only=only)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mmdlm.decoding.compatibility import columns
-from mmdlm.decoding.recompute import anew
-from mmdlm.decoding.state import DecodeState
+import torch
+
+from mmdlm.decoding.recompute import between, needed, scoring, span
 from mmdlm.decoding.strategy import Refresh, Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,17 @@ class PromptOnce(Strategy):
         dual: within a block recompute the block only, not the masks behind it.
     """
 
-    # Whose blocks lie elsewhere in every row.
-    excludes: ClassVar[tuple[str, ...]] = ("AdaBlock", "SubBlocks")
+    denies: ClassVar[frozenset[str]] = frozenset({"all_scored"})
 
     dual: bool = False
 
-    def refresh(self, state: DecodeState) -> Refresh:
+    def refresh(self, view: View) -> Refresh:
         """Everything at first, the answer when a block opens, then the block and what follows."""
-        start, stop = columns(self, state)
-        shift = int(state.model.spec.shift)
-        if not state.caches:
-            return anew(state)
-        if not state.block_step:
-            return anew(state, kept=state.prompt - shift)
-        return Refresh(start - shift, stop if self.dual else state.length, cached=True)
+        start, stop = span(view)
+        shift = int(view.model.spec.shift)
+        later = between(view, start - shift, stop if self.dual else view.length)
+        opens = (view.block_step == 0)[:, None]
+        kept = torch.arange(view.length) >= view.prompt - shift
+        answer = (needed(view) & kept) | scoring(view)
+        compute = torch.where(opens, answer, later)
+        return Refresh(torch.where(view.has_cache[:, None], compute, needed(view)))

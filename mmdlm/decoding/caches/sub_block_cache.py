@@ -35,7 +35,7 @@ class SubBlockCache(Strategy):
         level, left, scores = view.level, view.left, scoring_masks(view)
         part = view.region.clone()
         head = heads(view)
-        part[:, :-1] |= head[:, :-1] & part[:, 1:]
+        part[:, :-1] |= head[:, :-1] & part[:, 1:] & (level[:, :-1] == level[:, 1:])
         top = level.masked_fill(~scores, -1).amax(1, keepdim=True)
         first = part.int().argmax(1, keepdim=True)
         opens = (view.block_step == 0) | ~view.has_cache
