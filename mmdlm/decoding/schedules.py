@@ -1,41 +1,78 @@
-"""How many positions are masked after each step of a block."""
+"""How many positions of a block are committed in each step."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.view import View
 
 SCHEDULES = ("cosine", "linear", "pow<exponent>", "exp", "log")
-
-
 POWER = re.compile(r"pow(\d+(?:\.\d+)?|\.\d+)")
+Counts = Callable[[int, int], list[int]]
+"""From the masks of a block and its number of steps to the positions committed in each step."""
 
 
-def quotas(masks: Tensor | int, steps: int, mode: str) -> Tensor:
-    """Tokens to commit in each step, [B steps] int64 on the CPU; their sum is the number of masks.
+def due(view: View, steps: Tensor, counts: Counts) -> Tensor:
+    """[B] int64, positions that each row commits in this step.
+
+    From the last step that commits something on, all that is left commits, so that nothing remains
+    when other strategies had a hand in it.
 
     Args:
-        masks: [B] masks of each row, or one number, which gives [steps].
+        view: the rows.
+        steps: [B] host int64, steps of each row's block.
+        counts: the schedule; called in every step, so it should be cached.
+    """
+    found = []
+    for masks, all_steps, now in _clocks(view, steps):
+        table = counts(masks, all_steps)
+        found.append(table[now] if now < _last(table) else view.length)
+    return torch.tensor(found, device=view.device)
+
+
+def lasts(view: View, steps: Tensor, counts: Counts) -> bool:
+    """Whether `due` leaves a mask in the block of every row after this step."""
+    for masks, all_steps, now in _clocks(view, steps):
+        table = counts(masks, all_steps)
+        if now >= _last(table) or sum(table[: now + 1]) >= masks:
+            return False
+    return True
+
+
+def _clocks(view: View, steps: Tensor) -> list[tuple[int, int, int]]:
+    """Masks and steps of each row's block, and the steps done in it."""
+    clocks = (view.block_masks.tolist(), steps.tolist(), view.block_step.tolist())
+    return list(zip(*clocks, strict=True))
+
+
+def _last(table: list[int]) -> int:
+    """The last step that commits something; 0 if none does."""
+    return max((i for i, count in enumerate(table) if count), default=0)
+
+
+@lru_cache(maxsize=4096)
+def quotas(masks: int, steps: int, mode: str) -> list[int]:
+    """Tokens to commit in each step; their sum is the number of masks.
+
+    Args:
+        masks: number of masks at first.
         steps: number of steps, at least 1.
         mode: see `MaskGIT.schedule`.
     Raises:
         ValueError: the mode is unknown.
     """
-    if isinstance(masks, int):
-        return quotas(torch.tensor([masks]), steps, mode)[0]
-    kept = torch.tensor([left(n, steps, mode) for n in masks.tolist()]).view(-1, steps)  # [B S]
-    filled = masks.cpu()[:, None] - kept
-    return filled.diff(dim=1, prepend=torch.zeros_like(filled[:, :1]))
+    kept = [masks, *remaining(masks, steps, mode)]
+    return [before - after for before, after in zip(kept, kept[1:], strict=False)]
 
 
-def left(masks: int, steps: int, mode: str) -> list[int]:
-    """How many of some masks are left after each step.
+def remaining(masks: int, steps: int, mode: str) -> list[int]:
+    """How many of some masks remain after each step.
 
     The reference's curve goes through numpy, so the product is rounded down in float64, in which
     24 (1 - 5 / 12) is a little less than 14.
@@ -48,35 +85,6 @@ def left(masks: int, steps: int, mode: str) -> list[int]:
         ValueError: the mode is unknown.
     """
     return [int(masks * share(i / steps, masks, mode)) for i in range(1, steps + 1)]
-
-
-def due(state: DecodeState, key: Hashable, plan: Callable[[Tensor], Tensor]) -> Tensor:
-    """[B] int64, how many positions each row commits now, from a table made once per window.
-
-    Args:
-        state: the run.
-        key: what the table is kept under.
-        plan: the table [B S] for the masks [B] of each row, both on the CPU. From the last step in
-            which a row has something to commit it commits all that is left, so that nothing
-            remains when other strategies had a hand in it.
-    """
-    name = (key, "quotas")
-    if state.block_step == 0 or name not in state.memory:
-        masks = state.block_masks.cpu()
-        table = plan(masks)
-        step = torch.arange(table.shape[1])
-        last = ((table > 0) * step).amax(1, keepdim=True)
-        state.memory[name] = table.masked_fill(step >= last, state.length).to(state.tokens.device)
-        rest = masks[:, None] - table.cumsum(1)
-        state.memory[key, "rest"] = rest.masked_fill(step >= last, 0).amax(0).tolist()
-    table = state.memory[name]
-    return table[:, min(state.block_step, table.shape[1] - 1)]
-
-
-def rests(state: DecodeState, key: Hashable) -> bool:
-    """Whether the table of `due` surely leaves some row a mask after this step."""
-    rest = state.memory.get((key, "rest"), ())
-    return 0 < state.block_step < len(rest) and rest[state.block_step] > 0
 
 
 def share(ratio: float, masks: int, mode: str) -> float:

@@ -37,8 +37,8 @@ class Hierarchy(Strategy):
     def __post_init__(self) -> None:
         check(self, "high", "low")
 
-    def select(self, state: DecodeState) -> Tensor:
+    def select(self, view: View) -> Tensor:
         """[B R] bool."""
-        masks = state.masked & state.within()
-        best = best_of_runs(state, masks, state.open, state.confidence)
+        masks = view.masked & view.within()
+        best = best_of_runs(state, masks, view.open, view.confidence)
         return passing(state, best, self.high, self.low)

@@ -48,12 +48,12 @@ class LocalLeap(Strategy):
         if self.radius < 0:
             raise ValueError(f"LocalLeap.radius is {self.radius}, expected 0 or more positions")
 
-    def select(self, state: DecodeState) -> Tensor:
+    def select(self, view: View) -> Tensor:
         """[B R] bool."""
-        anchors = state.open & (state.log_odds >= odds_of(self.tau))
-        canvas = torch.zeros_like(state.tokens, dtype=torch.float32)
-        state.put(canvas, anchors, 1)
+        anchors = view.open & (view.log_odds >= odds_of(self.tau))
+        canvas = torch.zeros_like(view.tokens, dtype=torch.float32)
+        view.put(canvas, anchors, 1)
         # The largest within the radius: 1 where an anchor is near. # [B L]
         near = F.max_pool1d(canvas[:, None], 2 * self.radius + 1, 1, self.radius)[:, 0]
-        nearly = state.log_odds >= odds_of(self.relaxed)
-        return anchors | (nearly & state.here(near > 0))
+        nearly = view.log_odds >= odds_of(self.relaxed)
+        return anchors | (nearly & view.here(near > 0))

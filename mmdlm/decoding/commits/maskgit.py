@@ -8,9 +8,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from mmdlm.decoding.numerics import rank
-from mmdlm.decoding.schedules import due, quotas, rests, share
-from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.schedules import Counts, due, lasts, quotas, share
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,15 @@ class MaskGIT(Strategy):
             raise ValueError(f"MaskGIT.steps is {self.steps}, expected at least 1")
         share(1, 1, self.schedule)
 
-    def select(self, state: DecodeState) -> Tensor:
+    def select(self, view: View) -> Tensor:
         """[B R] bool."""
-        steps = state.share(self.steps or state.asked)
-        quota = due(state, self, lambda masks: quotas(masks, steps, self.schedule))
-        return rank(state.confidence) < quota[:, None]
+        return rank(view.confidence) < due(view, *self._schedule(view))[:, None]
 
-    def lasts(self, state: DecodeState) -> bool:
-        """As its table says."""
-        return rests(state, self)
+    def lasts(self, view: View) -> bool:
+        """As the schedule says."""
+        return lasts(view, *self._schedule(view))
+
+    def _schedule(self, view: View) -> tuple[Tensor, Counts]:
+        """Steps of each row's block, and how many commit in each."""
+        steps = view.share(view.asked if self.steps is None else self.steps)
+        return steps, lambda masks, steps: quotas(masks, steps, self.schedule)

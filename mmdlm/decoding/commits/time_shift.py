@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from mmdlm.decoding.numerics import rank
-from mmdlm.decoding.schedules import due, rests
-from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.schedules import Counts, due, lasts
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
@@ -51,21 +52,21 @@ class TimeShift(Strategy):
                 f"TimeShift.schedule is {self.schedule!r}, expected 'shift' or 'cosine'"
             )
 
-    def select(self, state: DecodeState) -> Tensor:
+    def select(self, view: View) -> Tensor:
         """[B R] bool."""
-        steps = state.share(self.steps or (state.asked + 1) // 2)
+        return rank(view.confidence) < due(view, *self._schedule(view))[:, None]
 
-        def plan(masks: Tensor) -> Tensor:
-            counts = [shifted(n, steps, self.shift, self.schedule) for n in masks.tolist()]
-            return torch.tensor([each + [0] * (steps - len(each)) for each in counts])
+    def lasts(self, view: View) -> bool:
+        """As the schedule says."""
+        return lasts(view, *self._schedule(view))
 
-        return rank(state.confidence) < due(state, self, plan)[:, None]
+    def _schedule(self, view: View) -> tuple[Tensor, Counts]:
+        """Steps of each row's block, and how many commit in each."""
+        steps = view.share((view.asked + 1) // 2 if self.steps is None else self.steps)
+        return steps, lambda masks, steps: shifted(masks, steps, self.shift, self.schedule)
 
-    def lasts(self, state: DecodeState) -> bool:
-        """As its table says."""
-        return rests(state, self)
 
-
+@lru_cache(maxsize=4096)
 def shifted(masks: int, steps: int, shift: float, schedule: str) -> list[int]:
     """Tokens to commit in each step, at most as many steps as masks; see `TimeShift`."""
     steps = min(steps, masks)

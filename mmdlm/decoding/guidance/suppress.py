@@ -32,27 +32,27 @@ class Suppress(Strategy):
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", tuple(self.ids))
 
-    def begin(self, state: DecodeState) -> None:
+    def begin(self, view: View) -> None:
         """Turns ids into columns of the logits.
 
         Raises:
             ValueError: an id is not in the vocabulary, or none is left.
         """
-        spec, vocab = state.model.spec, state.model.spec.transformer.vocab
+        spec, vocab = view.model.spec, view.model.spec.transformer.vocab
         for token in self.ids:
             if not 0 <= token < vocab:
                 raise ValueError(
                     f"Suppress.ids holds {token}; this model's ids are 0 to {vocab - 1}"
                 )
         first, stop = (
-            (0, vocab) if state.columns is None else (state.columns.start, state.columns.stop)
+            (0, vocab) if view.columns is None else (view.columns.start, view.columns.stop)
         )
         gone = {*self.ids, *((spec.eos_id, *spec.stop_ids) if self.eos else ())}
         if not set(range(first, stop)) - gone - {spec.mask_id}:
             raise ValueError("Suppress forbids every id that could be written; keep at least one")
-        state.memory[self] = sorted(token - first for token in gone if first <= token < stop)
+        view.memory[self] = sorted(token - first for token in gone if first <= token < stop)
 
-    def guide(self, state: DecodeState, logits: Tensor) -> Tensor:
+    def guide(self, view: View, logits: Tensor) -> Tensor:
         """[B R V] with -inf in the forbidden columns."""
-        logits[..., state.memory[self]] = -torch.inf
+        logits[..., view.memory[self]] = -torch.inf
         return logits
