@@ -12,7 +12,7 @@ from mmdlm.decoding.state import CLOCKS, State
 from mmdlm.decoding.strategy import GONE, NEW
 from mmdlm.layout import ANSWER, TOKEN, Sequence, chosen
 
-HOST = (*CLOCKS, "has_cache", "resized", "plan", "region", "held", "level", "left_before")
+HOST = (*CLOCKS, "answer", "has_cache", "resized", "plan", "region", "held", "level", "left_before")
 DEVICE = ("opened", "writable", "commit_step", "commit_confidence")
 STEP = ("at", "real", "open", "candidates", "log_odds", "confidence", "taken")
 CANVAS = ("plan", "region", "held", "left_before", "opened", "writable")

@@ -15,6 +15,7 @@ from mmdlm.decoding.memory import Memory
 from mmdlm.decoding.rng import Source
 from mmdlm.decoding.start import committable, start
 from mmdlm.decoding.state import State
+from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 from mmdlm.layout import Sequence
 from mmdlm.model import MultimodalDLM
@@ -179,6 +180,9 @@ class Session:
         loop.end(state, self.owners)
         state.wrote()
         self._done += self._leave(state, state.left.any(1))
+        owner = self.owners["refresh"][0]
+        if state.keys and (kv := owner.cache(View(state))) is not None:
+            state.caches["canvas"] = kv
         if state.keys:
             self._waiting.append(state)
         return keys
@@ -317,7 +321,8 @@ class Session:
         state = start(self.model, prompt, length, None, generator, self.columns, canvas, key)
         for strategy in self.owners.get("layout", ()):
             state.set_levels(strategy.layout(View(state)))
-        resume(state, turn)
+        if type(self.owners["refresh"][0]).cache is Strategy.cache:
+            resume(state, turn)
         self._enter(state)
         return key
 

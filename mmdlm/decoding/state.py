@@ -75,6 +75,8 @@ class State:
     """[B L] host bool, written positions that keep their block open, see `Strategy.hold`."""
     level: Tensor = field(init=False)
     """[B L] host int64, the level of each position (see `mmdlm.layout`); -1 at padding."""
+    answer: Tensor = field(init=False)
+    """[B L] host bool, the positions of each answer, without padding."""
     flat: bool = True
     """All positions of all rows are of one level, and nothing is padding."""
     one_level: bool = True
@@ -173,13 +175,6 @@ class State:
         return self._left
 
     @property
-    def answer(self) -> Tensor:
-        """[B L] host bool, the positions of each answer, without padding."""
-        answer = self.level >= 0
-        answer[:, : self.prompt] = False
-        return answer
-
-    @property
     def lengths(self) -> Tensor:
         """[B] host int64, positions of each answer, which may be shorter than the canvas."""
         return (self.level[:, self.prompt :] >= 0).sum(1)
@@ -205,6 +200,8 @@ class State:
     def relevel(self) -> None:
         """Called after `level` has changed."""
         level = self.level
+        self.answer = level >= 0
+        self.answer[:, : self.prompt] = False
         highest = level.amax(1)
         self.flat = bool((level == highest[:1]).all())
         lowest = level.masked_fill(level < 0, 2**62).amin(1)

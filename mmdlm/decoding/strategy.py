@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
+from mmdlm.backbones.kv import KV
 from mmdlm.decoding.memory import Entry
 from mmdlm.model import MultimodalDLM
 
@@ -129,6 +130,13 @@ class Strategy:
 
         For the owner of `plan` only. Those left out close before anything is selected; the block of
         a row stays the same. None: nothing changes.
+        """
+        return None
+
+    def cache(self, view: View) -> KV | None:
+        """Empty key/value buffers for all rows, of a kind of its own; None: the model's.
+
+        For the owner of `refresh` only; called when rows are added.
         """
         return None
 

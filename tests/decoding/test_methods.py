@@ -44,7 +44,9 @@ def test_top_k_commits_the_scheduled_number(case: dict, moment) -> None:
     masked, steps = case["params"]["masked"], case["params"]["steps"]
     left = torch.ones(1, masked, dtype=torch.bool)
     for step, quota in enumerate(case["output"][:masked]):
-        state = moment(torch.randn(1, masked, 4), left, step, torch.tensor([masked]))
+        state = moment(
+            torch.randn(1, masked, 4), left, block_step=step, block_masks=torch.tensor([masked])
+        )
         if quota and left.any():
             assert int((TopK(steps).select(state) & left).sum()) == quota
         left = left & ~TopK(steps).select(state)
