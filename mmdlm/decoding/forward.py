@@ -41,6 +41,8 @@ def split(state: State, compute: Tensor, together: bool) -> list[Part]:
         compute: [B L] host bool; rows without any take no part.
         together: rows cannot be split.
     """
+    if bool(compute.all()):
+        return [Part(None, slice(0, state.length), compute, state.length)]
     padding = state.level < 0
     if len(compute) == 1:
         return [_part(state, None, compute, padding)]

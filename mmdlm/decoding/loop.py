@@ -103,7 +103,7 @@ def _cached(state: State) -> None:
     compute = state.refresh.compute
     if state.refresh.prefill is not None:
         compute = compute | state.refresh.prefill
-    if state.flat and bool(state.has_cache.all()):
+    if state.one_level and bool(state.has_cache.all()):
         return
     low, level = settled(state)[:, None], state.level
     first = state.left_before.int().argmax(1, keepdim=True)

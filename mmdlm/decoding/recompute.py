@@ -35,6 +35,8 @@ def needed(view: View) -> Tensor:
     All that can have changed, but for positions that the open ones do not see.
     """
     level = view.level
+    if view.one_level:
+        return level >= 0
     changed = (level >= view.settled[:, None]) & (level >= 0) & (level <= highest(view))
     return changed | scoring(view)
 
@@ -55,6 +57,8 @@ def span(view: View) -> tuple[Tensor, Tensor]:
 def between(view: View, start: Tensor, stop: Tensor) -> Tensor:
     """[B L] host bool, the positions from start [B 1] to stop [B 1] that the open ones see."""
     at, level = torch.arange(view.length), view.level
+    if view.one_level:
+        return (at >= start) & (at < stop) & (level >= 0)
     return (at >= start) & (at < stop) & (level >= 0) & (level <= highest(view))
 
 
