@@ -8,11 +8,10 @@ within `packed`, which compares a checksum of every weight with that of its copi
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -115,19 +114,23 @@ def packed(module: nn.Module) -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
-def uses_packed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: runs a function whose first argument is a model within `packed`.
+def active() -> frozenset[Packs]:
+    """The weights that `packed` has checked in this context, for `using`."""
+    return _ACTIVE.get()
 
-    Models whose `backbone` is not an `nn.Module`, such as scripted ones, have no weights to pack.
+
+@contextmanager
+def using(checked: frozenset[Packs]) -> Iterator[None]:
+    """Uses packed weights that were checked before, without reading them again.
+
+    Args:
+        checked: of `active`; their weights have not changed since.
     """
-
-    @functools.wraps(function)
-    def call(model: Any, *args: Any, **kwargs: Any) -> Any:
-        backbone = getattr(model, "backbone", None)
-        with packed(backbone) if isinstance(backbone, nn.Module) else nullcontext():
-            return function(model, *args, **kwargs)
-
-    return call
+    token = _ACTIVE.set(checked | _ACTIVE.get())
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
 
 
 def linear(

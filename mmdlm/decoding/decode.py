@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdlm.backbones.linear import uses_packed
 from mmdlm.decoding import preset
 from mmdlm.decoding.rng import Source
 from mmdlm.decoding.session import NO_TOKEN, Session
@@ -51,7 +50,6 @@ class Decoded:
 
 
 @torch.inference_mode()
-@uses_packed
 def decode(
     model: MultimodalDLM,
     prompt: Tensor | Sequence,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmdlm.backbones.linear import active, packed, using
 from mmdlm.decoding import loop, preset, rows
 from mmdlm.decoding.compatibility import check_model
 from mmdlm.decoding.conversation import Turn, continued, resume, saved
@@ -68,7 +69,8 @@ class Session:
 
     Every request has its own clock and its own random stream: whenever it is added, it gets the
     tokens, steps and number of forwards that it gets alone. (In low precision other shapes may
-    break near-ties otherwise; `ODD` makes rows differ on purpose.)
+    break near-ties otherwise; `ODD` makes rows differ on purpose.) Weights must not change while
+    requests are running.
 
     Args:
         model: the model.
@@ -97,6 +99,7 @@ class Session:
         self._turns: dict[int, Turn] = {}
         self._kept: set[int] = set()
         self._next, self._planned, self._calls = 0, False, 0
+        self._packs = active()
         self._events: list[Committed] = []
 
     @property
@@ -170,6 +173,8 @@ class Session:
 
     def _enter(self, state: State) -> list[int]:
         """Prepares new rows, and lets them wait for the next step."""
+        with packed(self.model.backbone):
+            self._packs = active()
         keys = list(state.keys)
         everyone = self.owners["all"]
         state.memories = {id(s): Memory({}, self._shared[id(s)]) for s in everyone}
@@ -220,6 +225,11 @@ class Session:
             whether any request is left.
         """
         self._events = []
+        with using(self._packs):
+            return self._advance(events)
+
+    def _advance(self, events: bool) -> bool:
+        """See `advance`."""
         self._join()
         state = self._state
         if state is not None and not self._planned:

@@ -176,7 +176,9 @@ class Synthetic:
             transformer=SimpleNamespace(vocab=self.vocab),
         )
         nowhere = SimpleNamespace(keys=(), keep=lambda rows: None, whole_batch=False)
-        self.backbone = SimpleNamespace(cache=lambda batch, length: nowhere)
+        self.backbone = SimpleNamespace(
+            cache=lambda batch, length: nowhere, parameters=lambda: iter(())
+        )
 
     def run(
         self,
