@@ -35,10 +35,12 @@ from mmdlm.decoding.caches.block_cache import BlockCache
 from mmdlm.decoding.caches.sub_block_cache import SubBlockCache
 from mmdlm.decoding.commits.dynamic import Dynamic
 from mmdlm.decoding.decode import Decoded, decode
+from mmdlm.decoding.memory import Entry, PerRequest
 from mmdlm.decoding.plans.sub_blocks import SubBlocks
+from mmdlm.decoding.recompute import span
 from mmdlm.decoding.scores.left_to_right import LeftToRight
-from mmdlm.decoding.state import DecodeState
-from mmdlm.decoding.strategy import Refresh, Strategy, Window
+from mmdlm.decoding.strategy import Refresh, Strategy
+from mmdlm.decoding.view import View
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {
@@ -70,9 +72,9 @@ class Clock(Strategy):
 
     forwards: list[int] = field(default_factory=list, hash=False)
 
-    def stop(self, state: DecodeState) -> Tensor:
-        self.forwards.append(state.nfe - 1)
-        return torch.zeros(len(state.tokens), dtype=torch.bool)
+    def stop(self, view: View) -> Tensor:
+        self.forwards.append(int(view.forwards[0]) - 1)
+        return torch.zeros(len(view.tokens), dtype=torch.bool)
 
 
 def forwards(got: Decoded, clock: Clock) -> list[int]:
@@ -96,12 +98,12 @@ def prompt_of(case: dict) -> tuple[Tensor, int]:
 class Overwriting(Dynamic):
     """Also overwrites the end of the prompt when fewer positions are masked than are due."""
 
-    def select(self, state: DecodeState) -> Tensor:
-        if int(state.open.sum()) < state.size // self.steps_per_block:
-            everything, last = slice(0, state.length), slice(state.prompt - 1, state.prompt)
-            scores = state.model.run(state.sequence, everything, last, None)
-            state.tokens[:, last] = scores.argmax(-1)
-        return super().select(state)
+    def select(self, view: View) -> Tensor:
+        if int(view.open.sum()) < int(view.block_size) // self.steps_per_block:
+            everything, last = slice(0, view.length), slice(view.prompt - 1, view.prompt)
+            scores = view.model.run(view.sequence, everything, last, None)
+            view.tokens[:, last] = scores.argmax(-1)  # against the rules, to repeat the slip
+        return super().select(view)
 
 
 def sdar(args: dict, rule: type[Dynamic]) -> list[Strategy]:
@@ -190,22 +192,29 @@ class Remembering(SubBlockCache):
     For one row. Blocks are those of the model, the first of their positions opened alone.
     """
 
-    def refresh(self, state: DecodeState) -> Refresh:
-        rows, size = super().refresh(state), state.model.spec.block_size
-        at = state.window.start % size
-        block = state.window.start - at
-        if state.nfe == 0:
-            return rows._replace(store=Window(0, block)) if at else rows
-        kv = state.caches["canvas"]
+    def begin(self, view: View) -> dict[str, Entry]:
+        return {"before": PerRequest([None])}
+
+    def refresh(self, view: View) -> Refresh:
+        usual, size = super().refresh(view), view.model.spec.block_size
+        start, stop = (int(x) for x in span(view))
+        at, mine, index = start % size, view.memory(self), torch.arange(view.length)
+        block = start - at
+        if not int(view.forwards[0]):
+            if not at:
+                return usual
+            prompt = index < block
+            return Refresh(usual.compute & ~prompt, prefill=prompt[None])
+        kv = view.caches["canvas"]
         if at == 0:
             before = slice(block - size, block)
-            state.memory["before"] = [x[:, :, before].clone() for x in (*kv.keys, *kv.values)]
-        elif at == 1 and state.block_step == 0 and "before" in state.memory:
-            layers = zip((*kv.keys, *kv.values), state.memory["before"], strict=True)
-            for buffer, before in layers:
+            mine["before"] = [[x[:, :, before].clone() for x in (*kv.keys, *kv.values)]]
+        elif at == 1 and int(view.block_step) == 0 and mine["before"][0]:
+            for buffer, before in zip((*kv.keys, *kv.values), mine["before"][0], strict=True):
                 buffer[:, :, block : block + size] = before
-            return Refresh(block, state.window.stop, cached=True, attend=block + size)
-        return rows
+            part = (index >= block) & (index < stop)
+            return Refresh(part[None], attend=(index < block + size)[None])
+        return usual
 
 
 @each("fast_dllm_v2", cached=True)

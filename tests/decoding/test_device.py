@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from mmdlm import discover
-from mmdlm.backbones import recorded
 from mmdlm.decoding.caches.dual_cache import DualCache
 from mmdlm.decoding.caches.prefix_cache import PrefixCache
 from mmdlm.decoding.caches.prefix_lm import PrefixLM
@@ -98,32 +96,6 @@ def test_with_a_fixed_schedule_no_step_waits(name, shift, toy, there, prompts) -
 def test_a_threshold_looks_once_a_step(toy, there, prompts) -> None:
     got, mode = there(toy(), prompts(6, 3), [DualCache(), Blocks(4), Threshold(0.2)])
     assert sum(look.endswith("in left") for look in mode.looks) == got.nfe + 1
-
-
-@pytest.mark.parametrize("shift", [False, True])
-def test_what_is_recorded_waits_for_nothing(shift, toy, there, prompts, monkeypatch) -> None:
-    calls: list[int] = []
-
-    def record(forward: Callable[[], Tensor], device: torch.device) -> tuple[Callable, Tensor]:
-        assert device.type == "cuda"
-        logits = forward()
-
-        def replay() -> None:
-            calls.append(1)
-            logits.copy_(forward())
-
-        return replay, logits
-
-    monkeypatch.setattr(recorded, "record", record)
-    model, given, strategies = toy(shift=shift), prompts(6, 3), [DualCache(), Blocks(4)]
-    want = decode(model, given[0], LENGTH, strategies, mask=given[1])
-    model = deepcopy(model)
-    model.backbone.pool = recorded.Pool()
-    got, mode = there(model, given, strategies)
-    assert calls
-    assert not mode.mixed
-    assert got.tokens.equal(want.tokens)
-    assert len([look for look in mode.looks if "state.py" not in look]) == 1, mode.looks
 
 
 def test_the_pretence_notices_what_a_gpu_would_refuse(toy, pretend) -> None:

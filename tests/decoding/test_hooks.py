@@ -1,4 +1,4 @@
-"""What a strategy may ask of the loop: rows, logits, second thoughts, another length."""
+"""What the loop does for each hook: positions, logits, revisions, another length."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +14,12 @@ from mmdlm.decoding.caches.sub_block_cache import SubBlockCache
 from mmdlm.decoding.commits.threshold import Threshold
 from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.decode import decode
+from mmdlm.decoding.memory import Entry, PerRow
 from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.decoding.scores.entropy import Entropy
-from mmdlm.decoding.state import DecodeState
-from mmdlm.decoding.strategy import Refresh, Strategy, Window
+from mmdlm.decoding.state import State
+from mmdlm.decoding.strategy import GONE, NEW, Refresh, Strategy
+from mmdlm.decoding.view import View
 from mmdlm.model import MultimodalDLM
 
 LENGTH = 8
@@ -39,25 +41,25 @@ everywhere = pytest.mark.parametrize("kind", MODELS)
 class Everything(Strategy):
     """Recomputes the whole canvas in every step."""
 
-    def refresh(self, state: DecodeState) -> Refresh:
-        return Refresh(0, state.length, cached=False)
+    def refresh(self, view: View) -> Refresh:
+        return Refresh(view.level >= 0, cached=False)
 
 
 @dataclass(frozen=True)
 class Restless(Strategy):
     """Takes back what it can in every step, prompt and all."""
 
-    def revise(self, state: DecodeState) -> Tensor:
-        return torch.ones_like(state.masked)
+    def revise(self, view: View) -> Tensor:
+        return torch.ones_like(view.masked)
 
 
 @dataclass(frozen=True)
 class Once(Strategy):
     """Takes back the first two positions of the answer in the fourth step."""
 
-    def revise(self, state: DecodeState) -> Tensor:
-        again = torch.zeros_like(state.masked)
-        again[:, state.prompt : state.prompt + 2] = state.step == 3
+    def revise(self, view: View) -> Tensor:
+        again = torch.zeros_like(view.masked)
+        again[:, view.prompt : view.prompt + 2] = (view.step == 3)[:, None]
         return again
 
 
@@ -72,7 +74,7 @@ def test_revising_comes_to_an_end(kind: str, cache: Strategy | None, toy: Toy, r
     for strategy in (Restless(), Once()):
         got = run(toy(**MODELS[kind]), strategy, *([cache] if cache else []))
         assert not (got.tokens[:, -LENGTH:] == MASK).any()
-        assert got.nfe <= 4 * LENGTH
+        assert max(got.forwards) <= 4 * LENGTH
         assert got.history.step.min() >= 0
     assert got.history.step[:, :2].min() > 3
 
@@ -90,8 +92,8 @@ class Halt(Strategy):
 
     sees = "answer"
 
-    def stop(self, state: DecodeState) -> Tensor:
-        return torch.tensor([row == 1 and state.step == 2 for row in state.rows])
+    def stop(self, view: View) -> Tensor:
+        return (torch.tensor(view.keys) == 1) & (view.step == 2)
 
 
 def test_stop_fills_what_is_scored_and_ends_the_row(toy: Toy, run) -> None:
@@ -102,12 +104,12 @@ def test_stop_fills_what_is_scored_and_ends_the_row(toy: Toy, run) -> None:
 
 @dataclass(frozen=True)
 class Spy(Strategy):
-    """Changes nothing, and asks for logits beyond the window."""
+    """Changes nothing, and asks for logits beyond the block."""
 
     sees = "answer"
 
-    def guide(self, state: DecodeState, logits: Tensor) -> Tensor:
-        assert state.read == Window(state.prompt, state.length)
+    def guide(self, view: View, logits: Tensor) -> Tensor:
+        assert view.read == slice(view.prompt, view.length)
         assert logits.shape[1] == LENGTH
         return logits
 
@@ -127,63 +129,63 @@ def test_only_masks_are_scored(toy: Toy, watch) -> None:
 
 
 @everywhere
-def test_scoring_whole_windows_as_on_a_gpu_changes_nothing(
+def test_scoring_whole_blocks_as_on_a_gpu_changes_nothing(
     kind: str, toy: Toy, run, watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, chosen = toy(**MODELS[kind]), [Blocks(4), TopK(4)]
-    thrifty = run(model, *chosen)
-    monkeypatch.setattr(DecodeState, "thrifty", False)
+    masks = run(model, *chosen)
+    monkeypatch.setattr(State, "score_masked_only", False)
     forwards = watch(model)
     whole = run(model, *chosen)
     assert {f.logits.shape[1] for f in forwards} == {4}
-    assert whole.tokens.equal(thrifty.tokens)
-    assert whole.history.step.equal(thrifty.history.step)
+    assert whole.tokens.equal(masks.tokens)
+    assert whole.history.step.equal(masks.history.step)
 
 
 @dataclass(frozen=True)
 class Nowhere(Strategy):
     """Computes the prompt only."""
 
-    def refresh(self, state: DecodeState) -> Refresh:
-        return Refresh(0, state.prompt, cached=True)
+    def refresh(self, view: View) -> Refresh:
+        return Refresh((view.level >= 0) & ~view.answer)
 
 
-def test_a_refresh_that_misses_the_window_is_named(toy: Toy, run) -> None:
-    with pytest.raises(RuntimeError, match="Nowhere computes rows 0 to 7, which score no masked"):
+def test_a_refresh_that_misses_the_block_is_named(toy: Toy, run) -> None:
+    with pytest.raises(RuntimeError, match="Nowhere computes positions that score no open mask"):
         run(toy(), Nowhere())
 
 
 @dataclass(frozen=True)
-class Listed(Strategy):
-    """Recomputes all rows, named one by one."""
+class Again(Strategy):
+    """Recomputes the whole canvas in every step, into the cache."""
 
-    def refresh(self, state: DecodeState) -> Refresh:
-        rows = torch.ones_like(state.left)
-        return Refresh(0, state.length, cached=True, rows=rows)
+    def refresh(self, view: View) -> Refresh:
+        return Refresh(view.level >= 0)
 
 
 @everywhere
-def test_rows_named_one_by_one_are_rows(kind: str, toy: Toy, run) -> None:
+def test_recomputing_all_of_a_cache_changes_nothing(
+    kind: str, toy: Toy, run
+) -> None:
     model = toy(**MODELS[kind])
     for more in ([], [Threshold(0.2), Entropy()]):
-        named, plain = run(model, Listed(), *more), run(model, Everything(), *more)
-        assert named.tokens.equal(plain.tokens)
-        assert named.history.step.equal(plain.history.step)
-        torch.testing.assert_close(named.history.confidence, plain.history.confidence)
+        cached, plain = run(model, Again(), *more), run(model, Everything(), *more)
+        assert cached.tokens.equal(plain.tokens)
+        assert cached.history.step.equal(plain.history.step)
+        torch.testing.assert_close(cached.history.confidence, plain.history.confidence)
 
 
 @dataclass(frozen=True)
 class Masked(Strategy):
-    """Renews everything first, then in every row its own masks and whatever scores them."""
+    """Recomputes everything first, then the masks of each row and whatever scores them."""
 
     every: int = 100
 
-    def refresh(self, state: DecodeState) -> Refresh:
-        if state.step % self.every == 0:
-            return Refresh(0, state.length, cached=True)
-        rows = state.left | state.left.roll(-int(state.model.spec.shift), 1)
-        rows[:, : state.prompt - 1] = False
-        return Refresh(0, state.length, cached=True, rows=rows)
+    def refresh(self, view: View) -> Refresh:
+        masks = view.left | view.left.roll(-int(view.model.spec.shift), 1)
+        masks[:, : view.prompt - 1] = False
+        everything = (view.step % self.every == 0)[:, None]
+        return Refresh(torch.where(everything, view.level >= 0, masks))
 
 
 @pytest.mark.parametrize("shift", [False, True])
@@ -194,7 +196,7 @@ def test_rows_of_a_batch_choose_their_own(shift: bool, toy: Toy, prompts, watch)
     canvas = torch.full((3, LENGTH), MASK)
     canvas[0, 2:7], canvas[1, 4] = 9, 8
     batch = decode(model, tokens, LENGTH, chosen, mask=mask, canvas=canvas)
-    assert isinstance(forwards[1].rows, Tensor)
+    assert any(isinstance(forward.rows, Tensor) for forward in forwards)
     for i, size in enumerate((7, 4, 6)):
         alone = decode(model, tokens[i : i + 1, -size:], LENGTH, chosen, canvas=canvas[i : i + 1])
         assert batch.tokens[i, 7:].tolist() == alone.tokens[0, size:].tolist()
@@ -210,12 +212,10 @@ def test_own_rows_renewed_in_every_step_are_exact(shift: bool, toy: Toy, run) ->
 
 @dataclass(frozen=True)
 class Blind(Strategy):
-    """Lets nobody see the prompt."""
+    """Masks the prompt for all queries."""
 
-    def refresh(self, state: DecodeState) -> Refresh:
-        seen = torch.ones_like(state.left)
-        seen[:, : state.prompt] = False
-        return Refresh(0, state.length, cached=True, seen=seen)
+    def refresh(self, view: View) -> Refresh:
+        return Refresh(view.level >= 0, attend=view.answer)
 
 
 def test_keys_can_be_left_out(toy: Toy, prompts) -> None:
@@ -227,23 +227,27 @@ def test_keys_can_be_left_out(toy: Toy, prompts) -> None:
 
 @dataclass(frozen=True)
 class Upper(Strategy):
-    """Writes 40 over what is known in the window, once it is full, for two more steps."""
+    """Writes 40 over what is known in the block, once it is full, for two more steps."""
 
-    sees = "window"
+    sees = "block"
     passes: int = 2
 
-    def guide(self, state: DecodeState, logits: Tensor) -> Tensor:
-        full = ~state.here(state.masked).any(1)
+    def begin(self, view: View) -> dict[str, Entry]:
+        return {"done": PerRow(torch.zeros_like(view.step))}
+
+    def guide(self, view: View, logits: Tensor) -> Tensor:
+        full = ~view.here(view.masked).any(1)
         logits[full, :, 40] = 1000
         return logits
 
-    def edit(self, state: DecodeState) -> Tensor:
-        full = ~state.here(state.masked).any(1, keepdim=True)
-        done = state.memory.get(self, torch.zeros(len(full), dtype=torch.long)) + full[:, 0]
-        state.memory[self] = done
-        wait = done.cpu() < self.passes
-        state.pending[:, state.window.start : state.window.stop] = wait[:, None]
-        return full.expand_as(state.open)
+    def edit(self, view: View) -> Tensor:
+        full = ~view.here(view.masked).any(1, keepdim=True)
+        mine = view.memory(self)
+        mine["done"] = mine["done"] + full[:, 0]
+        return full.expand_as(view.open)
+
+    def hold(self, view: View) -> Tensor:
+        return view.plan & (view.memory(self)["done"] < self.passes)[:, None]
 
 
 def test_what_is_written_can_be_edited(toy: Toy, prompts, watch) -> None:
@@ -263,16 +267,16 @@ def test_what_is_written_can_be_edited(toy: Toy, prompts, watch) -> None:
 
 @dataclass(frozen=True)
 class Stretch(Strategy):
-    """Row by row: puts a mask between the first two positions, or cuts the last three."""
+    """Per row: puts a mask between the first two positions, or cuts the last three."""
 
-    def resize(self, state: DecodeState) -> Tensor | None:
-        if state.step != 1:
+    def resize(self, view: View) -> Tensor | None:
+        if int(view.step[0]) != 1:
             return None
-        size = state.length - state.prompt
-        longer = [0, state.NEW, *range(1, size)]
-        shorter = [*range(size - 3), *[state.GONE] * 4]
+        size = view.length - view.prompt
+        longer = [0, NEW, *range(1, size)]
+        shorter = [*range(size - 3), *[GONE] * 4]
         # A row is known by what it holds, not by its number, so that it is the same alone.
-        odd = (state.tokens[:, -1 - size] % 2).tolist()
+        odd = (view.tokens[:, -1 - size] % 2).tolist()
         return torch.tensor([longer if each else shorter for each in odd])
 
 
