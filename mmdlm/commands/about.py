@@ -27,11 +27,12 @@ PACKAGES = {
 SIZES = {"float32": 4, "bfloat16 or float16": 2, "int8": 1, "int4": 0.5}
 COLUMNS = {
     "decoding": ("name", "what it is", "made of"),
-    "strategies": ("name", "what it does", "decides", "answer", "from", "not with"),
+    "strategies": ("name", "what it does", "decides", "answer", "from", "not with", "rules out"),
 }
 STRATEGIES = (
     "In a preset: class_path: mmdlm.decoding.NAME. The answer is the same as without the strategy, "
-    "or its own. Everything composes that is not under 'not with'. Without a strategy that decides "
+    "or its own. Everything composes that is not under 'not with'; 'rules out' lists what others "
+    "then cannot rely on. Without a strategy that decides "
     "it: plan opens the model's own blocks or all, refresh recomputes exactly what may have "
     "changed, pick takes the best token, score its probability, select one position per step."
 )
@@ -87,20 +88,24 @@ def presets() -> list[tuple[str, str, str]]:
     return found
 
 
-def strategies() -> list[tuple[str, str, str, str, str, str]]:
-    """What `COLUMNS` says of each strategy."""
+def strategies() -> list[tuple[str, ...]]:
+    """The columns of `COLUMNS` for each strategy."""
     from mmdlm import discover
+    from mmdlm.decoding.compatibility import PROPERTIES, denied
     from mmdlm.decoding.strategy import Strategy
 
     found = []
     for name, kind in discover.classes(PACKAGES["strategies"], Strategy).items():
         decides = kind.hooks()
         alone = [hook for hook in decides if hook in Strategy.ONE_OWNER]
-        others = [*([f"others that decide {' or '.join(alone)}"] if alone else ()), *kind.excludes]
+        others = [f"others that decide {' or '.join(alone)}"] if alone else []
+        others += [f"what rules out {PROPERTIES[name]}" for name in sorted(kind.requires)]
+        lacks = [PROPERTIES[name] for name in sorted(denied(kind))]
         path = f"{kind.__module__.removeprefix('mmdlm.decoding.')}.{name}"
         answer = "same" if kind.exact else "its own"
         decided = ", ".join(decides) or "begin"
-        found.append((path, _line(kind), decided, answer, kind.paper, ", ".join(others)))
+        says = (_line(kind), decided, answer, kind.paper, ", ".join(others), ", ".join(lacks))
+        found.append((path, *says))
     return found
 
 

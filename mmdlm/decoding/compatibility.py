@@ -22,7 +22,7 @@ BY_HOOK = {"edit": "final_tokens", "resize": "fixed_length", "stop": "own_schedu
 """Properties that a decode lacks when a strategy decides the hook."""
 
 
-def denied(strategy: Strategy) -> frozenset[str]:
+def denied(strategy: Strategy | type[Strategy]) -> frozenset[str]:
     """Names of the properties that a decode with the strategy lacks."""
     return strategy.denies | {BY_HOOK[hook] for hook in strategy.hooks() if hook in BY_HOOK}
 

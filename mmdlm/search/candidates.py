@@ -55,4 +55,5 @@ def select(model: MultimodalDLM, candidates: Items[Decoded], winner: Items[int])
         pick([c.history.confidence for c in candidates], 0.0),
     )
     tokens = pick([c.tokens for c in candidates], model.spec.eos_id)
-    return Decoded(tokens, sum(c.nfe for c in candidates), history)
+    forwards = tuple(map(sum, zip(*(c.forwards for c in candidates), strict=True)))
+    return Decoded(tokens, sum(c.nfe for c in candidates), history, forwards)

@@ -21,9 +21,12 @@ import torch
 from torch import Tensor
 
 from mmdlm.backbones.kv import KV
-from mmdlm.decoding.decode import Decoded, History, start
+from mmdlm.backbones.linear import packed
+from mmdlm.decoding.decode import Decoded, History
 from mmdlm.decoding.numerics import log_odds, odds_of
-from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.start import start
+from mmdlm.decoding.state import State
+from mmdlm.decoding.view import View, ban_mask
 from mmdlm.layout import Sequence, chosen
 from mmdlm.model import MultimodalDLM
 
@@ -60,6 +63,8 @@ class _Row:
         sure: log p/(1-p) at that step, -inf for none.
         steps: steps done, as a plain decode counts them.
         guess: what the model says about `tokens`; None before it was asked.
+        cached: where the keys and values of its prompt are, -1 for nowhere.
+        forwards: forwards in which it took part.
     """
 
     tokens: Tensor
@@ -69,6 +74,8 @@ class _Row:
     sure: Tensor
     steps: int = 0
     guess: Guess | None = None
+    cached: int = -1
+    forwards: int = 0
 
 
 @torch.inference_mode()
@@ -123,18 +130,20 @@ def free_dave(
     _check(drafts, block, tau, rule, order)
     state = start(model, prompt, length, mask, None, columns, canvas)
     rows = _rows(state, block)
-    nfe = _rounds(state, rows, drafts, tau, rule, order)
+    with packed(model.backbone):
+        nfe = _rounds(state, rows, drafts, tau, rule, order)
     answer = slice(state.prompt, None)
     device = state.tokens.device
     history = History(
         torch.stack([row.step[answer] for row in rows]).to(device),
         torch.stack([row.sure[answer].sigmoid() for row in rows]).to(device),
     )
-    return Decoded(torch.stack([row.tokens for row in rows]).to(device), nfe, history)
+    tokens = torch.stack([row.tokens for row in rows]).to(device)
+    return Decoded(tokens, nfe, history, tuple(row.forwards for row in rows))
 
 
 def _rounds(
-    state: DecodeState, rows: list[_Row], drafts: int, tau: float | None, rule: Rule, order: Order
+    state: State, rows: list[_Row], drafts: int, tau: float | None, rule: Rule, order: Order
 ) -> int:
     """Fills all rows, round by round; the number of forwards."""
     nfe = 0
@@ -213,11 +222,11 @@ def _check(drafts: int, block: int | None, tau: float | None, rule: str, order: 
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(get_args(known))}")
 
 
-def _rows(state: DecodeState, block: int | None) -> list[_Row]:
+def _rows(state: State, block: int | None) -> list[_Row]:
     """The rows of the batch before the first forward."""
     spec, size = state.model.spec, state.length - state.prompt
     if block is None and spec.attention == "block_causal":
-        number = state.turns
+        number = state.level
     else:
         place = torch.arange(state.length) - state.prompt
         number = (place // (block or spec.block_size or size)).expand(state.left.shape)
@@ -228,12 +237,12 @@ def _rows(state: DecodeState, block: int | None) -> list[_Row]:
     ]
 
 
-def _masked(state: DecodeState, tokens: Tensor, writable: Tensor) -> Tensor:
+def _masked(state: State, tokens: Tensor, writable: Tensor) -> Tensor:
     """[L] bool, positions still to be filled."""
     return (tokens == state.model.spec.mask_id) & writable
 
 
-def _step(state: DecodeState, row: _Row, tokens: Tensor, guess: Guess, tau: float | None) -> Tensor:
+def _step(state: State, row: _Row, tokens: Tensor, guess: Guess, tau: float | None) -> Tensor:
     """[M] int64 positions that a plain decode fills next."""
     masked = _masked(state, tokens, row.writable)
     is_open = masked & (row.number == row.number[masked].min())
@@ -244,7 +253,7 @@ def _step(state: DecodeState, row: _Row, tokens: Tensor, guess: Guess, tau: floa
     return taken.nonzero()[:, 0]
 
 
-def _plan(state: DecodeState, row: _Row, drafts: int, tau: float | None) -> Tensor:
+def _plan(state: State, row: _Row, drafts: int, tau: float | None) -> Tensor:
     """Drafts [J L] of a row: the step that is certain, then one more token each."""
     now = _step(state, row, row.tokens, row.guess, tau)
     later = _masked(state, row.tokens, row.writable) & (row.guess.rank > -torch.inf)
@@ -258,7 +267,7 @@ def _plan(state: DecodeState, row: _Row, drafts: int, tau: float | None) -> Tens
 
 
 def _accept(
-    state: DecodeState,
+    state: State,
     row: _Row,
     drafts: Tensor,
     guesses: list[Guess],
@@ -280,7 +289,7 @@ def _accept(
 
 
 def _ask(
-    state: DecodeState,
+    state: State,
     rows: list[_Row],
     given: list[tuple[int, Tensor]],
     drafts: int,
@@ -296,6 +305,8 @@ def _ask(
         order: see `free_dave`.
     """
     device = state.tokens.device
+    for i in {i for i, _ in given}:
+        rows[i].forwards += 1
     at = torch.tensor([i for i, _ in given], device=device)
     canvases = torch.stack([tokens for _, tokens in given])
     reach = [_reach(state, rows[i], tokens, drafts) for i, tokens in given]
@@ -303,11 +314,11 @@ def _ask(
     # Rows that read fewer positions repeat their last one.
     read = torch.stack([torch.cat([r, r[-1:].expand(size - len(r))]) for r in reach])
     sequence = chosen(state.sequence, at).with_tokens(canvases.to(device))
-    kv, first = _keys(state, [i for i, _ in given])
+    kv, first = _keys(state, [rows[i] for i, _ in given])
     computed = slice(first, state.length)
     logits = state.model.run(sequence, computed, read.to(device), kv, state.columns)
-    picked = state.ban_mask(logits).argmax(-1)
-    odds, picked = log_odds(logits, picked).cpu(), picked.cpu() + state.first_id
+    picked = ban_mask(state, logits).argmax(-1)
+    odds, picked = log_odds(logits, picked).cpu(), picked.cpu() + View(state).first_id
     if bool(odds.isnan().any()):
         raise ValueError(
             "a position had no possible token: the model gave NaN (check the weights, or load with "
@@ -322,8 +333,8 @@ def _ask(
     return [Guess(*each) for each in zip(tokens, scored, rank, strict=True)]
 
 
-def _keys(state: DecodeState, rows: list[int]) -> tuple[KV | None, int]:
-    """Keys and values of what no draft can change, and the first canvas row behind that.
+def _keys(state: State, rows: list[_Row]) -> tuple[KV | None, int]:
+    """Keys and values of what no draft can change, and the first position after that.
 
     Args:
         state: the run; keeps those of the first forward.
@@ -334,18 +345,20 @@ def _keys(state: DecodeState, rows: list[int]) -> tuple[KV | None, int]:
     first = min(first, state.prompt - int(state.model.spec.shift))
     if first <= 0:
         return None, 0
-    kv = state.model.backbone.cache(len(rows), state.length, fixed=False)
+    kv = state.model.backbone.cache(len(rows), state.length)
     if "canvas" not in state.caches:
-        state.caches["canvas"], state.memory["rows"] = kv, rows
+        state.caches["canvas"] = kv
+        for i, row in enumerate(rows):
+            row.cached = i
         return kv, 0
     known = state.caches["canvas"]
-    at = torch.tensor([state.memory["rows"].index(i) for i in rows])
+    at = torch.tensor([row.cached for row in rows])
     for mine, theirs in zip((*kv.keys, *kv.values), (*known.keys, *known.values), strict=True):
         mine[:, :, :first] = theirs[at.to(theirs.device), :, :first]
     return kv, first
 
 
-def _reach(state: DecodeState, row: _Row, tokens: Tensor, drafts: int) -> Tensor:
+def _reach(state: State, row: _Row, tokens: Tensor, drafts: int) -> Tensor:
     """[R] int64 positions to score: the masks of the blocks that hold the next `drafts` of them."""
     masks = _masked(state, tokens, row.writable).nonzero()[:, 0]
     last = row.number[masks[:drafts][-1]]

@@ -9,9 +9,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mmdlm.decoding.decode import Decoded, History, start
+from mmdlm.decoding.decode import Decoded, History
 from mmdlm.decoding.rng import Source, streams
-from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.start import start
+from mmdlm.decoding.state import State
 from mmdlm.layout import Sequence
 from mmdlm.model import MultimodalDLM
 from mmdlm.speculative.accept import Kept
@@ -46,7 +47,7 @@ Judge = Callable[[Draft, Tensor, torch.Generator], Kept]
 """From a draft of k tokens, the verifier's logits [k + 1 V] and a source of draws to what stays."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verified(Decoded):
     """A decode in which a verifier had the last word; `nfe` counts the diffusion model's forwards.
 
@@ -100,7 +101,7 @@ def speculate(
     state = start(model, prompt, length, mask, generator, None, None)
     _check_prompt(state, verifier)
     real = state.sequence.mask[:, : state.prompt]
-    sources = streams(generator, state.batch, torch.device("cpu"))
+    sources = streams(generator, len(state.tokens), torch.device("cpu"))
     before = verifier.forwards
     rows = [
         _row(model, verifier, tokens[here].tolist(), length, drafter, judge, source)
@@ -116,13 +117,14 @@ def speculate(
         torch.cat([state.tokens[:, : state.prompt], answer], 1),
         sum(row.forwards for row in rows),
         history,
-        verifier.forwards - before,
-        tuple(tuple(row.drafted) for row in rows),
-        tuple(tuple(row.accepted) for row in rows),
+        tuple(row.forwards for row in rows),
+        checks=verifier.forwards - before,
+        drafted=tuple(tuple(row.drafted) for row in rows),
+        accepted=tuple(tuple(row.accepted) for row in rows),
     )
 
 
-def _check_prompt(state: DecodeState, verifier: Scorer) -> None:
+def _check_prompt(state: State, verifier: Scorer) -> None:
     """Refuses a prompt that the verifier cannot read."""
     if state.sequence.media is not None:
         raise ValueError("the prompt holds media, which the verifier cannot see; give token ids")
