@@ -21,34 +21,34 @@ KINDS = [
 ]
 
 
-def rows(toy, watch, known: int, length: int, *more: Strategy, **kind) -> list[tuple[int, int]]:
+def computed(toy, watch, known: int, length: int, *more: Strategy, **kind) -> list[tuple[int, int]]:
     forwards = watch(toy(**kind))
     got = decode(toy(**kind), PROMPT[:1, :known], length, [BlockCache(), *more])
     assert got.nfe == len(forwards)
     return [f.rows for f in forwards]
 
 
-def test_the_prompt_and_every_full_block_get_a_forward_of_their_own(toy, watch) -> None:
-    got = rows(toy, watch, 5, 7, Threshold(0.0), **CAUSAL)
+def test_the_prompt_and_every_full_block_get_a_separate_forward(toy, watch) -> None:
+    got = computed(toy, watch, 5, 7, Threshold(0.0), **CAUSAL)
     assert got == [(0, 4), (4, 8), (4, 8), (8, 12)]
     # A prompt inside the first block is stored with that block.
-    assert rows(toy, watch, 3, 3, **CAUSAL) == [(0, 4), (0, 4), (4, 6), (4, 6)]
+    assert computed(toy, watch, 3, 3, **CAUSAL) == [(0, 4), (0, 4), (4, 6), (4, 6)]
 
 
 def test_the_forward_that_stores_a_block_scores_a_position_that_is_opened_alone(toy, watch) -> None:
     kind = CAUSAL | {"shift": True}
     at = [(0, 4), (4, 8), (4, 8), (8, 12)]
-    assert rows(toy, watch, 4, 8, SubBlocks(4), Threshold(0.0), **kind) == at
-    # Opened with its block, it is scored from the row before, computed once more.
+    assert computed(toy, watch, 4, 8, SubBlocks(4), Threshold(0.0), **kind) == at
+    # Opened with its block, it is scored from the position before, computed once more.
     at = [(0, 4), (3, 8), (4, 8), (7, 12)]
-    assert rows(toy, watch, 4, 8, Threshold(0.0), **kind) == at
+    assert computed(toy, watch, 4, 8, Threshold(0.0), **kind) == at
 
 
 def test_what_is_stored_alone_is_the_prompt_in_a_prefix_model_and_nothing_in_others(
     toy, watch
 ) -> None:
-    assert rows(toy, watch, 5, 2, attention="prefix") == [(0, 5), (5, 7), (5, 7)]
-    assert rows(toy, watch, 5, 2) == [(0, 7), (0, 7)]
+    assert computed(toy, watch, 5, 2, attention="prefix") == [(0, 5), (5, 7), (5, 7)]
+    assert computed(toy, watch, 5, 2) == [(0, 7), (0, 7)]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
