@@ -11,8 +11,8 @@ from mmdlm.decoding.plans.blocks import Blocks
 PROMPT = torch.tensor([[3, 4, 5, 6]])
 
 
-def rows(toy, watch, cache: VicinityCache, *more, **kind) -> list[tuple[int, int]]:
-    """Rows of every forward for a prompt of 4 and two blocks of 3."""
+def computed(toy, watch, cache: VicinityCache, *more, **kind) -> list[tuple[int, int]]:
+    """Positions of every forward for a prompt of 4 and two blocks of 3."""
     forwards = watch(toy(**kind))
     got = decode(toy(**kind), PROMPT, 6, [Blocks(3), cache, *more])
     assert got.nfe == len(forwards)
@@ -31,24 +31,24 @@ def rows(toy, watch, cache: VicinityCache, *more, **kind) -> list[tuple[int, int
     ],
 )
 def test_the_block_and_its_neighbours_are_computed(cache, want, toy, watch) -> None:
-    assert rows(toy, watch, cache) == want
+    assert computed(toy, watch, cache) == want
 
 
-def test_in_a_shifted_family_the_row_before_the_block_is_always_one_of_them(toy, watch) -> None:
+def test_in_a_shifted_family_the_position_before_the_block_is_always_computed(toy, watch) -> None:
     want = [(0, 10), (3, 7), (3, 7), (0, 10), (6, 10), (6, 10)]
-    assert rows(toy, watch, VicinityCache(0, 0), shift=True) == want
-    assert rows(toy, watch, VicinityCache(1, 0), shift=True) == want
+    assert computed(toy, watch, VicinityCache(0, 0), shift=True) == want
+    assert computed(toy, watch, VicinityCache(1, 0), shift=True) == want
     want = [(0, 10), (2, 7), (2, 7), (0, 10), (5, 10), (5, 10)]
-    assert rows(toy, watch, VicinityCache(2, 0), shift=True) == want
+    assert computed(toy, watch, VicinityCache(2, 0), shift=True) == want
 
 
-def test_the_final_rows_of_a_prefix_model_are_left_alone(toy, watch) -> None:
+def test_the_final_positions_of_a_prefix_model_are_not_recomputed(toy, watch) -> None:
     want = [(0, 10), (4, 7), (4, 7), (4, 10), (5, 10), (5, 10)]
-    assert rows(toy, watch, VicinityCache(2, 0), attention="prefix") == want
+    assert computed(toy, watch, VicinityCache(2, 0), attention="prefix") == want
 
 
 def test_a_block_finished_by_its_full_pass_costs_one_forward(toy, watch) -> None:
-    assert rows(toy, watch, VicinityCache(1, 1), TopK(2)) == [(0, 10)] * 2
+    assert computed(toy, watch, VicinityCache(1, 1), TopK(2)) == [(0, 10)] * 2
 
 
 @pytest.mark.parametrize("shift", [False, True])
@@ -85,10 +85,17 @@ def test_without_neighbours_it_is_the_dual_cache(toy) -> None:
     assert not torch.allclose(near.history.confidence, dual.history.confidence)
 
 
-def test_blocks_of_the_models_own_are_refused_by_name(toy) -> None:
-    model = toy(attention="block_causal", block_size=4)
-    with pytest.raises(ValueError, match="^VicinityCache recomputes the same columns in all rows"):
-        decode(model, PROMPT, 6, [VicinityCache()])
+def test_blocks_of_the_models_own_have_their_neighbours_too(toy, watch) -> None:
+    """A prompt of 5 and blocks of 4: what comes after a block does not exist for it."""
+    forwards = watch(toy(attention="block_causal", block_size=4))
+    decode(
+        toy(attention="block_causal", block_size=4),
+        PROMPT.repeat(1, 2)[:, :5],
+        7,
+        [VicinityCache(0, 3)],
+    )
+    want = [(0, 8), (5, 8), (5, 8), (4, 12), (8, 12), (8, 12), (8, 12)]
+    assert [f.rows for f in forwards] == want
 
 
 @pytest.mark.parametrize("given", [{"before": -1}, {"after": -1}, {"every": 0}, {"warmup": -2}])
