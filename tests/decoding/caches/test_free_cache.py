@@ -66,25 +66,41 @@ def test_it_is_an_approximation(toy) -> None:
     assert not torch.allclose(free.history.confidence, renewed.history.confidence)
 
 
-def test_a_row_that_waits_keeps_what_it_had(toy, watch, prompts) -> None:
-    """The step that opens the second block is, for the row that waited, what it is alone."""
+def scores(forward, row: int) -> dict[int, torch.Tensor]:
+    """The logits of each position that a forward scored, counted from the end of the canvas."""
+    read, length = forward.read, forward.tokens.shape[1]
+    at = range(*read) if isinstance(read, tuple) else read[row].tolist()
+    return {p - length: forward.logits[row, i] for i, p in enumerate(at)}
+
+
+def test_a_row_begins_its_second_block_while_another_is_in_its_first(toy, watch, prompts) -> None:
+    """Each row goes on when its block is full, and keeps what its last step computed there."""
     tokens, mask = prompts(6, 4)
     canvas = torch.full((2, 8), MASK)
     canvas[1, 1:4] = torch.tensor([7, 8, 9])
     forwards, chosen = watch(toy()), [Blocks(4), FreeCache()]
     batch = decode(toy(), tokens, 8, chosen, mask=mask, canvas=canvas)
-    together = list(forwards)
-    assert [f.tokens[1, 6] == MASK for f in together[:4]] == [True, False, False, False]
+    mine = [(f, i) for f in forwards for i, row in enumerate(f.tokens) if row[:6].equal(tokens[1])]
+    forwards.clear()
     alone = decode(toy(), tokens[1:, 2:], 8, chosen, canvas=canvas[1:])
-    assert batch.nfe == 8
+    assert batch.forwards == (8, 5)
     assert alone.nfe == 5
-    torch.testing.assert_close(together[4].logits[1], forwards[8 + 1].logits[0])
+    for (f, i), one in zip(mine, forwards, strict=True):
+        got, want = scores(f, i), scores(one, 0)
+        assert set(got) == set(want)
+        for p in want:
+            torch.testing.assert_close(got[p], want[p])
     assert batch.tokens[1, 2:].tolist() == alone.tokens[0].tolist()
 
 
-def test_what_cannot_work_is_refused(toy) -> None:
-    model = toy(attention="block_causal", block_size=4)
-    with pytest.raises(ValueError, match="^FreeCache recomputes the same columns in all rows"):
-        decode(model, PROMPT, 6, [FreeCache()])
+def test_blocks_of_the_models_own_are_kept_too(toy, watch) -> None:
+    """A prompt of 5 and blocks of 4: the first holds one token of the prompt."""
+    kind = {"attention": "block_causal", "block_size": 4}
+    forwards = watch(toy(**kind))
+    decode(toy(**kind), torch.arange(3, 8)[None], 7, [FreeCache(), TopK(3)])
+    assert [f.rows for f in forwards] == [(0, 8), (5, 8), (8, 12), (8, 12)]
+
+
+def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(ValueError, match="FreeCache.every is 0"):
         FreeCache(every=0)
