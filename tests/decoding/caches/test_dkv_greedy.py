@@ -36,7 +36,7 @@ def test_neighbours_are_those_of_the_reference(case: dict) -> None:
 
 
 def around(centre: int, taken: set[int], masks: set[int], count: int) -> set[int]:
-    """Up to `count` masks that are not taken, going left and right by turns."""
+    """Up to `count` masks that are not taken, left and right in alternation."""
     found: list[int] = []
     for away in range(1, L):
         found += [p for p in (centre - away, centre + away) if p in masks - taken]
@@ -52,7 +52,7 @@ def indices(rows: tuple[int, int] | Tensor, row: int = 0) -> list[int]:
     ("window", "every", "size"), [(4, 2, 12), (2, 4, 12), (1, 5, 6), (0, 3, 6)]
 )
 def test_every_step_is_what_it_is_by_hand(window, every, size, shift, toy, watch, seeds) -> None:
-    """The rows of each step, and its logits from keys and values that were kept by hand."""
+    """The positions of each step, and its logits from keys and values that were kept by hand."""
     model = toy(shift=shift)
     forwards = watch(model)
     chosen = [DKVGreedy(window, every), Blocks(size)]
@@ -102,15 +102,23 @@ def test_positions_commit_in_equal_shares(steps, want, toy, watch) -> None:
             assert len(rows) <= len(committed) + want[i]  # a neighbour for each that is next
 
 
-def test_rows_that_wait_for_others_compute_one_row(toy, watch, prompts, seeds) -> None:
+def test_a_row_begins_its_second_block_while_another_is_in_its_first(
+    toy, watch, prompts, seeds
+) -> None:
     tokens, mask = prompts(4, 4)
     canvas = torch.full((2, 8), MASK)
     canvas[1, :3] = 7  # one mask in the first block
     forwards = watch(toy())
     chosen = [Blocks(4), DKVGreedy(0, 9)]
-    decode(toy(), tokens, 8, chosen, mask=mask, canvas=canvas, generator=seeds(0, 1))
-    # Its mask commits in the first step, is computed as itself in the second, then there is none.
-    assert [indices(f.rows, 1) for f in forwards[1:4]] == [[4, 7], [4], [4]]
+    got = decode(toy(), tokens, 8, chosen, mask=mask, canvas=canvas, generator=seeds(0, 1))
+    assert got.forwards == (8, 5)
+    for b, steps in enumerate(got.history.step.tolist()):
+        mine = [(f, i) for f in forwards for i, x in enumerate(f.tokens) if x[:4].equal(tokens[b])]
+        order = [P + steps.index(step) for step in range(len(mine))]
+        opens = [min(s for s in steps[at : at + 4] if s >= 0) for at in (0, 4)]
+        for step, (f, i) in enumerate(mine):
+            want = list(range(12)) if step in opens else sorted(order[step - 1 : step + 1])
+            assert indices(f.rows, i) == want
 
 
 def test_it_decides_what_commits(toy) -> None:
