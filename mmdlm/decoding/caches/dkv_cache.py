@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from mmdlm.decoding.recompute import anew
-from mmdlm.decoding.state import DecodeState
+import torch
+from torch import Tensor
+
+from mmdlm.decoding.memory import Entry, PerCanvas
+from mmdlm.decoding.recompute import highest, needed
 from mmdlm.decoding.strategy import Refresh, Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
@@ -19,16 +23,15 @@ class DKVCache(Strategy):
     itself, and reused from the step after that. Approximate between full passes. The first step of
     a block is a full pass; so is the second in families without a shift, as published.
 
-    Any commit rule will do at any batch size. The published code needs the same number of known
-    tokens in every row, and so forbids thresholds; here every row has its own list of rows. A step
-    costs as much as if all rows of the batch had the longest of them.
+    Any commit rule works at any batch size. The published code needs the same number of known
+    tokens in every row, and so forbids thresholds; here every row has its own list of positions.
 
     With `prefill` the prompt is computed once for the whole answer (dKV-Cache-PD); without `decode`
     nothing but the prompt is kept (dKV-Cache-Prefill).
 
-    In a shifted family the row before a position scores it, and what is kept is chosen with this in
-    mind. A third variant of the published code, `right`, keeps every known token, and so leaves
-    masks behind a known token without a score until the next full pass; it is not offered.
+    In a shifted family the position before a token scores it, and what is kept is chosen with this
+    in mind. A third variant of the published code, `right`, keeps every known token, and so leaves
+    masks after a known token without a score until the next full pass; it is not offered.
 
     Source: horseee/dKV-Cache: generation_utils/llada_dkv_cache_decode.py, and for shifted families
     generation_utils/dream_generation_utils.py and dream_generation_utils_pd.py.
@@ -37,12 +40,13 @@ class DKVCache(Strategy):
         every: steps of a block from one full pass to the next.
         prefill: the prompt is never renewed.
         decode: known tokens of the answer (and the prompt) are reused.
-        variant: rows kept in a shifted family. "un": those whose next position is known, whatever
-            they hold; "un_right": those that are known themselves, too.
+        variant: positions kept in a shifted family. "un": those whose next position is known,
+            whatever they hold; "un_right": of these, those that are known themselves.
     """
 
     paper: ClassVar[str] = "dKV-Cache, arXiv 2505.15781"
-    excludes: ClassVar[tuple[str, ...]] = ("edit",)  # a token kept here would not see its change
+    requires: ClassVar[frozenset[str]] = frozenset({"final_tokens"})
+    denies: ClassVar[frozenset[str]] = frozenset({"all_scored"})
 
     every: int = 8
     prefill: bool = False
@@ -57,23 +61,37 @@ class DKVCache(Strategy):
         if self.variant not in ("un", "un_right"):
             raise ValueError(f"DKVCache.variant is {self.variant!r}, expected 'un' or 'un_right'")
 
-    def refresh(self, state: DecodeState) -> Refresh:
-        """All rows that can have changed, or those not known when the step before began."""
-        shift, known = int(state.model.spec.shift), ~state.left
-        kept = state.prompt - shift if self.prefill and state.caches else 0
-        before = state.memory.get(self)
-        state.memory[self] = known
-        full = state.block_step % self.every == 0 or state.block_step < 2 - shift
-        if full or before is None or not self.decode:
-            return anew(state, kept)
-        old = before & known  # a token may have been taken back
-        if shift:
-            scored = old.roll(-1, 1)
-            if self.variant == "un":
-                old = scored
-            else:
-                old = old & scored
-                old[:, -1] = old[:, -2]
-        rows = ~old & (state.level >= 0)
-        rows[:, :kept] = False
-        return Refresh(0, state.length, cached=True, rows=rows)
+    def begin(self, view: View) -> dict[str, Entry]:
+        """The tokens known when the latest step began; padding counts as known."""
+        return {"known": PerCanvas(torch.ones_like(view.left), fill=True)}
+
+    def refresh(self, view: View) -> Refresh:
+        """All that can have changed, or what was not known when the step before began."""
+        mine, shift, known = view.memory(self), int(view.model.spec.shift), ~view.left
+        old = mine["known"] & known  # a token may have been taken back
+        mine["known"] = known
+        step = view.block_step
+        full = ~view.has_cache | (step % self.every == 0) | (step < 2 - shift)
+        compute = needed(view)
+        if self.decode and not bool(full.all()):
+            part = ~self._kept(view, old) & (view.level >= 0) & (view.level <= highest(view))
+            compute = torch.where(full[:, None], compute, part)
+        if self.prefill:
+            inside = torch.arange(view.length) < view.prompt - shift
+            compute = compute & ~(inside & view.has_cache[:, None])
+        return Refresh(compute)
+
+    def _kept(self, view: View, old: Tensor) -> Tensor:
+        """[B L] bool, positions whose keys and values are reused.
+
+        Args:
+            view: the rows.
+            old: [B L] bool, tokens known for a step.
+        """
+        if not view.model.spec.shift:
+            return old
+        last = torch.arange(view.length) == (view.prompt + view.lengths - 1)[:, None]
+        if self.variant == "un":
+            return old.roll(-1, 1) | last  # which scores nothing
+        both = old & old.roll(-1, 1)
+        return torch.where(last, both.roll(1, 1), both)

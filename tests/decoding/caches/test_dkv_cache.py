@@ -10,8 +10,9 @@ from mmdlm.decoding.commits.threshold import Threshold
 from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.decode import decode
 from mmdlm.decoding.plans.blocks import Blocks
-from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.session import Session
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 from mmdlm.layout import from_tokens
 
 MASK, P, L = 2, 4, 14
@@ -30,21 +31,21 @@ CACHES = [
 
 
 def indices(rows: tuple[int, int] | Tensor, row: int = 0) -> list[int]:
-    """The rows a forward computed, each once."""
+    """The positions a forward computed, each once."""
     return list(range(*rows)) if isinstance(rows, tuple) else sorted(set(rows[row].tolist()))
 
 
 def policy(
     cache: DKVCache, shift: bool, inputs: list[list[int]], starts: list[int], prompt: int = P
 ) -> Iterator[list[int]]:
-    """The rows to compute in each step, from what the canvas held at its start.
+    """The positions to compute in each step, from what the canvas held at its start.
 
     Args:
         cache: the settings.
-        shift: row p scores position p + 1.
+        shift: position p scores the token at p + 1.
         inputs: ids of the canvas before each step.
         starts: the first step of each block.
-        prompt: positions in front of the answer.
+        prompt: positions before the answer.
     """
     for i, now in enumerate(inputs):
         at = i - max(s for s in starts if s <= i)
@@ -68,7 +69,7 @@ def policy(
 @pytest.mark.parametrize(("cache", "shift"), CACHES)
 @pytest.mark.parametrize("more", [[TopK()], [TopK(5)], [Blocks(5), Threshold(0.2)]], ids=str)
 def test_every_step_is_what_it_is_by_hand(cache, shift, more, toy, watch) -> None:
-    """The rows of each step, and its logits from keys and values that were kept by hand."""
+    """The positions of each step, and its logits from keys and values that were kept by hand."""
     model = toy(shift=shift)
     forwards = watch(model)
     got = decode(model, PROMPT, L - P, [cache, *more])
@@ -89,34 +90,51 @@ def test_every_step_is_what_it_is_by_hand(cache, shift, more, toy, watch) -> Non
 
 
 @pytest.mark.parametrize("shift", [False, True])
-def test_with_a_threshold_every_row_of_a_batch_has_rows_of_its_own(
+def test_with_a_threshold_every_row_of_a_batch_has_its_own_positions(
     shift: bool, toy, watch, prompts
 ) -> None:
-    model, cache = toy(shift=shift), DKVCache(every=5)
-    tokens, mask = prompts(7, 4, 6, 5)
+    model, cache, sizes = toy(shift=shift), DKVCache(every=5), (7, 4, 6, 5)
+    tokens, mask = prompts(*sizes)
     forwards = watch(model)
     got = decode(model, tokens, 12, [cache, Threshold(0.2)], mask=mask)
-    last, lengths = got.history.step.amax(1), set()
-    for b, size in enumerate((7, 4, 6, 5)):
-        place = [sorted((last >= i).nonzero()[:, 0].tolist()).index(b) for i in range(last[b] + 1)]
-        mine = [f.tokens[j] for f, j in zip(forwards, place, strict=False)]
-        want = policy(cache, shift, [x[7 - size :].tolist() for x in mine], [0], size)
-        for f, j, rows in zip(forwards, place, want, strict=False):
-            seen = [p - 7 + size for p in indices(f.rows, j) if p >= 7 - size]
-            assert seen == rows
-            lengths.add((f.rows, len(rows)) if isinstance(f.rows, tuple) else len(rows))
-    assert len({n for n in lengths if isinstance(n, int)}) > 3
+    for b, size in enumerate(sizes):
+        mine = [(f, i) for f in forwards for i, x in enumerate(f.tokens) if x[:7].equal(tokens[b])]
+        assert len(mine) == got.forwards[b]
+        inputs = [f.tokens[i, 7 - size :].tolist() for f, i in mine]
+        for (f, i), want in zip(mine, policy(cache, shift, inputs, [0], size), strict=True):
+            assert [p - 7 + size for p in indices(f.rows, i) if p >= 7 - size] == want
     counts = [(f.tokens[:, 7:] != MASK).sum(1).unique().numel() for f in forwards]
     assert max(counts) > 1  # rows with other numbers of known tokens, side by side
+
+
+@pytest.mark.parametrize("variant", ["un", "un_right"])
+def test_a_shorter_answer_beside_a_longer_one_computes_what_it_computes_alone(
+    variant, toy, watch
+) -> None:
+    """The last position of a shifted family scores nothing, also where padding follows it."""
+    model, chosen = toy(shift=True), [DKVCache(every=5, variant=variant), Threshold(0.2)]
+    found, prompt, canvas = [], torch.tensor([9, 8, 7, 6]), torch.full((9,), MASK)
+    canvas[-1] = 9  # known before the position that is computed with it in "un_right"
+    for longer in (False, True):
+        forwards, session = watch(model), Session(model, chosen)
+        session.add(prompt, 9, canvas=canvas)
+        if longer:
+            session.add(torch.tensor([3, 4]), 12)
+        while session.keys:
+            session.step()
+        mine = [(f, i) for f in forwards for i, x in enumerate(f.tokens) if x[:4].equal(prompt)]
+        found.append([[p for p in indices(f.rows, i) if p < 13] for f, i in mine])
+    assert found[0] == found[1]
+    assert (12 in found[0][1]) == (variant == "un_right")
 
 
 @dataclass(frozen=True)
 class TakenBack(Strategy):
     """Makes the position filled first a mask again, once it has been kept for a step."""
 
-    def revise(self, state: DecodeState) -> Tensor:
-        again = torch.zeros_like(state.masked)
-        again[:, state.prompt :] = (state.commit_step == 0) & (state.step == 3)
+    def revise(self, view: View) -> Tensor:
+        again = torch.zeros_like(view.masked)
+        again[:, view.prompt :] = (view.commit_step == 0) & (view.step == 3)[:, None]
         return again
 
 
@@ -151,12 +169,14 @@ def test_it_is_an_approximation(toy) -> None:
 class Editor(Strategy):
     """Edits nothing."""
 
-    def edit(self, state: DecodeState) -> Tensor:
-        return torch.zeros_like(state.open)
+    def edit(self, view: View) -> Tensor:
+        return torch.zeros_like(view.open)
 
 
 def test_what_cannot_work_is_refused(toy) -> None:
-    with pytest.raises(ValueError, match="DKVCache cannot be combined with Editor, which decides"):
+    with pytest.raises(
+        ValueError, match="DKVCache cannot be combined with Editor: DKVCache requires"
+    ):
         decode(toy(), PROMPT, 4, [DKVCache(), Editor()])
     with pytest.raises(ValueError, match="DKVCache.every is 0"):
         DKVCache(every=0)
