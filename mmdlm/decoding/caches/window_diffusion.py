@@ -1,30 +1,33 @@
-"""Compute a few masks, see some more, and leave out the rest."""
+"""Compute a few masks, attend to some more, and leave out the rest."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mmdlm.decoding.compatibility import any_order
+import torch
+from torch import Tensor
+
+from mmdlm.decoding.memory import Entry, PerCanvas, PerRow
 from mmdlm.decoding.numerics import first
-from mmdlm.decoding.recompute import anew
-from mmdlm.decoding.state import DecodeState
-from mmdlm.decoding.strategy import Refresh, Strategy, Window
+from mmdlm.decoding.recompute import needed
+from mmdlm.decoding.strategy import Refresh, Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
 class WindowDiffusion(Strategy):
-    """Recomputes the first masks and the latest tokens; masks far behind are not even seen.
+    """Recomputes the first masks and the latest tokens; masks far after them are not attended to.
 
     An answer is filled in phases of `every` steps, without blocks. The first step of a phase is a
     full pass that may commit anywhere. Then the phase's window is fixed: all that is known and the
     first `window` masks; nothing else is attended to until the next phase. In each further step,
     only the first `active` masks and the tokens committed since the phase began are computed, and
-    only those masks may commit. Approximate: the other rows keep the keys and values of the full
-    pass. In a shifted family the rows before the masks, which score them, are computed with them.
+    only those masks may commit. Approximate: the other positions keep the keys and values of the
+    full pass. In a shifted family the positions before the masks, which score them, are computed
+    with them.
 
-    The lists of rows differ in each row of a batch; a step costs as much as the longest. Commit
-    rules that share the answer over a number of steps count all steps of all phases.
+    Commit rules that share the answer over a number of steps count all steps of all phases.
 
     Source: vhicrgit/Window-Diffusion: llada/model/modeling_llada.py (build_window_plan,
     update_window_plan, generate); its Dream settings are active=32, window=128.
@@ -36,7 +39,9 @@ class WindowDiffusion(Strategy):
     """
 
     paper: ClassVar[str] = "Window-Diffusion, arXiv 2601.20332"
-    excludes: ClassVar[tuple[str, ...]] = ("edit",)  # a token kept here would not see its change
+    requires: ClassVar[frozenset[str]] = frozenset({"any_order", "final_tokens"})
+    denies: ClassVar[frozenset[str]] = frozenset({"all_scored"})
+    steady: ClassVar[bool] = True
 
     active: int = 16
     window: int = 64
@@ -51,33 +56,34 @@ class WindowDiffusion(Strategy):
         if self.every < 1:
             raise ValueError(f"WindowDiffusion.every is {self.every}, expected at least 1")
 
-    def begin(self, state: DecodeState) -> None:
-        """Checks the model.
+    def begin(self, view: View) -> dict[str, Entry]:
+        """The window of each row, what its steps need not compute, and where it is in its phase."""
+        everything = torch.ones_like(view.left)
+        return {
+            "window": PerCanvas(everything, fill=True),
+            "known": PerCanvas(everything, fill=True),
+            "full": PerRow(torch.zeros_like(view.has_cache)),  # the latest step was a full pass
+        }
 
-        Raises:
-            ValueError: the answer is made in blocks that do not see those behind them.
-        """
-        any_order(self, state)
+    def plan(self, view: View) -> Tensor:
+        """[B L] bool, the whole answer; nothing in rows without masks."""
+        return view.answer & view.left.any(1, keepdim=True)
 
-    def plan(self, state: DecodeState) -> Window:
-        """The whole answer; an empty window when nothing is masked."""
-        return Window(state.prompt if bool(state.left.any()) else state.length, state.length)
-
-    def refresh(self, state: DecodeState) -> Refresh:
-        """All rows, or the active ones, which see the window."""
-        memory, left = state.memory, state.left
-        began, seen, known = ((self, name) for name in ("began", "seen", "known"))
-        if state.block_step % self.every == 0 or began not in memory:
-            memory[began] = left
-            memory.pop(seen, None)
-            return anew(state)
-        if seen not in memory:
-            memory[seen], memory[known] = first(left, self.window) | ~left, ~left
-            latest = memory[began] & ~left  # of the full pass: active for this step only
-        else:
-            latest = ~left & ~memory[known]
+    def refresh(self, view: View) -> Refresh:
+        """All that can have changed, or the active positions, which attend to the window."""
+        mine, left = view.memory(self), view.left
+        full = ~view.has_cache | (view.block_step % self.every == 0)
+        second = (mine["full"] & ~full)[:, None]  # in which a window is fixed
+        mine["full"] = full
+        latest = ~left & ~mine["known"]
+        window = torch.where(second, first(left, self.window) | ~left, mine["window"])
+        window = window | full[:, None]
+        mine["window"] = window
+        mine["known"] = torch.where(second | full[:, None], ~left, mine["known"])
+        if bool(full.all()):
+            return Refresh(needed(view))
         masks = first(left, self.active)
-        rows = masks | (latest & memory[seen])
-        if state.model.spec.shift:
-            rows |= masks.roll(-1, 1)
-        return Refresh(0, state.length, cached=True, rows=rows, seen=memory[seen])
+        compute = masks | (latest & window)
+        if view.model.spec.shift:
+            compute |= masks.roll(-1, 1)
+        return Refresh(torch.where(full[:, None], needed(view), compute), attend=window)

@@ -1,6 +1,5 @@
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from mmdlm.decoding.commits.threshold import Threshold
 from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.decode import decode
 from mmdlm.decoding.plans.blocks import Blocks
-from mmdlm.decoding.strategy import Window
 from mmdlm.layout import from_tokens
 
 FILE = Path(__file__).parents[2] / "golden" / "decoding" / "caches.json"
@@ -27,30 +25,28 @@ def flags(length: int, at: set[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
-def test_active_rows_and_window_are_those_of_the_reference(case: dict) -> None:
-    length, masked = case["length"], set(case["masked"])
-    state = SimpleNamespace(
-        length=length,
-        level=torch.zeros(1, length, dtype=torch.long),
-        window=Window(0, length),
-        memory={},
-        model=SimpleNamespace(spec=SimpleNamespace(shift=False)),
-    )
-    given = case["params"]
+def test_active_positions_and_window_are_those_of_the_reference(case: dict, moment) -> None:
+    length, given = case["length"], case["params"]
     strategy = WindowDiffusion(given["active_tokens"], given["window_tokens"], every=3)
+    view = moment(torch.zeros(1, length - 1, 2), torch.ones(1, length - 1, dtype=bool), strategy)
+    state = view._state
+    state.prompt = 0
 
     def refresh(step: int, left: set[int]) -> tuple[list[int], list[int] | None]:
-        state.block_step, state.left = step, flags(length, left)
-        got = strategy.refresh(state)
-        rows = range(got.start, got.stop) if got.rows is None else got.rows[0].nonzero()[:, 0]
-        seen = None if got.seen is None else got.seen[0].nonzero()[:, 0].tolist()
-        return [int(r) for r in rows], seen
+        state.block_step = torch.tensor([step])
+        state.tokens[:] = torch.where(flags(length, left), 2, 0)
+        state.wrote()
+        got = strategy.refresh(view)
+        state.has_cache = torch.tensor([True])
+        window = None if got.attend is None else got.attend[0].nonzero()[:, 0].tolist()
+        return got.compute[0].nonzero()[:, 0].tolist(), window
 
+    masked, everything = set(case["masked"]), list(range(length))
     want, after = case["output"], masked - set(case["then_commit"])
-    assert refresh(0, masked | set(case["just_committed"])) == (list(range(length)), None)
+    assert refresh(0, masked | set(case["just_committed"])) == (everything, None)
     assert refresh(1, masked) == (want["active"], want["window"])
     assert refresh(2, after) == (want["active_after"], want["window"])
-    assert refresh(3, after) == (list(range(length)), None)
+    assert refresh(3, after) == (everything, None)
 
 
 def indices(rows: tuple[int, int] | Tensor, row: int = 0) -> list[int]:
@@ -63,7 +59,7 @@ def indices(rows: tuple[int, int] | Tensor, row: int = 0) -> list[int]:
     ("active", "window", "every"), [(2, 5, 4), (1, 1, 3), (3, 14, 99), (9, 9, 2)]
 )
 def test_every_step_is_what_it_is_by_hand(active, window, every, more, shift, toy, watch) -> None:
-    """Rows, keys that are seen and logits of each step, in Python sets and with kept keys."""
+    """Positions, keys that are seen and logits of each step, in Python sets and with kept keys."""
     model = toy(shift=shift)
     forwards = watch(model)
     got = decode(model, PROMPT, L - P, [WindowDiffusion(active, window, every), *more])
@@ -104,7 +100,7 @@ def test_the_first_step_of_a_phase_commits_anywhere_and_others_among_the_active(
     assert order != sorted(order)
 
 
-def test_masks_behind_the_window_are_not_seen(toy, watch) -> None:
+def test_masks_after_the_window_are_not_seen(toy, watch) -> None:
     """What stands there makes no difference to the steps of a phase but the first."""
     forwards = watch(toy())
     decode(toy(), PROMPT, L - P, [WindowDiffusion(2, 3, 6)])
@@ -134,7 +130,9 @@ def test_what_cannot_work_is_refused(toy) -> None:
         decode(toy(), PROMPT, 6, [WindowDiffusion(), Blocks(3)])
     for kind in ("cascade", "block_causal"):
         model = toy(attention=kind, block_size=4)
-        with pytest.raises(ValueError, match=f"makes it block by block \\({kind} attention\\)"):
+        with pytest.raises(
+            ValueError, match=f"filled in any order, but this model has {kind} attention"
+        ):
             decode(model, PROMPT, 6, [WindowDiffusion()])
     for given, name in (((0, 4), "active"), ((5, 4), "active"), ((1, 4, 0), "every")):
         with pytest.raises(ValueError, match=f"WindowDiffusion.{name} is"):
