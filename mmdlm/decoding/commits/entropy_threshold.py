@@ -1,4 +1,4 @@
-"""Commit everything whose distribution is certain enough."""
+"""dParallel: commit all positions of low entropy."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import ClassVar
 from torch import Tensor
 
 from mmdlm.decoding.numerics import entropy
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
 class EntropyThreshold(Strategy):
-    """Commits every open position whose entropy is `tau` or less, and always the lowest one.
+    """Commits every open position whose entropy is at most `tau`, and always the lowest.
 
-    It decides `score` as well, so that the position that is always committed is the one of lowest
-    entropy. What makes it fast is a model trained to be certain early (the dParallel checkpoints);
-    with other models it is one more threshold.
+    It decides `score` as well, so that the position that always commits is the one of lowest
+    entropy. It is fast with models trained to be certain early (the dParallel checkpoints); with
+    other models it is an ordinary threshold.
 
     Source: czg1225/dParallel: LLaDA/generate.py (get_transfer_index_entropy).
 
@@ -34,10 +34,10 @@ class EntropyThreshold(Strategy):
         if not self.tau >= 0:
             raise ValueError(f"EntropyThreshold.tau is {self.tau}, expected nats, 0 or more")
 
-    def score(self, state: DecodeState, logits: Tensor, tokens: Tensor) -> Tensor:
+    def score(self, view: View, logits: Tensor, tokens: Tensor) -> Tensor:
         """[B R] negative entropy in nats, 0 at most."""
         return -entropy(logits)
 
-    def select(self, state: DecodeState) -> Tensor:
+    def select(self, view: View) -> Tensor:
         """[B R] bool."""
-        return state.confidence >= -self.tau
+        return view.confidence >= -self.tau
