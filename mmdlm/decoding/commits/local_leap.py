@@ -1,4 +1,4 @@
-"""Commit what is sure, and what is nearly sure beside it."""
+"""LocalLeap: a lower threshold near confident positions."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmdlm.decoding.numerics import odds_of
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
 class LocalLeap(Strategy):
-    """Commits what reaches `tau`, and what reaches `relaxed` near such a position.
+    """Commits positions that reach `tau`, and those near them that reach `relaxed`.
 
-    Positions that reach `tau` in this step are anchors; what lies at most `radius` positions from
-    one of them needs `relaxed` only. Tokens committed in earlier steps are no anchors. The best
-    position is committed always.
+    Positions that reach `tau` in this step are anchors. Positions at most `radius` from an anchor
+    need to reach `relaxed` only. Tokens committed in earlier steps are not anchors. The best
+    position always commits.
 
-    Source: friedrichor/LocalLeap: generate.py, of which a copy by others was checked, not the file
-    itself. Its early stop is `EndOfText`.
+    Source: friedrichor/LocalLeap: generate.py. We checked a copy in another repository, not the
+    file itself. Its early stop is `EndOfText`.
 
     Args:
-        tau: probability that makes an anchor.
-        relaxed: probability that is enough near an anchor, at most `tau`.
+        tau: probability of an anchor.
+        relaxed: probability required near an anchor, at most `tau`.
         radius: positions to either side; 0 makes it `Threshold`.
     """
 
@@ -52,8 +52,8 @@ class LocalLeap(Strategy):
         """[B R] bool."""
         anchors = view.open & (view.log_odds >= odds_of(self.tau))
         canvas = torch.zeros_like(view.tokens, dtype=torch.float32)
-        view.put(canvas, anchors, 1)
-        # The largest within the radius: 1 where an anchor is near. # [B L]
+        canvas = view.placed(canvas, anchors, 1)
+        # The maximum within the radius is 1 where an anchor is near.  [B L]
         near = F.max_pool1d(canvas[:, None], 2 * self.radius + 1, 1, self.radius)[:, 0]
         nearly = view.log_odds >= odds_of(self.relaxed)
         return anchors | (nearly & view.here(near > 0))
