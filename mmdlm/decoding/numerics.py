@@ -74,6 +74,19 @@ def entropy(logits: Tensor) -> Tensor:
     return F.softplus(-log_odds(logits, best)) + spread
 
 
+def margin(logits: Tensor) -> Tensor:
+    """[... R] p1 - p2 - 1 of the two highest probabilities of logits [... R V], in [-1, 0].
+
+    Near 0 float32 has more distinct numbers than near 1.
+    """
+    best = logits.argmax(-1)
+    odds = log_odds(logits, best)
+    first = logits.gather(-1, best[..., None])
+    others = logits.scatter(-1, best[..., None], -torch.inf)
+    second = (others.amax(-1) - first[..., 0]).exp() * odds.sigmoid()
+    return -((-odds).sigmoid() + second)
+
+
 def logit_margin(view: View, logits: Tensor) -> Tensor:
     """[B R] difference of the two highest logits, the mask token left out; 1e9 at most.
 

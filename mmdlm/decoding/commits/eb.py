@@ -1,4 +1,4 @@
-"""Commit as many as may be uncertain together."""
+"""EB-Sampler: commit as many positions as a bound on their joint entropy allows."""
 
 from __future__ import annotations
 
@@ -8,32 +8,30 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mmdlm.decoding.numerics import entropy, rank
-from mmdlm.decoding.scores.entropy import Entropy
-from mmdlm.decoding.scores.margin import Margin
-from mmdlm.decoding.scores.probability import Probability
-from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.memory import Entry, PerAnswer
+from mmdlm.decoding.numerics import entropy, margin, rank
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
-ORDERS = {"confidence": Probability(), "entropy": Entropy(), "margin": Margin()}
+ORDERS = ("confidence", "entropy", "margin")
 
 
 @dataclass(frozen=True)
 class EntropyBound(Strategy):
-    """Commits the longest list, best first, whose entropies without the largest sum to `gamma`.
+    """Commits the longest list whose entropies, without the largest, sum to at most `gamma`.
 
-    Tokens drawn independently miss at most that much of what they tell about each other: the sum of
-    their entropies less the largest one bounds their mutual information from above.
+    The list is in the order of confidence, best first. The sum of the entropies less the largest
+    one is an upper bound of the mutual information that independent commits ignore.
 
-    Source: the EB-Sampler's rule as in its paper (arXiv 2505.24857). Kamichanw/d2Cache:
-    src/generation/vanilla.py takes the largest entropy over the rows of the batch instead of the
-    list; at batch 1 it so leaves out the entropy of the last position in the list, which is the
-    same with `order="entropy"`.
+    Source: the rule of the EB-Sampler paper (arXiv 2505.24857). Kamichanw/d2Cache:
+    src/generation/vanilla.py takes the largest entropy over the batch rows instead of the list. At
+    batch 1 it thereby leaves out the entropy of the last position in the list, which is the same
+    with `order="entropy"`.
 
     Args:
         gamma: nats, 0 or more; 0 commits one per step unless more are certain.
-        order: what ranks the positions: probability of the token, entropy, or lead of the best
-            token over the second.
+        order: ranking of the positions: probability of the token, entropy, or difference of the two
+            highest probabilities.
     """
 
     paper: ClassVar[str] = "EB-Sampler, arXiv 2505.24857"
@@ -49,15 +47,23 @@ class EntropyBound(Strategy):
                 f"EntropyBound.order is {self.order!r}, expected one of {', '.join(ORDERS)}"
             )
 
-    def score(self, state: DecodeState, logits: Tensor, tokens: Tensor) -> Tensor:
-        """[B R] as `Probability`, `Entropy` or `Margin`; keeps the entropies for `select`."""
-        state.memory[self] = entropy(logits)
-        return ORDERS[self.order].score(state, logits, tokens)
+    def begin(self, view: View) -> dict[str, Entry]:
+        """Room for the entropies of a step."""
+        return {"entropy": PerAnswer(torch.zeros_like(view.commit_confidence))}
 
-    def select(self, state: DecodeState) -> Tensor:
+    def score(self, view: View, logits: Tensor, tokens: Tensor) -> Tensor:
+        """[B R] as `Probability`, `Entropy` or `Margin`; keeps the entropies for `select`."""
+        mine, nats = view.memory(self), entropy(logits)
+        mine["entropy"] = view.placed(mine["entropy"], view.open, nats, view.prompt)
+        if self.order == "margin":
+            return margin(logits)
+        return view.log_odds if self.order == "confidence" else -nats
+
+    def select(self, view: View) -> Tensor:
         """[B R] bool."""
-        place = rank(state.confidence)
-        listed = torch.empty_like(state.memory[self]).scatter_(1, place, state.memory[self])
-        # A longer list never has a smaller sum, so those that fit are a start of the list.
+        place = rank(view.confidence)  # positions that are not open come last
+        nats = view.memory(self)["entropy"].gather(1, view.at - view.prompt)
+        listed = torch.empty_like(nats).scatter_(1, place, nats)
+        # The sum never falls as the list grows: the lists within the bound are the shortest ones.
         fits = listed.cumsum(1) - listed.cummax(1).values <= self.gamma
         return place < fits.sum(1, keepdim=True)

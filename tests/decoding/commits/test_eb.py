@@ -17,7 +17,7 @@ def entropy(p: list[float]) -> float:
 
 
 def longest(nats: list[float], gamma: float) -> tuple[int, float]:
-    """Length of the longest list within the bound, and how close a sum came to it."""
+    """Length of the longest list within the bound, and the smallest distance of a sum to it."""
     sums = [sum(nats[:n]) - max(nats[:n]) for n in range(1, len(nats) + 1)]
     gap = min((abs(s - gamma) for s in sums), default=1.0)
     return max((n for n, s in enumerate(sums, 1) if s <= gamma), default=0), gap
@@ -30,32 +30,35 @@ def test_commits_the_longest_list_within_the_bound(
 ) -> None:
     rule = EntropyBound(gamma, order)
     for logits, masked in cases(27):
-        state = moment(logits, masked)
-        score = rule.score(state, logits, state.candidates)
-        state.confidence = score.masked_fill(~masked, -torch.inf)
-        taken = rule.select(state) & masked
+        view = moment(logits, masked, rule)
+        score = rule.score(view, logits, view.candidates)
+        view._state.confidence = score.masked_fill(~masked, -torch.inf)
+        taken = rule.select(view) & masked
         for i, row in enumerate(logits.tolist()):
             is_open = masked[i].nonzero()[:, 0].tolist()
             # The order is that of the score, which has a test of its own.
-            ranked = sorted(is_open, key=lambda j: (-float(state.confidence[i, j]), j))
+            ranked = sorted(is_open, key=lambda j: (-float(view.confidence[i, j]), j))
             count, gap = longest([entropy(softmax(row[j])) for j in ranked], gamma)
             if gap > 1e-5:
                 assert taken[i].nonzero()[:, 0].tolist() == sorted(ranked[:count])
 
 
-def test_a_single_uncertain_token_costs_nothing(moment) -> None:
-    sure, even = [30.0, 0.0], [0.0, 0.0]
-    for rows, want in (([sure, even, sure], 3), ([even, sure, even], 2)):
+def test_the_largest_entropy_does_not_count(moment) -> None:
+    certain, even = [30.0, 0.0], [0.0, 0.0]
+    for rows, want in (([certain, even, certain], 3), ([even, certain, even], 2)):
         logits = torch.tensor([rows])
-        state, rule = moment(logits, torch.ones(1, 3).bool()), EntropyBound(1e-3)
-        state.confidence = rule.score(state, logits, state.candidates)
-        assert int(rule.select(state).sum()) == want
+        rule = EntropyBound(1e-3)
+        view = moment(logits, torch.ones(1, 3).bool(), rule)
+        view._state.confidence = rule.score(view, logits, view.candidates)
+        assert int(rule.select(view).sum()) == want
 
 
 @pytest.mark.parametrize(
     ("order", "alone"), [("confidence", []), ("entropy", [Entropy()]), ("margin", [Margin()])]
 )
-def test_no_bound_is_one_per_step_and_no_limit_all_at_once(order: str, alone: list, toy) -> None:
+def test_a_bound_of_zero_commits_one_per_step_and_of_infinity_all_at_once(
+    order: str, alone: list, toy
+) -> None:
     tight, one = (
         decode(toy(), PROMPT, 8, s) for s in ([EntropyBound(0.0, order)], [TopK(), *alone])
     )
