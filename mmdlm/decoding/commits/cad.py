@@ -1,4 +1,4 @@
-"""Commit as many as are sure, between a least and a most."""
+"""CD4LM: commit all confident positions, between a minimum and a maximum per step."""
 
 from __future__ import annotations
 
@@ -8,31 +8,33 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from mmdlm.decoding.memory import Entry, PerAnswer
 from mmdlm.decoding.numerics import entropy, odds_of, rank
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
 class CAD(Strategy):
-    """Commits the best `least` to `most` positions: as many as are sure enough, within these.
+    """Commits the confident positions of a step, but at least `least` and at most `most`.
 
-    While little of the answer is written, positions that want an end token (the model's `eos_id`
-    or one of its `stop_ids`) wait, unless all do: then `least` of them commit.
+    While little of the answer is written, positions whose candidate is an end token are deferred.
+    End tokens are the model's `eos_id` and `stop_ids`. If all open positions are deferred, the best
+    `least` of them commit.
 
-    It decides `score` as well: what waits must not be the position that is always committed.
+    It decides `score` as well: the position that always commits must not be a deferred one.
 
     Source: yihao-liang/CDLM: scripts/LLaDA_generate_dynamic.py (generate_block), "confidence-
-    adaptive decoding". It lists ids of end tokens itself, and leaves open which positions commit
-    where all want one; we take the best. Its limit of steps per block, after which all commits, is
-    out of reach: every step commits, and the limit is the block's length.
+    adaptive decoding". It has its own list of end tokens, and does not define which positions
+    commit where all are deferred; we commit the best. Its maximum of steps per block, after which
+    everything commits, is the block's length and never reached: every step commits something.
 
     Args:
-        tau: probability that counts as sure, with `selection="confidence"`.
-        least: positions that commit in a step at least, sure or not.
+        tau: probability of a confident position, with `selection="confidence"`.
+        least: positions that commit in a step at least, confident or not.
         most: positions that commit in a step at most.
-        selection: what ranks and counts: the probability of the token, or the entropy.
-        nats: entropy that counts as sure, with `selection="entropy"`.
+        selection: measure that ranks and counts: probability of the token, or entropy.
+        nats: highest entropy of a confident position, with `selection="entropy"`.
         eos_share: share of the answer that must be written before end tokens commit; 0: none.
     """
 
@@ -61,30 +63,35 @@ class CAD(Strategy):
         if not 0 <= self.eos_share <= 1:
             raise ValueError(f"CAD.eos_share is {self.eos_share}, expected a share, 0 to 1")
 
-    def score(self, state: DecodeState, logits: Tensor, tokens: Tensor) -> Tensor:
-        """[B R] log-odds or negative entropy, with all that waits behind all that does not."""
-        value = state.log_odds if self.selection == "confidence" else -entropy(logits)
-        waits = self.waits(state)
-        # Places, not values, which may be infinite: what waits keeps its order behind the rest.
-        place = rank(value.masked_fill(~state.open, -torch.inf)) + waits * value.shape[1]
-        floor = odds_of(self.tau) if self.selection == "confidence" else -self.nats
-        state.memory[self, "sure"] = (value >= floor) & state.open & ~waits
-        state.memory[self, "free"] = state.open & ~waits
-        return -place.float()
+    def begin(self, view: View) -> dict[str, Entry]:
+        """Room for what `select` needs of the logits."""
+        return {"confident": PerAnswer(torch.zeros_like(view.writable[:, view.prompt :]))}
 
-    def select(self, state: DecodeState) -> Tensor:
+    def score(self, view: View, logits: Tensor, tokens: Tensor) -> Tensor:
+        """[B R] minus the rank by log-odds or entropy; deferred positions rank last."""
+        by_odds = self.selection == "confidence"
+        value = view.log_odds if by_odds else -entropy(logits)
+        confident = value >= (odds_of(self.tau) if by_odds else -self.nats)
+        mine = view.memory(self)
+        mine["confident"] = view.placed(mine["confident"], view.open, confident, view.prompt)
+        # Ranks, because values may be infinite and could not be shifted.
+        place = rank(value.masked_fill(~view.open, -torch.inf))
+        return -(place + self.deferred(view) * value.shape[1]).float()
+
+    def select(self, view: View) -> Tensor:
         """[B R] bool."""
-        sure, free = (state.memory[self, name].sum(1) for name in ("sure", "free"))
-        count = sure.clamp(self.least, self.most)
-        # Where some are free, none that waits commits.
-        count = torch.where(free > 0, count.minimum(free), self.least)
-        return rank(state.confidence) < count[:, None]
+        free = view.open & ~self.deferred(view)
+        confident = view.memory(self)["confident"].gather(1, view.at - view.prompt) & free
+        count, available = confident.sum(1).clamp(self.least, self.most), free.sum(1)
+        # A deferred position commits only if all are deferred.
+        count = torch.where(available > 0, count.minimum(available), self.least)
+        return rank(view.confidence) < count[:, None]
 
-    def waits(self, state: DecodeState) -> Tensor:
-        """[B R] bool, positions that want an end token too early."""
-        ends = torch.zeros_like(state.open)
-        for stop_id in {state.model.spec.eos_id, *state.model.spec.stop_ids}:
-            ends |= state.candidates == stop_id
-        size = state.length - state.prompt
-        written = size - state.masked.sum(1, keepdim=True)
-        return ends & (written < self.eos_share * size)
+    def deferred(self, view: View) -> Tensor:
+        """[B R] bool, positions whose candidate is an end token that comes too early."""
+        ends = torch.zeros_like(view.open)
+        for stop_id in {view.model.spec.eos_id, *view.model.spec.stop_ids}:
+            ends |= view.candidates == stop_id
+        needed = (self.eos_share * view.lengths.double()).float().to(view.device)
+        written = view.lengths.to(view.device) - view.masked.sum(1)
+        return ends & (written < needed)[:, None]
