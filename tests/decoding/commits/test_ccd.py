@@ -38,13 +38,13 @@ class OneRow:
         self.noted: list[int] = []
         self.before: dict[int, int] = {}
 
-    def take(self, sure: dict[int, float], guess: dict[int, int]) -> list[int]:
-        if len(sure) <= 0.1 * self.count:
+    def take(self, confidence: dict[int, float], guess: dict[int, int]) -> list[int]:
+        if len(confidence) <= 0.1 * self.count:
             self.size = 1
         most = self.due + int(self.due * self.given.expand)
         growing = self.step >= max(1, self.given.warm_up - 1)
         self.size = min(self.size + 1, most) if growing else 1
-        order = sorted(sure, key=lambda i: (-sure[i], i))
+        order = sorted(confidence, key=lambda i: (-confidence[i], i))
         taken = order[: self.due]
         if self.step == self.steps - 1:
             taken = order
@@ -62,7 +62,7 @@ class OneRow:
     "given",
     [CCD(), CCD(dynamic=True), CCD(6, True, 2.0, 1), CCD(6, False, 1.5, 2), CCD(7, True, 0.0)],
 )
-def test_two_rows_decide_as_one_by_hand(given: CCD, moment) -> None:
+def test_two_rows_commit_as_the_reference_for_one_row(given: CCD, moment) -> None:
     count, generator = 20, torch.Generator().manual_seed(6)
     masked = torch.ones(2, count, dtype=torch.bool)
     steps = given.steps or count
@@ -70,14 +70,14 @@ def test_two_rows_decide_as_one_by_hand(given: CCD, moment) -> None:
     base = 2 * torch.randn(2, count, 5, generator=generator)
     for step in range(steps):
         logits = base + 0.4 * torch.randn(base.shape, generator=generator)
-        state = moment(logits, masked, step, torch.full((2,), count))
-        given.begin(state)
-        state.memory = memory or state.memory
-        taken, memory = given.select(state), state.memory
+        view = moment(logits, masked, given, block_step=step, block_masks=torch.full((2,), count))
+        memory = memory or view.memory(given)
+        view._state.memories[id(given)] = memory
+        taken = given.select(view)
         for i, row in enumerate(rows):
             here = masked[i].nonzero()[:, 0].tolist()
-            sure = {j: state.confidence[i, j].item() for j in here}
-            want = row.take(sure, {j: state.candidates[i, j].item() for j in here})
+            confidence = {j: view.confidence[i, j].item() for j in here}
+            want = row.take(confidence, {j: view.candidates[i, j].item() for j in here})
             assert taken[i].nonzero()[:, 0].tolist() == want
         masked = masked & ~taken
     assert not masked.any()
