@@ -1,4 +1,4 @@
-"""Commit what is sure and has stayed what it was."""
+"""KLASS: commit confident positions whose prediction is stable."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from mmdlm.decoding.memory import Entry, PerAnswer
 from mmdlm.decoding.numerics import odds_of, rank
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
 class KLASS(Strategy):
-    """Commits what exceeds `tau` and has changed little for `steps` steps, else the best one.
+    """Commits positions above `tau` whose prediction was stable for `steps` steps, else the best.
 
-    Change is the KL divergence of a position's prediction from that of the step before. It is
-    followed over the whole answer, in models with blocks over the open window, and needs memory for
-    a prediction of each position followed. In the first `steps` - 1 steps of a window, and where
-    nothing is ready, the best one commits; it need not be among those that are ready.
+    A step is stable if the KL divergence of a position's prediction from that of the step before is
+    below `kl`. Predictions of the whole answer are compared, in models with their own blocks those
+    of the open block; that takes memory for one distribution per position of the answer. In the
+    first `steps` - 1 steps of a block, and if no position qualifies, the best one commits. The best
+    one need not be among those that qualify.
 
-    Source: shkim0116/KLASS: src/model/llada_klass.py (stable_confident_decode, `all`), made for
-    batches: steps in which a row only waits for others to fill the window change nothing in it.
+    Source: shkim0116/KLASS: src/model/llada_klass.py (stable_confident_decode, `all`).
 
     Args:
         tau: probability that a position must exceed.
-        kl: nats below which a change is little.
-        steps: changes in a row that must be little.
+        kl: KL divergence in nats below which a prediction is stable.
+        steps: consecutive stable steps that are required.
     """
 
     paper: ClassVar[str] = "KLASS, arXiv 2511.05664"
-    sees: ClassVar[Literal["open", "window", "answer"]] = "answer"
-    # It commits the best one itself, but only where nothing is ready.
+    sees: ClassVar[Literal["answer"]] = "answer"
+    # It commits the best position itself, but only if none is stable and confident.
     may_idle: ClassVar[bool] = True
 
     tau: float = 0.9
@@ -48,37 +49,43 @@ class KLASS(Strategy):
         if self.steps < 1:
             raise ValueError(f"KLASS.steps is {self.steps}, expected at least 1")
 
-    def begin(self, state: DecodeState) -> None:
-        """Sets up the predictions of each position, none so far."""
-        vocab = state.model.spec.transformer.vocab
-        size = vocab if state.columns is None else state.columns.stop - state.columns.start
-        shape, device = (len(state.tokens), state.length - state.prompt), state.tokens.device
-        state.memory[self, "last"] = torch.zeros(*shape, size, device=device)
-        state.memory[self, "calm"] = torch.full(shape, -1, device=device)
+    def begin(self, view: View) -> dict[str, Entry]:
+        """No predictions so far; -1 stable steps: there is none to compare with."""
+        vocab, columns = view.model.spec.transformer.vocab, view.columns
+        size = vocab if columns is None else columns.stop - columns.start
+        shape = view.commit_step.shape
+        return {
+            "last": PerAnswer(torch.zeros(*shape, size, device=view.device)),
+            "stable_steps": PerAnswer(torch.full_like(view.commit_step, -1), fill=-1),
+        }
 
-    def score(self, state: DecodeState, logits: Tensor, tokens: Tensor) -> Tensor:
+    def score(self, view: View, logits: Tensor, tokens: Tensor) -> Tensor:
         """[B R] log-odds; keeps the predictions for the next step."""
-        last, calm = state.memory[self, "last"], state.memory[self, "calm"]
-        followed = state.within()
-        if state.model.spec.attention in ("full", "prefix"):
-            followed = torch.ones_like(followed)
-        followed = state.here(followed) & state.open.any(1, keepdim=True)
-        row, column = followed.nonzero(as_tuple=True)
-        place = state.at[row, column] - state.prompt
+        mine = view.memory(self)
+        own_blocks = view.model.spec.attention not in ("full", "prefix")
+        compared = view.opened if own_blocks else torch.ones_like(view.opened)
+        row, column = view.here(compared).nonzero(as_tuple=True)
+        place = view.at[row, column] - view.prompt
         now = logits[row, column].log_softmax(-1)  # [N V]
         p = now.exp()
-        change = torch.where(p > 0, p * (now - last[row, place]), 0.0).sum(-1)
-        before = calm[row, place]
+        change = torch.where(p > 0, p * (now - mine["last"][row, place]), 0.0).sum(-1)
+        before = mine["stable_steps"][row, place]
         after = torch.where(change < self.kl, before + 1, 0)
-        calm[row, place] = torch.where(before < 0, 0, after)  # -1: no prediction to compare with
-        last[row, place] = now
-        return state.log_odds
+        stable_steps = mine["stable_steps"].clone()
+        stable_steps[row, place] = torch.where(before < 0, 0, after)
+        mine["stable_steps"] = stable_steps
+        if len(row) == stable_steps.numel():  # no copy of what is large if all of it is new
+            mine["last"] = now.view_as(mine["last"])
+        else:
+            last = mine["last"].clone()
+            last[row, place] = now
+            mine["last"] = last
+        return view.log_odds
 
-    def select(self, state: DecodeState) -> Tensor:
+    def select(self, view: View) -> Tensor:
         """[B R] bool."""
-        calm = state.memory[self, "calm"].gather(1, state.at - state.prompt)
-        ready = state.open & (calm >= self.steps) & (state.log_odds > odds_of(self.tau))
-        if state.block_step < self.steps - 1:
-            ready = torch.zeros_like(ready)
+        stable_steps = view.memory(self)["stable_steps"].gather(1, view.at - view.prompt)
+        ready = view.open & (stable_steps >= self.steps) & (view.log_odds > odds_of(self.tau))
+        ready &= (view.block_step >= self.steps - 1).to(view.device)[:, None]
         none = ~ready.any(1, keepdim=True)
-        return ready | (none & (rank(state.confidence) < 1))
+        return ready | (none & (rank(view.confidence) < 1))

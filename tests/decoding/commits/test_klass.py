@@ -30,10 +30,10 @@ def model(synthetic, mix: float):
 def oracle(
     predictor, prompt: list[int], size: int, block: int, rule: KLASS, softmax
 ) -> tuple[list[int], list[int], int]:
-    """The reference word by word: tokens, the step of each, steps in which some were ready."""
+    """The reference: tokens, the step of each, and the number of steps with several ready."""
     tokens, steps, step, ready_steps = [*prompt, *[MASK] * size], [-1] * size, 0, 0
     last: list[list[float]] | None = None
-    calm = [0] * size
+    stable_steps = [0] * size
     for start in range(0, size, block):
         now = 0
         while masked := [i for i in range(start, start + block) if tokens[len(prompt) + i] == MASK]:
@@ -43,9 +43,9 @@ def oracle(
             p = [softmax(z) for z in logits.double().tolist()]
             for i in range(size if last else 0):
                 change = sum(a * math.log(a / b) for a, b in zip(p[i], last[i], strict=True) if a)
-                calm[i] = calm[i] + 1 if change < rule.kl else 0
+                stable_steps[i] = stable_steps[i] + 1 if change < rule.kl else 0
             last = p
-            ready = [i for i in masked if calm[i] >= rule.steps and max(p[i]) > rule.tau]
+            ready = [i for i in masked if stable_steps[i] >= rule.steps and max(p[i]) > rule.tau]
             ready = ready if now >= rule.steps - 1 else []
             ready_steps += len(ready) > 1
             for i in ready or [max(masked, key=lambda i: (max(p[i]), -i))]:
@@ -71,21 +71,23 @@ def test_rollouts_are_those_of_the_reference(
     assert ready > 0 or mix < 0.9
 
 
-def test_nothing_is_calm_enough_for_no_change_at_all(synthetic) -> None:
+def test_a_bound_of_zero_commits_one_per_step(synthetic) -> None:
     predictor, prompt = model(synthetic, 0.5), torch.tensor([[3, 4, 5]])
     strict, one = (decode(predictor, prompt, 12, [s]) for s in (KLASS(0.0, 0.0), TopK()))
     assert strict.tokens.equal(one.tokens)
     assert strict.history.step.equal(one.history.step)
 
 
-def test_steps_in_which_a_row_waits_do_not_count(synthetic) -> None:
+def test_rows_of_a_batch_commit_as_alone(synthetic) -> None:
     predictor, rule = model(synthetic, 0.7), [Blocks(6), KLASS(0.3, 0.5, 1)]
     prompts = torch.arange(3, 11).view(-1, 1).expand(-1, 3)
     batch = decode(predictor, prompts, 12, rule)
     first = batch.history.step[:, :6].amax(1)
-    assert first.min() < first.max()  # some rows wait for others
+    assert first.min() < first.max()  # rows finish their first block in different steps
     for i, prompt in enumerate(prompts):
-        assert decode(predictor, prompt[None], 12, rule).tokens[0].equal(batch.tokens[i])
+        alone = decode(predictor, prompt[None], 12, rule)
+        assert alone.tokens[0].equal(batch.tokens[i])
+        assert alone.history.step[0].equal(batch.history.step[i])
 
 
 @pytest.mark.parametrize(
