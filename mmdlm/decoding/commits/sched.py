@@ -1,4 +1,4 @@
-"""Commit everything once it is decided enough for the time."""
+"""SchED: commit everything once the logit margins reach a falling threshold."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mmdlm.backbones.kv import take
-from mmdlm.decoding.compatibility import aligned
-from mmdlm.decoding.numerics import lead
-from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.memory import Entry, PerAnswer, PerRow
+from mmdlm.decoding.numerics import logit_margin
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 MODES = ("linear", "cosine", "exp")
 STATISTICS = ("mean", "median", "quantile")
@@ -21,37 +21,34 @@ STATISTICS = ("mean", "median", "quantile")
 
 @dataclass(frozen=True)
 class SchED(Strategy):
-    """Commits all masks of a row when their leads reach a bar that falls from step to step.
+    """Commits all masks of a row when their logit margins reach a threshold that falls over time.
 
-    The lead of a mask is the difference of its two highest logits, as they are where this strategy
-    stands in the list. With u from 0 in the first step to 1 in the last, the bar is
+    The logit margin of a mask is the difference of its two highest logits, after the strategies
+    before this one in the list. With u from 0 in the first step to 1 in the last, the threshold is
     high + (low - high) u ("linear"), low + (high - low) (1 + cos pi u) / 2 ("cosine") or
-    low + (high - low) exp(-k u) ("exp"). What is written are the candidates.
+    low + (high - low) exp(-k u) ("exp"). The candidates are written.
 
-    A step sees, and can commit, only what it computes: everything without a cache, only the block
-    between the full passes of `DualCache`. Logits of earlier steps are not used. Every row stops by
-    itself (the reference stops its batch at once), and steps in which it waits for others do not
-    count.
+    A step can commit only the positions it computes: everything without a cache, only the block
+    between the full passes of `DualCache`. Logits of earlier steps are not used. Every row stops on
+    its own; the reference stops its whole batch at once.
 
     Source: SchED (arXiv 2512.02892; amr-mohamedd/SchED: dream_sampling/sched.py). The default of
-    `max_change` is 1, which is the rule of the paper; the released 0 lets no guess change.
+    `max_change` is 1, which is the rule of the paper; the released 0 allows no change.
 
     Args:
-        mode: how the bar falls.
-        high: bar of the first step; infinity, with `low`, never stops.
-        low: bar of the last step (not quite for "exp").
+        mode: how the threshold falls.
+        high: threshold of the first step; if `low` is infinite too, it never stops.
+        low: threshold of the last step ("exp" only comes close to it).
         k: how fast "exp" falls.
-        statistic: of the leads of all masks: their mean, (lower) median or a quantile.
+        statistic: statistic of the margins of all masks: mean, (lower) median or a quantile.
         quantile: which one, 0 to 1.
-        max_change: share of the masks whose best token may be another than in the step before.
-        patience: steps in a row with no more changes than that, before the step that may stop.
+        max_change: share of the masks whose best token may differ from that of the step before.
+        patience: consecutive steps within `max_change` before the step that may stop.
         steps: steps of the whole answer; None: one per position.
     """
 
     paper: ClassVar[str] = "SchED, arXiv 2512.02892"
     sees: ClassVar[Literal["answer"]] = "answer"
-    # It computes for every row what any row needs, which rows alone would not look at.
-    excludes: ClassVar[tuple[str, ...]] = ("SubBlockCache",)
 
     mode: Literal["linear", "cosine", "exp"] = "cosine"
     high: float = 7.5
@@ -78,67 +75,66 @@ class SchED(Strategy):
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"SchED.steps is {self.steps}, expected at least 1")
 
-    def begin(self, state: DecodeState) -> None:
-        """Starts to count steps and changes of each row.
+    def begin(self, view: View) -> dict[str, Entry]:
+        """Margins and best tokens of a step, those of the step before, and stable steps so far."""
+        none = torch.full_like(view.commit_step, -1)
+        return {
+            "margin": PerAnswer(torch.zeros_like(view.commit_confidence)),
+            "best": PerAnswer(none, fill=-1),
+            "best_before": PerAnswer(none, fill=-1),
+            "stable_steps": PerRow(none.new_zeros(len(none))),
+        }
 
-        Raises:
-            ValueError: see `aligned`.
-        """
-        aligned(self, state)
-        state.memory[self, "steps"] = state.commit_step.new_zeros(len(state.tokens))
-        state.memory[self, "calm"] = state.commit_step.new_zeros(len(state.tokens))
-        state.memory[self, "best"] = torch.full_like(state.commit_step, -1)
+    def observe(self, view: View, logits: Tensor) -> None:
+        """Notes the margin and the best token of each mask."""
+        mine, masks, start = view.memory(self), view.here(view.masked), view.prompt
+        mine["margin"] = view.placed(mine["margin"], masks, logit_margin(view, logits), start)
+        mine["best"] = view.placed(mine["best"], masks, logits.argmax(-1), start)
 
-    def guide(self, state: DecodeState, logits: Tensor) -> Tensor:
-        """[B R V], the logits as they were."""
-        state.memory[self, "lead"] = lead(state, logits)
-        state.memory[self, "now"] = logits.argmax(-1)
-        return logits
-
-    def stop(self, state: DecodeState) -> Tensor:
+    def stop(self, view: View) -> Tensor:
         """[B] bool."""
-        busy, masks = state.open.any(1), state.here(state.masked)
-        state.memory[self, "steps"] = done = state.memory[self, "steps"] + busy
-        sure = self.aggregate(state.memory[self, "lead"], masks)
-        bar = self.bar(done - 1, self.steps or state.asked)
-        now, calm = state.memory[self, "now"], state.memory[self, "calm"]
-        changed = masks & (now != take(state.memory[self, "best"], state.at - state.prompt))
-        # In float64, as the reference: a share such as 0.3 is itself only there.
+        mine, masks, at = view.memory(self), view.here(view.masked), view.at - view.prompt
+        margin, best, before = (take(mine[n], at) for n in ("margin", "best", "best_before"))
+        statistic = self.aggregate(margin, masks)
+        threshold = self.bar(view.step, view.asked if self.steps is None else self.steps)
+        changed = masks & (best != before)
+        # In float64, as the reference: a share such as 0.3 is exact only there.
         share = changed.sum(1).double() / masks.sum(1).clamp(min=1)
-        counted = torch.where(share <= self.max_change, calm + 1, 0)
-        state.memory[self, "calm"] = calm = torch.where(busy, counted, calm)
-        state.put(state.memory[self, "best"], masks & busy[:, None], now, state.prompt)
-        return busy & (sure >= bar) & (calm > self.patience)
+        stable_steps = torch.where(share <= self.max_change, mine["stable_steps"] + 1, 0)
+        mine["stable_steps"] = stable_steps
+        mine["best_before"] = view.placed(mine["best_before"], masks, best, view.prompt)
+        return (statistic >= threshold.to(view.device)) & (stable_steps > self.patience)
 
-    def bar(self, done: Tensor, steps: int) -> Tensor:
-        """[B] float64, what the statistic must reach.
+    def bar(self, done: Tensor, steps: int | Tensor) -> Tensor:
+        """[B] float64, the threshold that the statistic must reach.
 
         Args:
             done: [B] steps done before the current one.
-            steps: number of all steps.
+            steps: number of all steps, or [B].
         """
-        if steps == 1:
-            return torch.full_like(done, self.low, dtype=torch.float64)
-        u = (done.double() / (steps - 1)).clamp(0, 1)
+        steps = torch.as_tensor(steps, device=done.device)
         if self.high == self.low:  # also where both are infinite and have no difference
-            return torch.full_like(u, self.low)
+            return torch.full_like(done, self.low, dtype=torch.float64)
+        u = (done.double() / (steps - 1).clamp(min=1)).clamp(0, 1)
         if self.mode == "linear":
-            return self.high + (self.low - self.high) * u
-        fall = (1 + (math.pi * u).cos()) / 2 if self.mode == "cosine" else (-self.k * u).exp()
-        return self.low + (self.high - self.low) * fall
+            falling = self.high + (self.low - self.high) * u
+        else:
+            fall = (1 + (math.pi * u).cos()) / 2 if self.mode == "cosine" else (-self.k * u).exp()
+            falling = self.low + (self.high - self.low) * fall
+        return torch.where(steps == 1, self.low, falling)
 
-    def aggregate(self, leads: Tensor, masks: Tensor) -> Tensor:
-        """[B] statistic of the leads, -inf for rows without masks.
+    def aggregate(self, margins: Tensor, masks: Tensor) -> Tensor:
+        """[B] statistic of the margins, -inf for rows without masks.
 
         Args:
-            leads: [B R].
+            margins: [B R].
             masks: [B R] bool, which of them count.
         """
         count = masks.sum(1)
         if self.statistic == "mean":
-            value = leads.masked_fill(~masks, 0.0).sum(1) / count.clamp(min=1)
+            value = margins.masked_fill(~masks, 0.0).sum(1) / count.clamp(min=1)
         else:
-            ranked = leads.masked_fill(~masks, torch.inf).sort(dim=1).values
+            ranked = margins.masked_fill(~masks, torch.inf).sort(dim=1).values
             last = (count - 1).clamp(min=0)
             place = self.quantile * last.double()
             below = last // 2 if self.statistic == "median" else place.long()

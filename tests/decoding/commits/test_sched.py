@@ -28,7 +28,7 @@ def each(method: str) -> pytest.MarkDecorator:
 
 
 @each("sched_threshold")
-def test_the_bar_is_that_of_sched(case: dict) -> None:
+def test_the_threshold_is_that_of_sched(case: dict) -> None:
     given = case["params"]
     sched = SchED(given["mode"], given["tau_high"], given["tau_low"], given["k"])
     bar = sched.bar(torch.tensor([given["step"]]), given["total"])
@@ -64,14 +64,14 @@ def quantile(values: list[float], q: float) -> float:
 
 
 @pytest.mark.parametrize("q", [0.0, 0.2, 0.7, 1.0])
-def test_statistics_are_of_the_masks_of_a_row(q: float, cases) -> None:
+def test_statistics_are_of_the_masks_of_each_row(q: float, cases) -> None:
     for logits, masked in cases(9):
-        leads = logits[..., 0].abs()
+        margins = logits[..., 0].abs()
         got = {
-            name: SchED(statistic=name, quantile=q).aggregate(leads, masked).tolist()
+            name: SchED(statistic=name, quantile=q).aggregate(margins, masked).tolist()
             for name in ("mean", "median", "quantile")
         }
-        for i, row in enumerate(leads.tolist()):
+        for i, row in enumerate(margins.tolist()):
             mine = [z for z, m in zip(row, masked[i], strict=True) if m]
             if not mine:
                 assert {got[name][i] for name in got} == {-INF}
@@ -82,24 +82,23 @@ def test_statistics_are_of_the_masks_of_a_row(q: float, cases) -> None:
 
 
 @pytest.mark.parametrize("patience", [0, 1, 2])
-def test_waits_until_guesses_keep_still(patience: int, moment) -> None:
+def test_stops_once_the_best_tokens_are_stable(patience: int, moment) -> None:
     """Best tokens of two masks over six steps; at most half of them may change."""
     sched, rounds = SchED(high=0.0, low=0.0, max_change=0.5, patience=patience, steps=6), []
     logits = torch.zeros(1, 2, 4)
-    state = moment(logits, torch.ones(1, 2, dtype=torch.bool))
-    sched.begin(state)
+    view = moment(logits, torch.ones(1, 2, dtype=torch.bool), sched)
     for best in ((0, 0), (0, 1), (1, 0), (1, 0), (1, 2), (1, 2)):
         now = logits.clone()
         now[0, range(2), best] = 9.0
-        sched.guide(state, now)
-        rounds.append(sched.stop(state).item())
-    calm = [0, 1, 0, 1, 2, 3]  # all are new at first, one, both, none, one, none
-    assert rounds == [c > patience for c in calm]
+        sched.observe(view, now)
+        rounds.append(sched.stop(view).item())
+    stable = [0, 1, 0, 1, 2, 3]  # changes: all are new at first, one, both, none, one, none
+    assert rounds == [steps > patience for steps in stable]
 
 
 @pytest.mark.parametrize("mode", ["linear", "cosine", "exp"])
 @pytest.mark.parametrize("statistic", ["mean", "median", "quantile"])
-def test_a_bar_of_infinity_changes_nothing(mode: str, statistic: str, toy, run) -> None:
+def test_an_infinite_threshold_changes_nothing(mode: str, statistic: str, toy, run) -> None:
     base = [Blocks(4), Threshold(0.3)]
     never = run(toy(), *base, SchED(mode, INF, INF, statistic=statistic))
     plain = run(toy(), *base)
@@ -108,7 +107,7 @@ def test_a_bar_of_infinity_changes_nothing(mode: str, statistic: str, toy, run) 
     assert run(toy(), TopK(), SchED(mode, 0.0, 0.0, statistic=statistic)).nfe == 1
 
 
-def test_rows_stop_by_themselves(toy, prompts) -> None:
+def test_rows_stop_independently(toy, prompts) -> None:
     tokens, mask = prompts(7, 4, 6)
     chosen = [Blocks(3), Threshold(0.3), SchED(high=1.5, low=0.1, max_change=0.3, patience=1)]
     batch = decode(toy(), tokens, 12, chosen, mask=mask)
@@ -116,6 +115,7 @@ def test_rows_stop_by_themselves(toy, prompts) -> None:
     for i, size in enumerate((7, 4, 6)):
         alone = decode(toy(), tokens[i : i + 1, -size:], 12, chosen)
         assert batch.tokens[i, 7:].tolist() == alone.tokens[0, size:].tolist()
+        assert batch.history.step[i].tolist() == alone.history.step[0].tolist()
 
 
 @pytest.mark.parametrize(
