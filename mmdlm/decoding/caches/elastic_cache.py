@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdlm.backbones.kv import KV, Held, Pass, Rows, listed
+from mmdlm.backbones.kv import KV, Held, Pass, Rows, indices, listed
 from mmdlm.backbones.transformer import finite
-from mmdlm.decoding.compatibility import any_order
+from mmdlm.decoding.memory import Entry, PerCanvas
 from mmdlm.decoding.numerics import first
-from mmdlm.decoding.state import DecodeState
-from mmdlm.decoding.strategy import Refresh, Strategy, Window
+from mmdlm.decoding.strategy import Refresh, Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class ElasticCache(Strategy):
     tokens: in each layer, the known ones to which the masks of the window pay most attention. In
     every layer the attention of the tracked tokens is compared with what their latest queries and
     the keys of the step before make of it: the cosine over the heads, averaged over keys and
-    tokens. Where it is below `gamma`, all deeper layers compute all rows, from the states these had
-    when they last were computed. Approximate. The decision is each row's own: in a batch, a row
-    that drifts makes the deeper layers compute all rows of the others too, but those keep what they
-    have. It waits for the device once per layer.
+    tokens. Where it is below `gamma`, all deeper layers compute all positions, from the states
+    these had when they last were computed. Approximate. Each row decides for itself: in a batch, a
+    row that drifts, or that has just been added, makes the layers compute all positions of the
+    others too, but those keep what they have. It waits for the device once per layer.
 
-    In a shifted family the rows before the masks, which score them, are computed with them. Commit
-    rules that share the answer over a number of steps take it as one block.
+    In a shifted family the positions before the masks, which score them, are computed with them.
+    Commit rules that share the answer over a number of steps take it as one block.
 
     Source: VILA-Lab/Elastic-Cache: llada/generate.py (generate_with_elastic_cache) and the
     attention of its models, both read in public copies only; what it does in shifted families was
@@ -47,8 +47,10 @@ class ElasticCache(Strategy):
     """
 
     paper: ClassVar[str] = "Elastic-Cache, arXiv 2510.14973"
-    # A token kept here would not see its change; the branch without text has no drift of its own.
-    excludes: ClassVar[tuple[str, ...]] = ("edit", "CFG")
+    # A second forward (CFG's, without the text) would need its own drift.
+    requires: ClassVar[frozenset[str]] = frozenset({"any_order", "final_tokens", "one_forward"})
+    denies: ClassVar[frozenset[str]] = frozenset({"all_scored"})
+    sliding: ClassVar[bool] = True
 
     window: int = 16
     gamma: float = 0.9
@@ -62,100 +64,97 @@ class ElasticCache(Strategy):
         if self.track < 1:
             raise ValueError(f"ElasticCache.track is {self.track}, expected at least 1 token")
 
-    def begin(self, state: DecodeState) -> None:
-        """Checks the model.
+    def begin(self, view: View) -> dict[str, Entry]:
+        """The masks of the latest step."""
+        return {"left": PerCanvas(view.left, fill=False)}
 
-        Raises:
-            ValueError: the answer is made in blocks that do not see those behind them.
-        """
-        any_order(self, state)
+    def plan(self, view: View) -> Tensor:
+        """[B L] bool, the first masks of every row."""
+        return first(view.left & view.answer, self.window)
 
-    def plan(self, state: DecodeState) -> Window:
-        """The first masks of every row; an empty window when nothing is masked."""
-        chosen = first(state.left, self.window)
-        at = chosen.any(0).nonzero()
-        if not len(at):
-            return Window(state.length, state.length)
-        # One block, of which a row sees a part at a time: its number does not change.
-        state.turns = chosen.long() - 1
-        state.turn_size = state.length - state.prompt
-        return Window(int(at[0]), int(at[-1]) + 1, turn=0)
+    def block_size(self, view: View) -> Tensor:
+        """[B] int64, the lengths of the answers: one block, of which a part at a time is open."""
+        return view.lengths
 
-    def refresh(self, state: DecodeState) -> Refresh:
-        """All rows at first, then the window, what was written or taken back, and the tracked."""
-        if state.block_step == 0:
-            state.block_masks = state.left.sum(1).to(state.tokens.device)
+    def cache(self, view: View) -> KV | None:
+        """Buffers that also hold states and queries; None if everything is always recomputed."""
         if self.gamma > 1:
-            return Refresh(0, state.length, cached=False)
-        if "canvas" not in state.caches:  # not in begin: another strategy's may change the levels
-            state.caches["canvas"] = Elastic(state, self.gamma, self.track)
-        cache, window = state.caches["canvas"], first(state.left, self.window)
-        asked, real = window, state.level >= 0
-        if state.model.spec.shift:
-            asked = asked | window.roll(-1, 1)
-        if cache.states:
-            asked = asked | (state.left ^ state.memory[self])
-        state.memory[self] = state.left
-        rows = cache.prepare(window, asked & real, ~state.left & real)
-        return Refresh(0, state.length, cached=True, rows=rows)
+            return None
+        kv = view.model.backbone.cache(len(view.tokens), view.length, fixed=False)
+        return Elastic(kv, self.gamma, self.track)
+
+    def refresh(self, view: View) -> Refresh:
+        """All positions at first, then the window, what was written or taken back, the tracked."""
+        if self.gamma > 1:
+            return Refresh(view.level >= 0, cached=False)
+        mine, left, real = view.memory(self), view.left, view.level >= 0
+        asked = view.plan | (left ^ mine["left"])
+        if view.model.spec.shift:
+            asked = asked | view.plan.roll(-1, 1)
+        mine["left"] = left
+        return Refresh(view.caches["canvas"].prepare(view, asked & real, ~left & real))
 
 
 class Elastic(KV):
-    """Buffers that also hold states and queries of all rows, and notice where attention moves.
+    """Buffers that also hold states and queries of all positions, and notice how attention moves.
 
     Args:
-        state: the run.
+        kv: empty buffers, which are taken over.
         gamma: see `ElasticCache`.
         track: see `ElasticCache`.
     """
 
     whole = True
+    whole_batch = True
 
-    def __init__(self, state: DecodeState, gamma: float, track: int) -> None:
-        kv = state.model.backbone.cache(len(state.tokens), state.length, fixed=False)
+    def __init__(self, kv: KV, gamma: float, track: int) -> None:
         self.keys, self.values, self.length, self.end = kv.keys, kv.values, kv.length, kv.end
-        self.gamma, self.track = gamma, track
-        sequence = state.sequence
-        self.positions, self.seen = (
-            sequence.positions,
-            finite(sequence.visible(), state.model.dtype),
-        )
+        self.steady, self.gamma, self.track = kv.steady, gamma, track
+        self.seen: Tensor | None = None
+        """[B L L] bool, which keys each position may attend to; None for all."""
+        self.laid_out = False
+        """`seen` is that of the rows as they are."""
         self.states: list[Tensor] = []
-        """[B L D] what each layer was last given of each row; empty before the first pass."""
+        """[B L D] what each layer was last given of each position; empty before the first pass."""
         self.queries: list[Tensor] = []
         """[B H L head_dim] the latest queries of each layer."""
-        self.tracked = torch.zeros_like(sequence.mask)
+        batch, device = len(kv.keys[0]), kv.keys[0].device
+        self.tracked = torch.zeros(batch, kv.length, dtype=torch.bool, device=device)
         """[B L] bool, known tokens to which the windows of the latest pass attended most."""
         self.since: list[int] = []
-        """[B] first layer in which a batch row computes all its rows in this pass."""
+        """[B] first layer in which a row computes all its positions in this pass."""
         self.fresh: Tensor | None = None
-        """[B L] bool, rows that this pass computes in every layer; None for all."""
+        """[B L] bool, positions that this pass computes in every layer; None for all."""
         self.wide = True
-        """The layer at hand computes all rows."""
+        """The layer at hand computes all positions."""
         self.before: Tensor | None = None
         """[B H T L] attention of the tracked tokens before this pass; None where none drift."""
 
-    def prepare(self, window: Tensor, asked: Tensor, known: Tensor) -> Tensor | None:
-        """The rows that the coming pass computes, [B L] bool on the CPU; None for all.
+    def prepare(self, view: View, asked: Tensor, known: Tensor) -> Tensor:
+        """The positions that the coming pass computes, [B L] bool on the host.
 
         Args:
-            window: [B L] bool on the CPU, masks whose attention counts.
-            asked: [B L] bool on the CPU, rows to compute besides the tracked ones.
-            known: [B L] bool on the CPU, tokens that may be tracked.
+            view: the rows; those of which nothing is cached compute everything.
+            asked: [B L] bool on the host, positions to compute besides the tracked ones.
+            known: [B L] bool on the host, tokens that may be tracked.
         """
-        device, tracked = self.tracked.device, self.tracked.cpu()
-        rows = asked | tracked if self.states else None
-        self.fresh = None if rows is None else rows.to(device)
-        self.known = known.to(device)
-        self.window = tuple(part.to(device) for part in listed(window))
+        device, new = self.tracked.device, ~view.has_cache
+        tracked = self.tracked.cpu() & ~new[:, None]
+        compute = asked | tracked | new[:, None]
+        self.fresh = None if bool(new.all()) else compute.to(device)
+        self.known, self.positions = known.to(device), view.sequence.positions
+        if not self.laid_out:
+            self.seen = finite(view.sequence.visible(), view.model.dtype)
+            self.laid_out = True
+        self.window = tuple(part.to(device) for part in listed(view.plan))
         self.probes = tuple(part.to(device) for part in listed(tracked))
         self.tracked = torch.zeros_like(self.tracked)
-        self.since = [0 if rows is None else len(self.keys)] * len(known)
-        self.wide, self.before = rows is None, None
-        return rows
+        self.since = [0 if added else len(self.keys) for added in new.tolist()]
+        self.wide, self.before = self.fresh is None, None
+        return compute
 
     def enter(self, layer: int, now: Pass) -> Pass:
-        """See `KV.enter`: all rows from the layer on in which a row of the batch computes all."""
+        """See `KV.enter`: all positions from the layer on in which a row computes all of them."""
         if self.fresh is None:
             self.states[layer : layer + 1] = [now.x]
             return now
@@ -164,18 +163,17 @@ class Elastic(KV):
             states = torch.where(self._new(layer - 1, now.x)[..., None], now.x, states)
             self.states[layer] = states
             return now._replace(x=states)
+        batch, device = len(states), now.x.device
+        now = now._replace(
+            rows=indices(now.rows, batch, device), read=indices(now.read, batch, device)
+        )
         states.scatter_(1, now.rows[..., None].expand_as(now.x), now.x)
         if min(self.since) > layer:
             return now
         self.wide = True
-        positions, seen = self.positions.to(states.device), self.seen
-        return Pass(
-            states,
-            positions,
-            None if seen is None else seen.to(states.device),
-            slice(0, self.length),
-            now.rows.gather(1, now.read),
-        )
+        seen = None if self.seen is None else self.seen[..., : self.end].to(device)
+        read = now.rows.gather(1, now.read)
+        return Pass(states, self.positions.to(device), seen, slice(0, self.length), read)
 
     def write(self, layer: int, keys: Tensor, values: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """See `KV.write`; rows of the batch that have not drifted keep what they have."""
@@ -206,7 +204,7 @@ class Elastic(KV):
             self._drift(layer)
 
     def _drift(self, layer: int) -> None:
-        """Where tracked attention is not what it was, deeper layers compute all rows."""
+        """Where tracked attention is not what it was, deeper layers compute all positions."""
         at, real = (part.to(self.before.device) for part in self.probes)
         alike = F.cosine_similarity(self.before, self._attention(layer, at), dim=1)  # [B T L]
         counts = self._visible(at, alike) & real[..., None]
@@ -216,7 +214,7 @@ class Elastic(KV):
                 self.since[i] = min(self.since[i], layer + 1)
 
     def _attention(self, layer: int, at: Tensor) -> Tensor:
-        """[B H N L] float32, what the latest queries of rows [B N] make of the keys as they are."""
+        """[B H N L] float32, what the latest queries at [B N] make of the keys as they are."""
         keys, queries = self.keys[layer], self.queries[layer]
         heads, width = queries.shape[1], queries.shape[3]
         at = at.to(keys.device)
@@ -227,21 +225,48 @@ class Elastic(KV):
         return scores.masked_fill(~self._visible(at, scores)[:, None], -torch.inf).softmax(-1)
 
     def _visible(self, at: Tensor, like: Tensor) -> Tensor:
-        """[B N L] bool, the keys that rows [B N] may attend to."""
+        """[B N L] bool, the keys that positions [B N] may attend to."""
         if self.seen is None:
             return torch.ones(*at.shape, self.length, dtype=torch.bool, device=like.device)
         seen = self.seen.to(like.device)
         return seen.gather(1, at[..., None].expand(-1, -1, seen.shape[2]))
 
     def _new(self, layer: int, like: Tensor) -> Tensor:
-        """[B L] bool, what is new after a layer: the rows asked for, and all that have drifted."""
+        """[B L] bool, what a layer renews: the positions asked for, all in drifted rows."""
         drifted = torch.tensor([layer >= since for since in self.since], device=like.device)
         return self.fresh.to(like.device) | drifted[:, None]
 
     def keep(self, rows: Tensor) -> None:
-        """Shrinks the batch to some of its rows, int64 [n]."""
+        """See `KV.keep`."""
         super().keep(rows)
         self.states = [states[rows.to(states.device)] for states in self.states]
         self.queries = [queries[rows.to(queries.device)] for queries in self.queries]
-        self.positions, self.tracked = self.positions[rows], self.tracked[rows]
-        self.seen = None if self.seen is None else self.seen[rows]
+        self.tracked = self.tracked[rows.to(self.tracked.device)]
+        self.seen = None if self.seen is None else self.seen[rows.to(self.seen.device)]
+
+    def pad(self, left: int, right: int) -> KV:
+        """See `KV.pad`."""
+        grown = Elastic(super().pad(left, right), self.gamma, self.track)
+        grown.states = [F.pad(x, (0, 0, left, right)) for x in self.states]
+        grown.queries = [F.pad(x, (0, 0, left, right)) for x in self.queries]
+        grown.tracked = F.pad(self.tracked, (left, right))
+        return grown
+
+    def join(self, other: KV) -> KV:
+        """See `KV.join`; the others' buffers are of the same kind."""
+        both = Elastic(super().join(other), self.gamma, self.track)
+        sizes = len(self.tracked), len(other.tracked)
+        both.states = joined(self.states, other.states, *sizes)
+        both.queries = joined(self.queries, other.queries, *sizes)
+        both.tracked = torch.cat([self.tracked, other.tracked])
+        return both
+
+
+def joined(one: list[Tensor], other: list[Tensor], batch: int, added: int) -> list[Tensor]:
+    """The tensors of each layer, those of `batch` rows and then those of `added` rows.
+
+    Rows without any, which have not run yet, get zeros; empty if none has any.
+    """
+    one = one or [x.new_zeros(batch, *x.shape[1:]) for x in other]
+    other = other or [x.new_zeros(added, *x.shape[1:]) for x in one]
+    return [torch.cat(both) for both in zip(one, other, strict=True)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmdlm.backbones.kv import Pass
+from mmdlm.backbones.kv import KV, Pass
 from mmdlm.backbones.rotary import rotate
 from mmdlm.decoding.caches.elastic_cache import Elastic, ElasticCache
 from mmdlm.decoding.commits.threshold import Threshold
@@ -16,8 +16,9 @@ from mmdlm.decoding.guidance.cfg import CFG
 from mmdlm.decoding.lengths.end_of_text import EndOfText
 from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.decoding.preset import strategies
-from mmdlm.decoding.state import DecodeState
-from mmdlm.decoding.strategy import Refresh, Strategy, Window
+from mmdlm.decoding.session import Session
+from mmdlm.decoding.strategy import Refresh, Strategy
+from mmdlm.decoding.view import View
 
 MASK, LENGTH = 2, 12
 KINDS = [{}, {"shift": True}, {"attention": "prefix"}, {"attention": "prefix", "shift": True}]
@@ -25,22 +26,19 @@ kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str
 
 
 @dataclass(frozen=True)
-class Sliding(Strategy):
+class Sliding(ElasticCache):
     """The first masks, and everything recomputed."""
 
-    window: int
+    def cache(self, view: View) -> KV | None:
+        return None
 
-    def plan(self, state: DecodeState) -> Window:
-        return ElasticCache(self.window).plan(state)
-
-    def refresh(self, state: DecodeState) -> Refresh:
-        state.block_masks = state.block_masks if state.block_step else state.left.sum(1)
-        return Refresh(0, state.length, cached=False)
+    def refresh(self, view: View) -> Refresh:
+        return Refresh(view.level >= 0, cached=False)
 
 
 @pytest.fixture
 def layers(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The first layer in which each batch row computed everything, for every pass."""
+    """The first layer in which each row computed everything, for every pass."""
     seen: list[list[int]] = []
     inner = Elastic.enter
 
@@ -217,11 +215,54 @@ def test_four_unequal_prompts_decode_as_they_do_alone(
         assert batch.tokens[i, 9:].tolist() == alone[i].tokens[0, size:].tolist()
         assert batch.history.step[i].tolist() == alone[i].history.step[0].tolist()
         torch.testing.assert_close(batch.history.confidence[i], alone[i].history.confidence[0])
+    assert list(batch.forwards) == [len(found) for found in passes]
     for step, since in enumerate(together):
         assert since == [found[step] for found in passes if step < len(found)]
     if not kind:
         # Rows drift in different layers, or not at all, of the same pass.
         assert max(len(Counter(since)) for since in together) > 1
+
+
+@kinds
+@pytest.mark.parametrize("gamma", [0.8, 0.95])
+def test_rows_that_join_a_running_batch_drift_in_the_layers_in_which_they_drift_alone(
+    kind, gamma, toy, prompts, layers
+) -> None:
+    """Longer and shorter prompts and answers than those of the rows that run."""
+    model, chosen = toy(**kind), [ElasticCache(4, gamma), Threshold(0.25)]
+    asked = [(prompts(6)[0][0], LENGTH), (prompts(9)[0][0], 15), (prompts(3)[0][0], 7)]
+
+    def advance(session: Session) -> None:
+        """One step; notes in which layer each request computed everything."""
+        keys = session.keys
+        before = len(layers)
+        session.advance()
+        if len(layers) > before:
+            for key, since in zip(keys, layers[-1], strict=True):
+                passes[key].append(since)
+
+    alone = []
+    for prompt, length in asked:
+        session, passes = Session(model, chosen), {0: []}
+        session.add(prompt, length)
+        while session.keys:
+            advance(session)
+        alone.append((*session.finished(), passes[0]))
+    session, passes = Session(model, chosen), {key: [] for key in range(3)}
+    for prompt, length in asked:
+        session.add(prompt, length)
+        advance(session)
+        advance(session)
+    while session.keys:
+        advance(session)
+    for got in session.finished():
+        want, since = alone[got.key]
+        assert got.tokens.tolist() == want.tokens.tolist()
+        assert got.step.tolist() == want.step.tolist()
+        assert got.forwards == want.forwards
+        torch.testing.assert_close(got.confidence, want.confidence)
+        assert passes[got.key] == since
+    assert any(0 < since < 3 for *_, found in alone for since in found)
 
 
 def test_only_the_first_masks_commit(toy, run) -> None:
@@ -244,8 +285,8 @@ def test_tokens_taken_back_are_computed_again(toy, run, watch) -> None:
     class Undo(Strategy):
         """Makes all that is written by the sixth step masks again."""
 
-        def revise(self, state: DecodeState) -> Tensor:
-            return torch.full_like(state.tokens, state.step == 5, dtype=torch.bool)
+        def revise(self, view: View) -> Tensor:
+            return (view.step == 5)[:, None].expand(view.tokens.shape)
 
     forwards = watch(toy())
     got = run(toy(), ElasticCache(2, -1.0), Undo())
@@ -269,7 +310,9 @@ def test_what_cannot_work_is_refused(toy, run) -> None:
         {"attention": "block_causal", "block_size": 1, "shift": True},
         {"attention": "cascade", "block_size": 4},
     ):
-        with pytest.raises(ValueError, match="ElasticCache goes back and forth in the answer, but"):
+        with pytest.raises(
+            ValueError, match="ElasticCache requires an answer that can be filled in any"
+        ):
             run(toy(**kind), ElasticCache())
     with pytest.raises(ValueError, match="ElasticCache cannot be combined with CFG"):
         run(toy(), ElasticCache(), CFG())
