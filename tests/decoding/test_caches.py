@@ -26,12 +26,13 @@ from mmdlm.decoding.caches.vicinity import VicinityCache
 from mmdlm.decoding.caches.window_diffusion import WindowDiffusion
 from mmdlm.decoding.commits.threshold import Threshold
 from mmdlm.decoding.commits.top_k import TopK
+from mmdlm.decoding.compatibility import denied
 from mmdlm.decoding.decode import decode
 from mmdlm.decoding.guidance.cfg import CFG
 from mmdlm.decoding.lengths.end_of_text import EndOfText
 from mmdlm.decoding.plans.blocks import Blocks
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Refresh, Strategy
+from mmdlm.decoding.view import View
 from mmdlm.model import MultimodalDLM
 
 LENGTH = 12
@@ -117,8 +118,8 @@ def settings(table: dict[str, tuple[Setting, ...]]) -> pytest.MarkDecorator:
 def beside(chosen: tuple[Strategy, ...], *more: Strategy) -> list[Strategy]:
     """The chosen, and those of the others that go with them."""
     taken = {hook for s in chosen for hook in s.hooks()} & set(Strategy.ONE_OWNER)
-    taken |= {name for s in chosen for name in s.excludes}
-    return [*chosen, *(s for s in more if not taken & {type(s).__name__, *s.hooks()})]
+    needs = {name for s in chosen for name in s.requires}
+    return [*chosen, *(s for s in more if not taken & {*s.hooks()} and not needs & denied(s))]
 
 
 def uncached(cache: Strategy) -> Strategy:
@@ -126,9 +127,9 @@ def uncached(cache: Strategy) -> Strategy:
     cls = type(cache)
 
     class Plain(cls):
-        def refresh(self, state: DecodeState) -> Refresh:
-            super().refresh(state)
-            return Refresh(0, state.length, cached=False)
+        def refresh(self, view: View) -> Refresh:
+            super().refresh(view)
+            return Refresh(view.level >= 0, cached=False)
 
     return Plain(**{f.name: getattr(cache, f.name) for f in fields(cache)})
 
@@ -183,7 +184,8 @@ def test_four_rows_are_what_they_are_alone(
         canvas=canvas,
         generator=seeds(8, 9, 10, 11),
     )
-    assert batch.nfe == len(forwards) <= 2 * LENGTH
+    assert batch.nfe == len(forwards)
+    assert max(batch.forwards) <= 2 * LENGTH
     ends = set()
     for i, size in enumerate(sizes):
         alone = decode(
@@ -192,6 +194,8 @@ def test_four_rows_are_what_they_are_alone(
             generator=seeds(8 + i),
         )
         assert batch.tokens[i, 7:].tolist() == alone.tokens[0, size:].tolist()
+        assert batch.history.step[i].equal(alone.history.step[0])
+        assert batch.forwards[i] == alone.nfe
         torch.testing.assert_close(
             batch.history.confidence[i], alone.history.confidence[0], rtol=1e-4, atol=1e-5
         )
