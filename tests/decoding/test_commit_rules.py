@@ -15,8 +15,8 @@ from mmdlm.decoding.commits.threshold import Threshold
 from mmdlm.decoding.decode import decode
 from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.decoding.revise.hierarchy_remask import HierarchyRemask
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 FILE = Path(__file__).parents[1] / "golden" / "decoding" / "commit_rules.json"
 METHODS = {name: m["cases"] for name, m in json.loads(FILE.read_text())["methods"].items()}
@@ -34,23 +34,23 @@ def given(case: dict) -> tuple[Tensor, Tensor]:
     return logits, masked
 
 
-def decided(state: DecodeState, strategy: Strategy, logits: Tensor) -> Tensor:
-    """[B R] bool, what commits as the loop has it: `score`, `select` and the best one."""
+def decided(view: View, strategy: Strategy, logits: Tensor) -> Tensor:
+    """[B R] bool, the positions that the loop would commit."""
     if "score" in strategy.hooks():
-        score = strategy.score(state, logits, state.candidates)
-        state.confidence = score.masked_fill(~state.open, -torch.inf)
-    taken = strategy.select(state)
+        score = strategy.score(view, logits, view.candidates)
+        view._state.confidence = score.masked_fill(~view.open, -torch.inf)
+    taken = strategy.select(view)
     if not strategy.may_idle:
-        taken = taken.scatter(1, state.confidence.argmax(1, keepdim=True), True)
-    return taken & state.open
+        taken = taken.scatter(1, view.confidence.argmax(1, keepdim=True), True)
+    return taken & view.open
 
 
 def check(case: dict, strategy: Strategy, moment) -> None:
     logits, masked = given(case)
-    state = moment(logits, masked)
-    taken = decided(state, strategy, logits)
+    view = moment(logits, masked, strategy)
+    taken = decided(view, strategy, logits)
     assert taken[0].nonzero()[:, 0].tolist() == case["commit"]
-    assert state.candidates[taken].tolist() == case["commit_tokens"]
+    assert view.candidates[taken].tolist() == case["commit_tokens"]
 
 
 @each("commit_entropy")
@@ -76,27 +76,27 @@ def test_hierarchy_is_both_versions_of_dinfer(name: str, moment) -> None:
 def test_hierarchy_with_remasking_is_that_of_dinfer(case: dict, moment) -> None:
     params = case["params"]
     logits, masked = given(case)
-    state = moment(logits, masked)
-    state.writable[:, 1:] = True
     limits = (params[f"{n}threshold"] for n in ("", "low_", "remask_"))
     rule = HierarchyRemask(*limits)
-    taken = decided(state, rule, logits) | rule.edit(state)
-    again = rule.revise(state)[:, 1:]
+    view = moment(logits, masked, rule)
+    view._state.writable = view.answer
+    taken = decided(view, rule, logits) | rule.edit(view)
+    again = rule.revise(view)[:, 1:]
     assert again[0].nonzero()[:, 0].tolist() == case["remask"]
     assert (taken | again)[0].nonzero()[:, 0].tolist() == case["commit"]
-    tokens = state.candidates.masked_fill(again, params["mask_id"])
+    tokens = view.candidates.masked_fill(again, params["mask_id"])
     assert tokens[taken | again].tolist() == case["commit_tokens"]
 
 
 @each("commit_dinfer_threshold")
 def test_threshold_is_that_of_dinfer(case: dict, moment) -> None:
     logits, masked = given(case)
-    # It leaves out positions where the mask id is the best; our loop gives them the next best.
+    # It skips positions where the mask id is the best; our loop takes the next best there.
     masked &= logits.argmax(-1) != case["params"]["mask_id"]
-    state = moment(logits, masked)
-    taken = decided(state, Threshold(case["params"]["threshold"]), logits)
+    view = moment(logits, masked)
+    taken = decided(view, Threshold(case["params"]["threshold"]), logits)
     assert taken[0].nonzero()[:, 0].tolist() == case["commit"]
-    assert state.candidates[taken].tolist() == case["commit_tokens"]
+    assert view.candidates[taken].tolist() == case["commit_tokens"]
 
 
 @each("cad_generate")

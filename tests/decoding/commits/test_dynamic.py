@@ -6,12 +6,12 @@ from mmdlm.decoding.commits.threshold import Threshold
 from mmdlm.decoding.decode import decode
 
 
-def oracle(sure: dict[int, float], tau: float, due: int) -> list[int]:
-    """`low_confidence_dynamic` word by word, where there are as many masks as are due."""
-    above = [i for i, p in sure.items() if p > tau]
+def oracle(probability: dict[int, float], tau: float, due: int) -> list[int]:
+    """`low_confidence_dynamic` of the reference, where there are as many masks as are due."""
+    above = [i for i, p in probability.items() if p > tau]
     if len(above) >= due:
         return above
-    return sorted(sorted(sure, key=lambda i: (-sure[i], i))[:due])
+    return sorted(sorted(probability, key=lambda i: (-probability[i], i))[:due])
 
 
 def schedule(size: int, steps: int) -> list[int]:
@@ -20,37 +20,37 @@ def schedule(size: int, steps: int) -> list[int]:
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7])
 @pytest.mark.parametrize("tau", [0.0, 0.3, 0.6, 1.0])
-def test_commits_all_that_is_sure_or_what_is_due(
+def test_commits_all_above_tau_or_as_many_as_are_due(
     tau: float, steps: int, cases, softmax, moment
 ) -> None:
     for n, (logits, masked) in enumerate(cases(11, 30)):
         size = logits.shape[1]
         due = schedule(size, steps)[n % steps]
-        state = moment(logits, masked, n % steps)
-        taken = Dynamic(steps, tau).select(state) & masked
+        view = moment(logits, masked, block_step=n % steps)
+        taken = Dynamic(steps, tau).select(view) & masked
         for i, row in enumerate(logits.tolist()):
-            sure = {j: max(softmax(row[j])) for j in range(size) if masked[i, j]}
-            if any(abs(p - tau) < 1e-6 for p in sure.values()):
-                continue  # float32 may see it on the other side
-            assert taken[i].nonzero()[:, 0].tolist() == oracle(sure, tau, due)
+            probability = {j: max(softmax(row[j])) for j in range(size) if masked[i, j]}
+            if any(abs(p - tau) < 1e-6 for p in probability.values()):
+                continue  # float32 may decide otherwise
+            assert taken[i].nonzero()[:, 0].tolist() == oracle(probability, tau, due)
 
 
 def test_a_probability_must_exceed_tau_not_reach_it(moment) -> None:
     two_even = torch.zeros(1, 3, 2)
-    state = moment(two_even, torch.ones(1, 3).bool())
-    assert Dynamic(tau=0.5).select(state).tolist() == [[True, False, False]]
-    assert Threshold(0.5).select(state).tolist() == [[True, True, True]]
+    view = moment(two_even, torch.ones(1, 3).bool())
+    assert Dynamic(tau=0.5).select(view).tolist() == [[True, False, False]]
+    assert Threshold(0.5).select(view).tolist() == [[True, True, True]]
 
 
 def test_nothing_exceeds_one(moment) -> None:
     certain = torch.tensor([[[200.0, 0.0], [300.0, 0.0], [0.0, 250.0]]])
-    state = moment(certain, torch.ones(1, 3).bool())
-    assert Dynamic(tau=1).select(state).tolist() == [[False, True, False]]
-    assert Dynamic(2, tau=1).select(state).tolist() == [[False, True, True]]
+    view = moment(certain, torch.ones(1, 3).bool())
+    assert Dynamic(tau=1).select(view).tolist() == [[False, True, False]]
+    assert Dynamic(2, tau=1).select(view).tolist() == [[False, True, True]]
 
 
 @pytest.mark.parametrize("shift", [False, True])
-def test_what_is_due_is_counted_by_the_block_and_not_by_its_masks(shift: bool, toy) -> None:
+def test_the_number_due_depends_on_the_block_and_not_on_its_masks(shift: bool, toy) -> None:
     model = toy(attention="block_causal", block_size=8, shift=shift)
     # Blocks of 8 in 3 steps owe 3, 3 and 2; the first holds 3 tokens of the prompt and 5 masks.
     got = decode(model, torch.tensor([[3, 4, 5]]), 13, [Dynamic(3, tau=1)]).history.step[0]

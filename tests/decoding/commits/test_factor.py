@@ -5,7 +5,7 @@ from mmdlm.decoding.commits.factor import Factor
 
 
 def oracle(confidences: list[float], factor: float) -> list[int]:
-    """get_transfer_index_dynamic of Fast-dLLM, word by word; indices into `confidences`."""
+    """get_transfer_index_dynamic of Fast-dLLM; indices into `confidences`."""
     n = len(confidences)
     order = sorted(range(n), key=lambda i: (-confidences[i], i))
     limits = [1 - factor / (i + 2) for i in range(n)]
@@ -20,19 +20,19 @@ def oracle(confidences: list[float], factor: float) -> list[int]:
 
 
 @pytest.mark.parametrize("factor", [0.1, 0.5, 1.0, 2.0, 5.0])
-def test_commits_what_the_rule_says(factor: float, cases, softmax, moment) -> None:
+def test_commits_as_the_reference(factor: float, cases, softmax, moment) -> None:
     for logits, masked in cases(7):
         taken = Factor(factor).select(moment(logits, masked)) & masked
         for i, row in enumerate(logits.tolist()):
             at = [j for j in range(len(row)) if masked[i, j]]
             if not at:
                 continue
-            sure = [max(softmax(row[j])) for j in at]
-            want = [at[j] for j in oracle(sure, factor)]
+            probability = [max(softmax(row[j])) for j in at]
+            want = [at[j] for j in oracle(probability, factor)]
             assert taken[i].nonzero()[:, 0].tolist() == want
 
 
-def test_a_failure_of_the_last_rank_goes_unnoticed(moment) -> None:
+def test_a_failure_of_the_last_rank_is_ignored(moment) -> None:
     def taken(*logits: float) -> list[bool]:
         table = torch.stack([torch.tensor(logits), torch.zeros(len(logits))], -1)[None]
         return Factor(1.0).select(moment(table, torch.ones(1, len(logits)).bool()))[0].tolist()

@@ -23,7 +23,7 @@ def each(method: str) -> pytest.MarkDecorator:
 
 
 @each("prophet_rule")
-def test_the_bar_is_that_of_prophet(case: dict) -> None:
+def test_the_threshold_is_that_of_prophet(case: dict) -> None:
     given = case["params"]
     prophet = Prophet(given["early"], given["mid"], given["late"])
     bar = prophet.bar(torch.tensor([given["step"]]), given["total"])
@@ -46,38 +46,41 @@ def test_rollout_is_that_of_prophet(case: dict, synthetic) -> None:
 
 def by_hand(logits: list, masked: list, prophet: Prophet, step: int) -> bool:
     """One row in its step number `step` (from 1), of as many steps as it has positions."""
-    looked = [i for i, m in enumerate(masked) if m]
+    used = [i for i, m in enumerate(masked) if m]
     if prophet.region is not None:
-        looked = list(range(*prophet.region))
-    if not looked or not any(masked):
+        used = list(range(*prophet.region))
+    if not used or not any(masked):
         return False
-    leads = [sorted(logits[i])[-1] - sorted(logits[i])[-2] for i in looked]
+    margins = [sorted(logits[i])[-1] - sorted(logits[i])[-2] for i in used]
     progress = step / len(logits)
     bar = prophet.early if progress < 0.33 else prophet.mid if progress < 0.67 else prophet.late
-    return sum(leads) / len(leads) >= bar
+    return sum(margins) / len(margins) >= bar
 
 
 @pytest.mark.parametrize("region", [None, (0, 1)])
-def test_stops_where_the_mean_lead_says(region: tuple | None, cases, moment) -> None:
+def test_stops_when_the_mean_margin_reaches_the_threshold(
+    region: tuple | None, cases, moment
+) -> None:
     prophet, seen = Prophet(1.2, 0.9, 0.6, region=region), set()
     for n, (logits, masked) in enumerate(cases(4)):
-        state = moment(logits, masked)
-        prophet.begin(state)
+        view = moment(logits, masked, prophet)
         steps = 1 + n % logits.shape[1]
         for _ in range(steps):
-            prophet.guide(state, logits)
-            got = prophet.stop(state)
+            prophet.observe(view, logits)
+            got = prophet.stop(view)
+            view._state.step += 1
         want = [
             by_hand(*row, prophet, steps)
             for row in zip(logits.tolist(), masked.tolist(), strict=True)
         ]
-        assert got.tolist() == want
+        # A finished row has left the batch: what stop returns for rows without masks is not used.
+        assert (got & masked.any(1)).tolist() == want
         seen |= set(want)
     assert seen == {True, False}
 
 
 @pytest.mark.parametrize("more", [[], [DualCache()]])
-def test_an_endless_bar_changes_nothing(more: list, toy, run) -> None:
+def test_an_infinite_threshold_changes_nothing(more: list, toy, run) -> None:
     base = [Blocks(4), Threshold(0.3), *more]
     never, plain = run(toy(), *base, Prophet(INF, INF, INF)), run(toy(), *base)
     assert never.tokens.equal(plain.tokens)
@@ -85,18 +88,18 @@ def test_an_endless_bar_changes_nothing(more: list, toy, run) -> None:
     assert run(toy(), TopK(), Prophet(0.0, 0.0, 0.0)).nfe == 1
 
 
-def test_a_cache_leaves_what_it_does_not_compute(toy, run) -> None:
-    """The full pass sees and commits all; a pass over the block sees the block only."""
-    region_behind = Prophet(INF, 0.0, 0.0, region=(6, 8))
-    got = run(toy(), Blocks(4), DualCache(), region_behind).history.step
+def test_with_a_cache_only_computed_positions_commit(toy, run) -> None:
+    """A full pass can commit the whole answer, a pass over the block only the block."""
+    later_region = Prophet(INF, 0.0, 0.0, region=(6, 8))
+    got = run(toy(), Blocks(4), DualCache(), later_region).history.step
     # A third of 8 steps is over in the third, within the first block; its region comes at step 4.
     assert got[:, :4].sort(1).values.tolist() == [[0, 1, 2, 3]] * 3
     assert got[:, 4:].tolist() == [[4] * 4] * 3
-    without = run(toy(), Blocks(4), region_behind).history.step
+    without = run(toy(), Blocks(4), later_region).history.step
     assert without.amax(1).tolist() == [2, 2, 2]
 
 
-def test_a_waiting_row_does_not_get_ahead(toy, prompts) -> None:
+def test_rows_stop_independently(toy, prompts) -> None:
     tokens, mask = prompts(7, 4, 6)
     chosen = [Blocks(3), Threshold(0.25), Prophet(2.0, 1.0, 0.5)]
     batch = decode(toy(), tokens, 12, chosen, mask=mask)
@@ -104,6 +107,7 @@ def test_a_waiting_row_does_not_get_ahead(toy, prompts) -> None:
     for i, size in enumerate((7, 4, 6)):
         alone = decode(toy(), tokens[i : i + 1, -size:], 12, chosen)
         assert batch.tokens[i, 7:].tolist() == alone.tokens[0, size:].tolist()
+        assert batch.history.step[i].tolist() == alone.history.step[0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -120,12 +124,12 @@ def test_bad_arguments_of_prophet(given: dict, message: str) -> None:
         Prophet(**given)
 
 
-def test_a_region_behind_the_answer_is_named(toy, run) -> None:
+def test_a_region_after_the_answer_is_refused(toy, run) -> None:
     with pytest.raises(ValueError, match="region begins at 8, but the answer has 8 positions"):
         run(toy(), Prophet(region=(8, 9)))
 
 
-def test_a_row_sees_no_further_than_alone_where_blocks_end_elsewhere(toy, prompts) -> None:
+def test_rows_whose_blocks_differ_commit_as_alone(toy, prompts) -> None:
     model, sizes = toy(attention="prefix", block_size=3), (7, 4, 6, 5)
     tokens, mask = prompts(*sizes)
     cut = AdaBlock(size=4, threshold=0.05, delimiters=tuple(range(3, 20)), share=0.5)

@@ -19,14 +19,14 @@ MODEL = {
 
 
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
-def test_the_clock_gives_the_numbers_of_the_reference(case: dict, synthetic) -> None:
+def test_counts_are_those_of_the_reference(case: dict, synthetic) -> None:
     params = case["params"]
     chosen = TimeShift(params["steps"], params["shift"] or 3.0, params["schedule"])
     got = decode(synthetic(MODEL), torch.tensor([[4, 5]]), params["masked"], [chosen])
     assert got.history.step[0].bincount().tolist() == case["output"]
 
 
-def test_the_clock_gives_the_numbers_of_the_reference_in_many_sizes() -> None:
+def test_counts_are_those_of_the_reference_in_many_sizes() -> None:
     cases = METHODS["lavida_transfer_counts"]["cases"]
     assert len(cases) > 100
     for case in cases:
@@ -37,7 +37,7 @@ def test_the_clock_gives_the_numbers_of_the_reference_in_many_sizes() -> None:
 
 
 @pytest.mark.parametrize(("shift", "schedule"), [(3, "shift"), (0.2, "shift"), (1, "cosine")])
-def test_a_clock_always_ends_at_the_last_mask(shift: float, schedule: str) -> None:
+def test_counts_sum_to_the_number_of_masks(shift: float, schedule: str) -> None:
     for masks in range(40):
         for steps in (1, 2, 7, 31, 64):
             counts = shifted(masks, steps, shift, schedule)
@@ -46,7 +46,7 @@ def test_a_clock_always_ends_at_the_last_mask(shift: float, schedule: str) -> No
             assert min(counts, default=1) >= 1
 
 
-def test_a_large_shift_ends_fast_and_a_small_one_starts_fast() -> None:
+def test_a_large_shift_commits_most_at_the_end_and_a_small_one_at_the_start() -> None:
     late, early = shifted(64, 16, 3.0, "shift"), shifted(64, 16, 1 / 3, "shift")
     assert sum(late[:8]) < 20
     assert sum(early[:8]) > 44
@@ -54,7 +54,7 @@ def test_a_large_shift_ends_fast_and_a_small_one_starts_fast() -> None:
     assert shifted(64, 16, 1.0, "shift") == [4] * 16
 
 
-def test_rows_with_fewer_masks_have_schedules_of_their_own(synthetic) -> None:
+def test_every_row_has_its_own_schedule(synthetic) -> None:
     canvas = torch.full((3, 24), 11)
     canvas[1, :21], canvas[2, 6:8] = 7, 7
     prompt = torch.tensor([[4], [5], [6]])

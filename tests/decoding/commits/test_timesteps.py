@@ -30,7 +30,7 @@ def committed(toy, masks: int, steps: int, eps: float) -> tuple[list[int], int]:
 def test_follows_the_levels(masks: int, steps: int, eps: float, toy) -> None:
     counts, nfe = committed(toy, masks, steps, eps)
     assert counts == oracle(masks, steps, eps)
-    # A decode ends with its last mask, which the reference waits out.
+    # A decode ends with its last mask; the reference runs the remaining steps.
     assert nfe == max(i for i, n in enumerate(counts) if n) + 1
 
 

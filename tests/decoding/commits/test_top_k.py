@@ -19,19 +19,19 @@ def test_commits_its_quota(steps: int, cases, moment) -> None:
     for n, (logits, masked) in enumerate(cases(3)):
         now, more = n % 4, n % 3
         masks = masked.sum(1) + more
-        state = moment(logits, masked, now, masks)
-        taken = TopK(steps).select(state) & masked
+        view = moment(logits, masked, block_step=now, block_masks=masks)
+        taken = TopK(steps).select(view) & masked
         for i in range(len(masked)):
             want = oracle(
-                state.confidence[i].tolist(), masked[i].tolist(), int(masks[i]), steps, now
+                view.confidence[i].tolist(), masked[i].tolist(), int(masks[i]), steps, now
             )
             assert taken[i].nonzero()[:, 0].tolist() == want
 
 
 def test_one_per_step_without_a_number_of_steps(cases, moment) -> None:
     for logits, masked in cases(4):
-        state = moment(logits, masked)
-        taken = TopK().select(state) & masked
+        view = moment(logits, masked)
+        taken = TopK().select(view) & masked
         assert taken.sum(1).tolist() == masked.any(1).long().tolist()
 
 

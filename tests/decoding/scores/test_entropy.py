@@ -16,7 +16,7 @@ def test_ranks_by_negative_entropy(cases, softmax, moment) -> None:
                 assert s == pytest.approx(want, rel=1e-4, abs=1e-12)
 
 
-def test_is_exact_where_almost_nothing_is_left_to_know() -> None:
+def test_is_exact_near_zero() -> None:
     gaps = torch.tensor([20.0, 30.0, 60.0])
     logits = torch.stack([gaps, torch.zeros(3)], -1)
     q = [math.exp(-g) / (1 + math.exp(-g)) for g in gaps.tolist()]
@@ -24,6 +24,6 @@ def test_is_exact_where_almost_nothing_is_left_to_know() -> None:
     assert entropy(logits).tolist() == pytest.approx(want, rel=1e-5)
 
 
-def test_impossible_tokens_count_nothing() -> None:
+def test_impossible_tokens_do_not_count() -> None:
     logits = torch.tensor([[1.0, 1.0, -torch.inf], [0.0, -torch.inf, -torch.inf]])
     assert entropy(logits).tolist() == pytest.approx([math.log(2), 0.0])

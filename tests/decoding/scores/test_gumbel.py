@@ -2,24 +2,31 @@ import pytest
 import torch
 
 from mmdlm.decoding.decode import decode
+from mmdlm.decoding.rng import Streams
 from mmdlm.decoding.scores.gumbel import Gumbel
+from mmdlm.decoding.view import View
 
 
-def test_is_the_formula_of_llada(cases, moment) -> None:
+def draws(seed: int) -> list[tuple[Streams, int]]:
+    """The random stream of a single row."""
+    return [(Streams(torch.Generator().manual_seed(seed), 1, torch.device("cpu")), 0)]
+
+
+def test_is_the_formula_of_llada(cases, moment, monkeypatch) -> None:
     for logits, masked in cases(9):
-        state = moment(logits, masked)
+        view = moment(logits, masked)
         u = torch.rand(*logits.shape, dtype=torch.float64)
-        state.uniform = lambda *size, dtype, u=u: u.to(dtype)
+        monkeypatch.setattr(View, "uniform", lambda _, *size, dtype, u=u: u.to(dtype))
         want = logits.double().exp() / (-u.log()) ** 0.7
-        assert Gumbel(0.7).pick(state, logits).equal(want.argmax(-1))
+        assert Gumbel(0.7).pick(view, logits).equal(want.argmax(-1))
 
 
 def test_samples_from_the_softmax(moment) -> None:
     logits = torch.tensor([1.0, 0.0, -1.0, 2.0]).expand(1, 20_000, 4)
-    state = moment(logits, torch.ones(1, 20_000).bool())
-    state.source = torch.Generator().manual_seed(0)
+    view = moment(logits, torch.ones(1, 20_000).bool())
+    view._state.draws = draws(0)
     for temperature in (0.5, 2.0):
-        picks = Gumbel(temperature).pick(state, logits)[0]
+        picks = Gumbel(temperature).pick(view, logits)[0]
         share = picks.bincount(minlength=4) / len(picks)
         want = (logits[0, 0] / temperature).softmax(-1)
         torch.testing.assert_close(share, want, atol=0.015, rtol=0)
@@ -34,11 +41,12 @@ def test_temperature_zero_is_greedy_and_draws_nothing(toy) -> None:
     assert generator.get_state().equal(before)
 
 
-def test_never_picks_what_is_impossible(moment) -> None:
+def test_never_picks_an_impossible_token(moment) -> None:
     logits = torch.zeros(1, 4000, 3)
     logits[..., 1] = -torch.inf
-    state = moment(logits, torch.ones(1, 4000).bool())
-    assert 1 not in Gumbel(5.0).pick(state, logits)
+    view = moment(logits, torch.ones(1, 4000).bool())
+    view._state.draws = draws(0)
+    assert 1 not in Gumbel(5.0).pick(view, logits)
 
 
 def test_temperature_must_not_be_negative() -> None:

@@ -14,16 +14,16 @@ def test_fills_in_reading_order(toy) -> None:
     assert got.history.step.tolist() == [[0, 0, 1, 1, 2, 2]] * 2
 
 
-def test_passes_over_what_is_known_and_respects_blocks(toy) -> None:
+def test_skips_given_tokens_and_respects_blocks(toy) -> None:
     canvas = torch.tensor([[MASK, 9, MASK, MASK, MASK, 9]])
     chosen = [LeftToRight(), Blocks(3)]
     got = decode(toy(), torch.tensor([[3]]), 6, chosen, canvas=canvas)
     assert got.history.step.tolist() == [[0, -1, 1, 2, 3, -1]]
 
 
-def test_order_does_not_depend_on_what_is_scored(cases, moment) -> None:
+def test_the_order_does_not_depend_on_the_logits(cases, moment) -> None:
     for logits, masked in cases(12, 12):
-        state = moment(logits, masked)
-        score = LeftToRight().score(state, logits, state.candidates)
+        view = moment(logits, masked)
+        score = LeftToRight().score(view, logits, view.candidates)
         assert score.shape == masked.shape
         assert (score[:, 1:] < score[:, :-1]).all()

@@ -1,6 +1,9 @@
+from collections.abc import Callable
+
 import torch
 
 from mmdlm.decoding.decode import decode
+from mmdlm.decoding.rng import Streams
 from mmdlm.decoding.scores.random_order import RandomOrder
 
 
@@ -15,13 +18,18 @@ def test_every_order_comes_up_about_as_often(toy) -> None:
     assert counts.max() < 140
 
 
-def test_draws_follow_the_row_and_not_its_neighbours(moment) -> None:
+def draws(seeds: Callable[..., list[torch.Generator]], *numbers: int) -> list[tuple[Streams, int]]:
+    streams = Streams(seeds(*numbers), len(numbers), torch.device("cpu"))
+    return [(streams, row) for row in range(len(numbers))]
+
+
+def test_a_row_draws_the_same_alone_and_in_a_batch(moment, seeds) -> None:
     logits, masked = torch.zeros(2, 5, 4), torch.ones(2, 5).bool()
     masked[0, 2] = False
     both = moment(logits, masked)
-    both.source = [torch.Generator().manual_seed(n) for n in (1, 2)]
+    both._state.draws = draws(seeds, 1, 2)
     second = moment(logits[1:], masked[1:])
-    second.source = [torch.Generator().manual_seed(2)]
+    second._state.draws = draws(seeds, 2)
     pairs = [(both.uniform(), second.uniform()) for _ in range(3)]
     for pair, alone in pairs:
         assert pair[1].equal(alone[0])
