@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
@@ -20,22 +20,23 @@ class ODD(Strategy):
 
     The rows of the batch are samples of one prompt. A row's feature v is the highest probability of
     every token over all its positions (a written token has 1), scaled to length 1. Its direction d
-    is what of v no row before it has (Gram-Schmidt). The logits of its masks climb the gradient of
-    quality * w * (v . d), with w the mean probability of the best tokens of its masks, scaled so
-    that the longest step of a position is alpha (1 - i / steps) in step i. The first row, and a
-    batch of one, stay as they are: this is the one strategy in which rows depend on each other.
-    Rows that have finished push no longer.
+    is the part of v that is orthogonal to the directions of the rows before it (Gram-Schmidt). The
+    logits of its masks move along the gradient of quality * w * (v . d), with w the mean
+    probability of the best tokens of its masks, scaled so that the longest change of a position is
+    alpha (1 - i / steps) in step i of the row. The first row, and a batch of one, stay unchanged.
+    This is the only strategy in which rows depend on each other; finished rows have no effect.
 
-    Needs randomness, `Gumbel`, where all rows start alike. Looks at what a step computes: the whole
-    answer without a cache. Extra memory: three times [R V] float32, and [B V].
+    Combine with `Gumbel`: rows of equal prompts differ by their random draws only. Uses all
+    positions that a step scores: the whole answer without a cache. Extra memory: three times [R V]
+    float32, and [B V].
 
     Source: ODD (arXiv 2603.04893; sean-lamont/odd: strategies.py, feature_extractor.py and
     generator.py), features pooled by maximum; the gradient is written out here.
 
     Args:
-        alpha: length of the longest step in the first of the steps; 0 changes nothing.
-        quality: weight of w; cancels where the gradient is scaled, unless it is 0.
-        steps: steps until nothing is pushed; None: one per position of the answer.
+        alpha: length of the longest change in the first step; 0 changes nothing.
+        quality: weight of w; the scaling cancels it, unless it is 0, which changes nothing.
+        steps: steps of a row after which nothing changes; None: one per position of the answer.
         protected: ids whose logits are not changed; None: the model's end tokens.
     """
 
@@ -56,28 +57,28 @@ class ODD(Strategy):
         if self.protected is not None:
             object.__setattr__(self, "protected", tuple(self.protected))
 
-    def guide(self, state: DecodeState, logits: Tensor) -> Tensor:
+    def guide(self, view: View, logits: Tensor) -> Tensor:
         """[B R V] float32, changed in place."""
-        steps = self.steps or state.length - state.prompt
-        alpha = self.alpha * (1 - state.step / steps)
-        if alpha <= 0 or self.quality == 0 or len(logits) == 1:
+        steps = view.lengths if self.steps is None else self.steps
+        alphas = (self.alpha * (1 - view.step.double() / steps)).tolist()
+        if max(alphas) <= 0 or self.quality == 0 or len(logits) == 1:
             return logits
-        spec, offset = state.model.spec, state.first_id
+        spec, offset = view.model.spec, view.first_id
         columns = range(logits.shape[-1])
-        logits = state.ban_mask(logits)
+        logits = view.ban_mask(logits)
         kept = (spec.eos_id, *spec.stop_ids) if self.protected is None else self.protected
         kept = [token - offset for token in kept if token - offset in columns]
-        masks = state.here(state.masked)
-        known = state.here(~state.masked)
-        tokens = state.tokens.gather(1, state.at) - offset
+        masks = view.here(view.masked)
+        known = view.here(~view.masked)
+        tokens = view.tokens.gather(1, view.at) - offset
         basis: list[Tensor] = []
         for i, row in enumerate(logits):
             away, direction = ascent(row, masks[i], known[i], tokens[i], basis)
             basis.append(direction)
-            if i > 0:
+            if i > 0 and alphas[i] > 0:
                 away[:, kept] = 0.0
                 longest = away.norm(dim=-1).max().clamp(min=1e-8)
-                row += alpha / longest * away
+                row += alphas[i] / longest * away
         return logits
 
 
@@ -91,8 +92,8 @@ def ascent(
     Args:
         logits: [R V].
         masks: [R] bool, positions that are masked.
-        known: [R] bool, positions that are written. What is neither is left out.
-        tokens: [R] int64, columns of the logits; others than those count for nothing.
+        known: [R] bool, positions that are written; those that are neither are left out.
+        tokens: [R] int64, columns of the logits; other numbers have no effect.
         basis: directions [V] of the rows before, orthogonal and of length 1 or 0.
     """
     p = logits.softmax(-1) * masks[:, None]

@@ -20,11 +20,11 @@ def test_the_update_is_that_of_odd(case: dict, moment) -> None:
     masked = torch.zeros(logits.shape[:2], dtype=torch.bool)
     for row, at in zip(masked, case["masked"], strict=True):
         row[at] = True
-    state = moment(logits, masked)
-    tokens = torch.where(masked, state.model.spec.mask_id, torch.tensor(case["tokens"]))
-    state.tokens[:, 1:] = tokens
+    view = moment(logits, masked)
+    tokens = torch.where(masked, view.model.spec.mask_id, torch.tensor(case["tokens"]))
+    view.tokens[:, 1:] = tokens
     odd = ODD(given["alpha"], given["quality_scale"], protected=given["protected"])
-    got = odd.guide(state, logits.clone())
+    got = odd.guide(view, logits.clone())
     torch.testing.assert_close(got, torch.tensor(case["output"]), atol=1e-4, rtol=0)
 
 
@@ -64,7 +64,7 @@ def test_the_gradient_is_that_of_autograd() -> None:
             basis.append(d)
 
 
-def test_a_row_without_anything_new_has_no_direction() -> None:
+def test_a_row_equal_to_another_has_no_direction() -> None:
     logits, everything = torch.randn(3, 5), torch.ones(3, dtype=torch.bool)
     row = (logits, everything, ~everything, torch.zeros(3, dtype=torch.long))
     _, first = ascent(*row, [])
@@ -73,13 +73,14 @@ def test_a_row_without_anything_new_has_no_direction() -> None:
     assert not away.any()
 
 
-def test_padding_of_the_read_positions_counts_for_nothing(moment) -> None:
+def test_repeated_positions_have_no_effect(moment) -> None:
     generator = torch.Generator().manual_seed(3)
     logits = 2 * torch.randn(2, 4, 6, generator=generator)
     masked = torch.tensor([[True, True, False, False], [True, True, True, True]])
     padded, odd = moment(logits, masked), ODD(protected=())
-    padded.real = torch.tensor([[True, True, True, True], [True, True, False, False]])
-    padded.at = torch.tensor([[1, 2, 3, 4], [1, 2, 2, 2]])
+    padded._state.read = None
+    padded._state.real = torch.tensor([[True, True, True, True], [True, True, False, False]])
+    padded._state.at = torch.tensor([[1, 2, 3, 4], [1, 2, 2, 2]])
     got = odd.guide(padded, logits.clone())
     basis = [ascent(logits[0], masked[0], ~masked[0], torch.zeros(4).long(), [])[1]]
     two = torch.ones(2, dtype=torch.bool)
@@ -92,14 +93,14 @@ def same(count: int) -> torch.Tensor:
     return torch.tensor([[5, 9, 7, 30]]).expand(count, -1)
 
 
-def test_one_sample_is_the_base(toy) -> None:
+def test_one_sample_is_unchanged(toy) -> None:
     for more in ([], [Blocks(4), TopK(4)]):
         got, plain = (decode(toy(), same(1), 8, [*more, *odd]) for odd in ([ODD()], []))
         assert got.tokens.equal(plain.tokens)
         assert got.history.step.equal(plain.history.step)
 
 
-def test_no_strength_is_the_base(toy, seeds) -> None:
+def test_alpha_0_changes_nothing(toy, seeds) -> None:
     got, plain = (
         decode(toy(), same(4), 8, [*odd, Gumbel(1.0)], generator=seeds(1, 2, 3, 4))
         for odd in ([ODD(alpha=0)], [])
@@ -107,7 +108,7 @@ def test_no_strength_is_the_base(toy, seeds) -> None:
     assert got.tokens.equal(plain.tokens)
 
 
-def test_the_first_sample_is_the_base_and_the_others_are_not(toy, seeds) -> None:
+def test_the_first_sample_is_unchanged_and_the_others_are_not(toy, seeds) -> None:
     chosen = [Gumbel(0.5), TopK(4)]
     plain, moved = (
         decode(toy(), same(6), 16, [*chosen, *odd], generator=seeds(*range(6)))
@@ -117,7 +118,7 @@ def test_the_first_sample_is_the_base_and_the_others_are_not(toy, seeds) -> None
     assert equal == [True] + [False] * 5
 
 
-def test_a_small_push_raises_what_is_new_in_every_row(moment) -> None:
+def test_a_small_change_raises_the_objective_of_every_row(moment) -> None:
     logits = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     masks = torch.ones(4, 5, dtype=torch.bool)
     pushed = ODD(alpha=1e-3, protected=()).guide(moment(logits, masks), logits.clone())
@@ -131,21 +132,21 @@ def test_a_small_push_raises_what_is_new_in_every_row(moment) -> None:
 
 def test_end_tokens_are_left_alone(moment) -> None:
     logits = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(2))
-    state = moment(logits, torch.ones(3, 4, dtype=torch.bool))
-    got = ODD().guide(state, logits.clone())
-    assert got[..., state.model.spec.eos_id].equal(logits[..., state.model.spec.eos_id])
+    view = moment(logits, torch.ones(3, 4, dtype=torch.bool))
+    got = ODD().guide(view, logits.clone())
+    assert got[..., view.model.spec.eos_id].equal(logits[..., view.model.spec.eos_id])
     assert (got[1:, :, 1:] != logits[1:, :, 1:]).all()
 
 
-def test_the_push_fades_with_the_steps(moment) -> None:
+def test_the_change_shrinks_with_the_steps_of_each_row(moment) -> None:
     logits = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(2))
-    state, lengths = moment(logits, torch.ones(3, 4, dtype=torch.bool)), []
+    view, lengths = moment(logits, torch.ones(3, 4, dtype=torch.bool)), []
     for step in range(5):
-        state.step = step
-        push = ODD(8.0, steps=4).guide(state, logits.clone()) - logits
-        lengths.append(push.norm(dim=-1).amax(1)[1:])
-    want = torch.tensor([8.0, 6.0, 4.0, 2.0, 0.0])[:, None].expand(-1, 2)
-    torch.testing.assert_close(torch.stack(lengths), want)
+        view._state.step = torch.tensor([9, step, step + 1])
+        change = ODD(8.0, steps=4).guide(view, logits.clone()) - logits
+        lengths.append(change.norm(dim=-1).amax(1))
+    want = [[0.0, 8.0, 6.0], [0.0, 6.0, 4.0], [0.0, 4.0, 2.0], [0.0, 2.0, 0.0], [0.0] * 3]
+    torch.testing.assert_close(torch.stack(lengths), torch.tensor(want))
 
 
 @pytest.mark.parametrize(
