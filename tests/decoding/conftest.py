@@ -125,7 +125,7 @@ def moment() -> Callable[..., View]:
         tokens = torch.where(masked, vocab, 0)
         tokens = torch.cat([torch.zeros_like(tokens[:, :1]), tokens], 1)
         sequence = from_tokens(tokens, None, "full", None)
-        model = SimpleNamespace(spec=spec)
+        model = SimpleNamespace(spec=spec, device=logits.device)
         batch = len(tokens)
         state = State(model, sequence, 1, list(range(batch)), [(None, i) for i in range(batch)])
         view = View(state)

@@ -1,35 +1,39 @@
-"""What may stand where in the answer."""
+"""Restricts which tokens may be written at which positions of the answer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mmdlm.decoding.state import DecodeState
+from mmdlm.backbones.family import Spec
+from mmdlm.decoding.memory import Entry
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
+from mmdlm.model import MultimodalDLM
 
-MISFIT = 1e4  # nats that one written token against an option costs it
-LEAST = -1e3  # log probability of a forbidden token, so that options with one keep an order
+MISFIT = 1e4  # nats subtracted from an option per written token that differs from it
+LEAST = -1e3  # log probability of a forbidden token: options that hold one can still be compared
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Answer positions, and the tokens that may stand there.
+    """Answer positions, and the tokens that may be written there.
 
     Args:
         start: first position; 0 is the first of the answer.
         stop: position after the last.
-        ids: tokens that may stand there; None: all.
-        first: tokens that may stand at the first position; None: `ids`.
-        rest: token that stands for all others: it gets the probability of every token outside
-            `ids`, except at the first position, and fills what is behind one of `ends`. None: there
-            is none, and other tokens are forbidden.
-        ends: tokens behind which only `rest` stands.
-        optional: the first position may hold `rest` too.
+        ids: allowed tokens; None: all.
+        first: tokens allowed at the first position; None: `ids`.
+        rest: token that replaces all others: it gets the probability of every token outside `ids`,
+            except at the first position, and fills the slot after one of `ends`. None: there is
+            none, and other tokens are forbidden.
+        ends: tokens after which only `rest` is allowed.
+        optional: `rest` is allowed at the first position too.
     """
 
     start: int
@@ -47,7 +51,7 @@ class Slot:
         if not 0 <= self.start < self.stop:
             raise ValueError(f"slot [{self.start}, {self.stop}) is empty or before the answer")
         if self.rest is None and (self.ends or self.optional):
-            raise ValueError("a slot that may end early needs rest=, the token that fills it up")
+            raise ValueError("a slot that may end early needs rest=, the token that fills it")
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Choice:
     Args:
         start: first position; 0 is the first of the answer.
         options: token ids of each text.
-        rest: token that completes the shorter ones to the longest.
+        rest: token that pads the shorter ones to the longest.
     """
 
     start: int
@@ -77,73 +81,83 @@ class Choice:
 
 @dataclass(frozen=True)
 class Allowed(Strategy):
-    """Lets only certain tokens stand at certain positions of the answer; without slots, all.
+    """Allows only certain tokens at certain positions of the answer; without slots, all.
 
-    Of a `Choice` the likeliest option is offered: by the mean log probability of its tokens that
-    are still to be written, among the options that agree with those that are. Its tokens get the
-    probability of the option, so a doubtful choice waits for what else is written. Give it last,
-    so that no other guidance brings back what it forbids.
+    Of a `Choice` the most probable option is offered: that of the highest mean log probability of
+    its tokens still to be written, among the options that agree with the written ones. Its tokens
+    get the probability of the option, so an uncertain choice is committed late. Put it last, so
+    that no other guidance undoes its restrictions.
 
-    Source: our own; Eric2i/dLLM-CtrlGen fixes the structure around slots and nothing inside them.
+    Source: ours; Eric2i/dLLM-CtrlGen fixes the structure around slots and nothing inside them.
 
     Args:
         slots: `Slot` and `Choice`, none overlapping another.
     """
 
-    excludes: ClassVar[tuple[str, ...]] = ("resize",)
+    requires: ClassVar[frozenset[str]] = frozenset({"fixed_length"})
+
     slots: Items[Slot | Choice] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "slots", tuple(self.slots))
 
-    def begin(self, state: DecodeState) -> None:
-        """Checks the slots and turns them into tables.
+    def prepare(self, model: MultimodalDLM, columns: slice | None) -> dict[str, Any]:
+        """Makes tables of the slots.
 
         Raises:
-            ValueError: slots overlap, leave the canvas or name ids that are not in the vocabulary,
-                or the decode has `columns`.
+            ValueError: a slot has ids that are not in the vocabulary, or the decode has `columns`.
         """
         if not self.slots:
-            return
-        if state.columns is not None:
-            raise ValueError("Allowed and columns= both say what may be written; keep one")
-        size, at = state.length - state.prompt, 0
+            return {"tables": None}
+        if columns is not None:
+            raise ValueError("Allowed and columns= both restrict what may be written; keep one")
+        return {"tables": _tables(self.slots, model.spec, model.device)}
+
+    def begin(self, view: View) -> dict[str, Entry]:
+        """Checks the slots against the length of the answer.
+
+        Raises:
+            ValueError: slots overlap, or are not inside the answer.
+        """
+        size, at = view.length - view.prompt, 0
         for slot in sorted(self.slots, key=lambda s: s.start):
             if slot.start < at or slot.stop > size:
                 raise ValueError(
                     f"Allowed has a slot [{slot.start}, {slot.stop}), expected one within "
-                    f"[{at}, {size}): behind the slot before it, and inside the answer"
+                    f"[{at}, {size}): after the slot before it, and inside the answer"
                 )
             at = slot.stop
-        state.memory[self] = _tables(self.slots, state)
+        return {}
 
-    def guide(self, state: DecodeState, logits: Tensor) -> Tensor:
-        """[B R V] with -inf at what may not stand there."""
-        tables = state.memory.get(self)
+    def guide(self, view: View, logits: Tensor) -> Tensor:
+        """[B R V] with -inf at forbidden tokens, changed in place."""
+        tables = view.memory(self)["tables"]
         if tables is None:
             return logits
-        # The mask token is no part of what `rest` stands for.
-        logits = _limit(tables, state, state.ban_mask(logits))
+        # `rest` does not get the probability of the mask token.
+        logits = _limit(tables, view, view.ban_mask(logits))
         for start, options, own in tables.choices:
-            first, last = state.prompt + start, state.prompt + start + options.shape[1]
-            if first < state.read.stop and state.read.start < last:
-                logits = _choose(state, logits, start, options, own)
+            first, last = view.prompt + start, view.prompt + start + options.shape[1]
+            if view.read is None or (first < view.read.stop and view.read.start < last):
+                logits = _choose(view, logits, start, options, own)
         return logits
 
 
 @dataclass(frozen=True)
 class _Tables:
-    """Slots by answer position; number 0 of every table is for positions without a limit.
+    """Slots by answer position, N of them up to the end of the last slot.
+
+    Entry 0 of `allowed`, `rest` and `ends` is for positions without a restriction.
 
     Args:
-        start: [G] first position of the slot each position is in.
-        rule: [G] row of `allowed` and `rest`.
+        start: [N] first position of the slot each position is in.
+        rule: [N + 1] index into `allowed` and `rest`; the last one is for all later positions.
         allowed: [K V] bool.
-        rest: [K] id that stands for the others, -1 for none.
-        ending: [G] row of `ends`.
-        ends: [E V] bool, tokens behind which `filler` stands.
-        filler: [G] id.
-        choices: (start, options [O n] completed with the filler, [O n] bool what is their own).
+        rest: [K] id that replaces the others, -1 for none.
+        ending: [N] index into `ends`.
+        ends: [E V] bool, tokens after which only `filler` is allowed.
+        filler: [N + 1] id.
+        choices: (start, options [O n] padded with `rest`, [O n] bool, False at that padding).
     """
 
     start: Tensor
@@ -156,10 +170,10 @@ class _Tables:
     choices: list[tuple[int, Tensor, Tensor]]
 
 
-def _tables(slots: Items[Slot | Choice], state: DecodeState) -> _Tables:
-    device, size = state.tokens.device, state.length - state.prompt
-    start, filler = torch.arange(size), torch.zeros(size, dtype=torch.long)
-    rule, ending = torch.zeros_like(filler), torch.zeros_like(filler)
+def _tables(slots: Items[Slot | Choice], spec: Spec, device: torch.device) -> _Tables:
+    size = max(slot.stop for slot in slots)
+    start, filler = torch.arange(size), torch.zeros(size + 1, dtype=torch.long)
+    rule, ending = torch.zeros_like(filler), torch.zeros_like(start)
     rules: dict[tuple[Items[int] | None, int], int] = {(None, -1): 0}
     endings: dict[Items[int], int] = {(): 0}
     choices = []
@@ -168,7 +182,7 @@ def _tables(slots: Items[Slot | Choice], state: DecodeState) -> _Tables:
             width = slot.stop - slot.start
             rows = [[*option, *[slot.rest] * (width - len(option))] for option in slot.options]
             own = [[i < len(option) for i in range(width)] for option in slot.options]
-            _check([slot.rest, *(i for row in rows for i in row)], state)
+            _check([slot.rest, *(i for row in rows for i in row)], spec)
             options = torch.tensor(rows, device=device)
             choices.append((slot.start, options, torch.tensor(own, device=device)))
             continue
@@ -181,10 +195,10 @@ def _tables(slots: Items[Slot | Choice], state: DecodeState) -> _Tables:
         rule[span] = rules.setdefault(body, len(rules))
         rule[slot.start] = rules.setdefault(head, len(rules))
         ending[span] = endings.setdefault(slot.ends, len(endings))
-    allowed = [_flags(ids, state, is_all=ids is None) for ids, _ in rules]
-    ends = [_flags(ids, state) for ids in endings]
+    allowed = [_flags(ids, spec, is_all=ids is None) for ids, _ in rules]
+    ends = [_flags(ids, spec) for ids in endings]
     rest = [number for _, number in rules]
-    _check([*filler.tolist(), *(number for number in rest if number >= 0)], state)
+    _check([*filler.tolist(), *(number for number in rest if number >= 0)], spec)
     return _Tables(
         start.to(device),
         rule.to(device),
@@ -197,17 +211,17 @@ def _tables(slots: Items[Slot | Choice], state: DecodeState) -> _Tables:
     )
 
 
-def _flags(ids: Items[int] | None, state: DecodeState, is_all: bool = False) -> Tensor:
+def _flags(ids: Items[int] | None, spec: Spec, is_all: bool = False) -> Tensor:
     """[V] bool, True for the ids."""
-    found = torch.full((state.model.spec.transformer.vocab,), is_all)
+    found = torch.full((spec.transformer.vocab,), is_all)
     if ids:
-        found[_check(ids, state)] = True
+        found[_check(ids, spec)] = True
     return found
 
 
-def _check(ids: Items[int], state: DecodeState) -> list[int]:
+def _check(ids: Items[int], spec: Spec) -> list[int]:
     """The ids, all of which can be written."""
-    vocab, mask_id = state.model.spec.transformer.vocab, state.model.spec.mask_id
+    vocab, mask_id = spec.transformer.vocab, spec.mask_id
     wrong = next((i for i in ids if not 0 <= i < vocab or i == mask_id), None)
     if wrong is not None:
         raise ValueError(
@@ -217,10 +231,11 @@ def _check(ids: Items[int], state: DecodeState) -> list[int]:
     return list(ids)
 
 
-def _limit(tables: _Tables, state: DecodeState, logits: Tensor) -> Tensor:
-    """[B R V] with the ids of the slots, and with the filler behind what ends one."""
-    at = state.at - state.prompt
-    answer = state.tokens[:, state.prompt :]
+def _limit(tables: _Tables, view: View, logits: Tensor) -> Tensor:
+    """[B R V] with the ids of the slots only, and with the filler after a token that ends one."""
+    size = len(tables.start)
+    at = (view.at - view.prompt).clamp(max=size)
+    answer = view.tokens[:, view.prompt : view.prompt + size]
     row, entry = tables.rule[at].nonzero(as_tuple=True)
     if len(row):
         rule = tables.rule[at[row, entry]]
@@ -230,10 +245,10 @@ def _limit(tables: _Tables, state: DecodeState, logits: Tensor) -> Tensor:
         place = rest.clamp(min=0)[:, None]
         others = torch.where(rest[:, None] < 0, scores.gather(1, place), others)
         logits[row, entry] = scores.scatter(1, place, others)
-    known = answer != state.model.spec.mask_id  # which the tables need not have
+    known = answer != view.model.spec.mask_id  # which may be outside the vocabulary
     hit = (tables.ends[tables.ending.expand_as(answer), answer * known] & known).long()  # [B G]
     before = hit.cumsum(1) - hit
-    ended = before > before[:, tables.start]
+    ended = F.pad(before > before[:, tables.start], (0, 1))
     row, entry = ended.gather(1, at).nonzero(as_tuple=True)
     if len(row):
         logits[row, entry] = -torch.inf
@@ -241,19 +256,19 @@ def _limit(tables: _Tables, state: DecodeState, logits: Tensor) -> Tensor:
     return logits
 
 
-def _choose(state: DecodeState, logits: Tensor, start: int, options: Tensor, own: Tensor) -> Tensor:
-    """[B R V] with the tokens of the likeliest option, and of its best rival, at a choice."""
+def _choose(view: View, logits: Tensor, start: int, options: Tensor, own: Tensor) -> Tensor:
+    """[B R V] with the tokens of the most probable option, and of the next best, at a choice."""
     width = options.shape[1]
     batch = torch.arange(len(logits), device=logits.device)[:, None]
-    # Which read entry, if any, is about a position of the choice.
-    entry = torch.full_like(state.tokens[:, state.prompt :], -1)
-    real = torch.ones_like(state.at, dtype=torch.bool) if state.real is None else state.real
-    numbers = torch.arange(state.at.shape[1], device=logits.device).expand_as(state.at)
-    state.put(entry, real, numbers, state.prompt)
+    # Index of the scored position, if any, for each position of the choice.
+    entry = torch.full_like(view.tokens[:, view.prompt :], -1)
+    real = view.here(torch.ones_like(view.masked))
+    numbers = torch.arange(view.at.shape[1], device=logits.device).expand_as(view.at)
+    entry = view.placed(entry, real, numbers, view.prompt)
     entry = entry[:, start : start + width]  # [B n]
     is_read = entry >= 0
-    known = state.tokens[:, state.prompt + start : state.prompt + start + width]
-    masked = known == state.model.spec.mask_id
+    known = view.tokens[:, view.prompt + start : view.prompt + start + width]
+    masked = known == view.model.spec.mask_id
     logp = logits[batch, entry.clamp(min=0)].log_softmax(-1)  # [B n V]
     each = logp.gather(2, options.T.expand(len(logits), -1, -1)).transpose(1, 2)  # [B O n]
     counted = own & (masked & is_read)[:, None]

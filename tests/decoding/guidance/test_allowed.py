@@ -15,7 +15,9 @@ from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.decoding.scores.gumbel import Gumbel
 from mmdlm.decoding.scores.left_to_right import LeftToRight
 from mmdlm.decoding.scores.random_order import RandomOrder
+from mmdlm.decoding.session import Finished, Session
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 MASK, LENGTH, REST = 2, 14, 9
 OPTIONS = ((11, 12, 13), (11, 14), (15,), (16, 12, 14, 17))
@@ -31,10 +33,10 @@ SLOTS = (
 class Rewrite(Strategy):
     """Lets every written position take its candidate, as editing methods do."""
 
-    sees: ClassVar[str] = "window"
+    sees: ClassVar[str] = "block"
 
-    def edit(self, state) -> torch.Tensor:
-        return state.here(state.writable & ~state.masked)
+    def edit(self, view: View) -> torch.Tensor:
+        return view.here(view.writable & ~view.masked)
 
 
 WAYS = {
@@ -80,7 +82,7 @@ def test_a_choice_is_one_of_its_options_in_any_way_of_decoding(toy, way) -> None
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_row_with_slots_is_what_it_is_alone(toy, prompts, seeds, way) -> None:
+def test_a_row_with_slots_equals_the_row_alone(toy, prompts, seeds, way) -> None:
     tokens, mask = prompts(7, 4, 6)
     given = [*WAYS[way], Allowed(SLOTS)]
     together = decode(toy(), tokens, LENGTH, given, mask=mask, generator=seeds(1, 2, 3))
@@ -90,45 +92,55 @@ def test_a_row_with_slots_is_what_it_is_alone(toy, prompts, seeds, way) -> None:
         assert together.tokens[i, 7:].tolist() == alone.tokens[0, size:].tolist()
 
 
+def test_slots_hold_in_answers_of_different_lengths(toy) -> None:
+    given = [Blocks(5), Threshold(0.1), Allowed(SLOTS)]
+    session, done, keys = Session(toy(), given), {}, []
+    for length in (14, 19, 16):
+        keys.append(session.add(torch.arange(3, 9), length))
+        done |= {e.key: e for e in session.step() if isinstance(e, Finished)}
+    while session.keys:
+        done |= {e.key: e for e in session.step() if isinstance(e, Finished)}
+    for key, length in zip(keys, (14, 19, 16), strict=True):
+        alone = decode(toy(), torch.arange(3, 9)[None], length, given)
+        assert done[key].tokens.tolist() == alone.tokens[0, 6:].tolist()
+        assert set(done[key].tokens[1:4].tolist()) <= {20, 21, 22}
+
+
 def test_without_slots_nothing_changes(toy) -> None:
     assert answers(toy(), Allowed()) == answers(toy())
     free = Allowed([Slot(2, 9)])
     assert answers(toy(), free) == answers(toy())
 
 
-def test_rest_gets_what_all_others_had(cases, moment, softmax) -> None:
+def test_rest_gets_the_probability_of_all_others(cases, moment, softmax) -> None:
     for logits, masked in cases(5, 30):
         rows, read, vocab = logits.shape
-        state = moment(logits, masked)
         given = Allowed([Slot(0, read, ids=(0, 1), rest=2, ends=(2,))])
-        given.begin(state)
-        told = given.guide(state, logits.clone())
+        guided = given.guide(moment(logits, masked, given), logits.clone())
         for b in range(rows):
             for r in range(read):
                 chance = softmax(logits[b, r].tolist())
                 expected = [chance[0], chance[1], sum(chance[2:])]
                 if r == 0:  # must not be empty
                     expected = [x / (chance[0] + chance[1]) for x in chance[:2]] + [0.0]
-                found = softmax(told[b, r].tolist())
+                found = softmax(guided[b, r].tolist())
                 assert found[:3] == pytest.approx(expected, abs=1e-5)
                 assert found[3:] == [0.0] * (vocab - 3)
 
 
-def test_behind_an_end_only_the_filler_stands(moment) -> None:
-    logits = torch.zeros(2, 5, 6)
-    state = moment(logits, torch.tensor([[True, False, True, True, True]] * 2))
-    state.tokens[:, 2] = torch.tensor([4, 5])  # position 1 of the answers
-    given = Allowed([Slot(0, 4, rest=3, ends=(4,))])
-    given.begin(state)
-    told = given.guide(state, logits.clone())
+def test_after_an_end_only_the_filler_is_allowed(moment) -> None:
+    logits, given = torch.zeros(2, 5, 6), Allowed([Slot(0, 4, rest=3, ends=(4,))])
+    view = moment(logits, torch.tensor([[True, False, True, True, True]] * 2), given)
+    view.tokens[:, 2] = torch.tensor([4, 5])  # position 1 of the answers
+    guided = given.guide(view, logits.clone())
     only = [0.0 if i == 3 else -math.inf for i in range(6)]
-    assert told[0, 2].tolist() == told[0, 3].tolist() == only
-    assert told[0, [0, 1, 4]].tolist() == told[1, [0, 1, 4]].tolist() == [[0.0] * 6] * 3
-    assert told[1].tolist() == [[0.0] * 6] * 5
+    assert guided[0, 2].tolist() == guided[0, 3].tolist() == only
+    assert guided[0, [0, 1, 4]].tolist() == guided[1, [0, 1, 4]].tolist() == [[0.0] * 6] * 3
+    assert guided[1].tolist() == [[0.0] * 6] * 5
 
 
-def likeliest(chances, written, options) -> tuple[int, float]:
-    """Which option is offered, and its probability; slowly. `written` is None where masked."""
+def most_probable(chances, written, options) -> tuple[int, float]:
+    """Which option is offered, and its probability, by hand. `written` is None where masked."""
     scores = []
     for option in options:
         own = [i for i in range(len(option)) if written[i] is None]
@@ -141,35 +153,34 @@ def likeliest(chances, written, options) -> tuple[int, float]:
     return best, weights[best] / sum(weights)
 
 
-def test_the_likeliest_option_is_offered_with_its_probability(moment, softmax) -> None:
+def test_the_most_probable_option_is_offered_with_its_probability(moment, softmax) -> None:
     generator = torch.Generator().manual_seed(4)
     options = ((1, 2), (1, 3, 4), (5,), (4, 2, 1))
     seen = set()
     for trial in range(60):
         logits = 2 * torch.randn(1, 3, 6, generator=generator)
         masked = torch.ones(1, 3, dtype=torch.bool)
-        state = moment(logits, masked)
+        given = Allowed([Choice(0, options, 0)])
+        view = moment(logits, masked, given)
         written: list[int | None] = [None] * 3
         if trial % 3 == 1:
-            state.tokens[0, 1] = written[0] = 1
+            view.tokens[0, 1] = written[0] = 1
         elif trial % 3 == 2:
-            state.tokens[0, 2] = written[1] = 2
-        given = Allowed([Choice(0, options, 0)])
-        given.begin(state)
-        told = given.guide(state, logits.clone())[0]
-        best, sure = likeliest([softmax(row) for row in logits[0].tolist()], written, options)
+            view.tokens[0, 2] = written[1] = 2
+        guided = given.guide(view, logits.clone())[0]
+        best, sure = most_probable([softmax(row) for row in logits[0].tolist()], written, options)
         full = [[*o, *[0] * (3 - len(o))] for o in options]
-        assert told.argmax(-1).tolist() == full[best]
+        assert guided.argmax(-1).tolist() == full[best]
         seen.add(best)
         for i in range(3):
-            chance = softmax(told[i].tolist())
+            chance = softmax(guided[i].tolist())
             assert sum(x > 0 for x in chance) <= 2
-            if sum(x > 0 for x in chance) == 2:  # a rival has another token there
+            if sum(x > 0 for x in chance) == 2:  # the next best has another token there
                 assert chance[full[best][i]] == pytest.approx(max(sure, 0.5), abs=1e-3)
     assert seen == {0, 1, 2, 3}
 
 
-def test_noise_cannot_leave_the_options_once_one_is_begun(toy) -> None:
+def test_noise_cannot_leave_an_option_that_is_partly_written(toy) -> None:
     for tokens in answers(toy(), Gumbel(3.0), LeftToRight(), Allowed(SLOTS), rows=4):
         assert tokens[10:14] in [[*o, *[REST] * (4 - len(o))] for o in OPTIONS]
 
@@ -185,7 +196,7 @@ def test_noise_cannot_leave_the_options_once_one_is_begun(toy) -> None:
         ([Slot(0, 2, rest=MASK)], "the mask"),
     ],
 )
-def test_slots_that_cannot_be_are_named(toy, slots, message) -> None:
+def test_impossible_slots_are_refused(toy, slots, message) -> None:
     with pytest.raises(ValueError, match=message):
         answers(toy(), Allowed(slots))
 
@@ -199,7 +210,7 @@ def test_slots_that_cannot_be_are_named(toy, slots, message) -> None:
         (lambda: Choice(0, [[1], []], 1), "none empty"),
     ],
 )
-def test_slots_without_sense_are_refused(make, message) -> None:
+def test_invalid_slots_are_refused(make, message) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -207,12 +218,14 @@ def test_slots_without_sense_are_refused(make, message) -> None:
 def test_other_bounds_and_other_lengths_are_refused(toy) -> None:
     @dataclass(frozen=True)
     class Longer(Strategy):
-        """Asks for another length."""
+        """May change the length."""
 
-        def resize(self, state):
+        def resize(self, view: View) -> None:
             return None
 
     with pytest.raises(ValueError, match="keep one"):
         answers(toy(), Allowed(SLOTS), columns=slice(0, 40))
-    with pytest.raises(ValueError, match="Allowed cannot be combined with Longer"):
+    with pytest.raises(
+        ValueError, match="Allowed cannot be combined with Longer: .* whose length stays"
+    ):
         answers(toy(), Allowed(SLOTS), Longer())
