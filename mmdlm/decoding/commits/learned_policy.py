@@ -1,10 +1,10 @@
-"""A one-layer transformer that looks at all confidences and decides."""
+"""Commits what a small learned transformer selects from all confidences."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +12,17 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmdlm.decoding import aux_network
+from mmdlm.decoding.memory import Entry, PerAnswer
 from mmdlm.decoding.numerics import rank
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
+from mmdlm.model import MultimodalDLM
 
 KIND = "unmasking policy"
 
 
 class PolicyBlock(nn.Module):
-    """A transformer block whose norms and branches are scaled by what it is conditioned on (DiT).
+    """A transformer block whose norms and branches are modulated by a condition (DiT).
 
     Args:
         width: D.
@@ -39,7 +41,7 @@ class PolicyBlock(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
 
     def forward(self, x: Tensor, condition: Tensor, seen: Tensor | None) -> Tensor:
-        """[B G D] from two of them, and the keys [B G] that may be attended (None: all)."""
+        """[B G D] from x and condition [B G D], and keys [B G] that may be attended (None: all)."""
         scales = self.ada_conditioning(condition).chunk(6, -1)
         scale1, shift1, out1, scale2, shift2, out2 = scales
         h = self.norm1(x) * (1 + scale1) + shift1
@@ -48,7 +50,7 @@ class PolicyBlock(nn.Module):
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         mask = None if seen is None else seen[:, None, None]
-        h = F.scaled_dot_product_attention(turned(q), turned(k), v, attn_mask=mask)
+        h = F.scaled_dot_product_attention(rotated(q), rotated(k), v, attn_mask=mask)
         x = x + self.out_proj(rearrange(h, "b h g c -> b g (h c)")) * (1 + out1)
         h = self.norm2(x) * (1 + scale2) + shift2
         return x + self.linear2(F.gelu(self.linear1(h))) * (1 + out2)
@@ -57,19 +59,19 @@ class PolicyBlock(nn.Module):
 class Policy(nn.Module):
     """Log-odds of unmasking each position, from the best probabilities there and what is masked.
 
-    The weights have the names of apple/ml-rl-dllm: common/models/policy.py (DiTConfidencePolicy)
-    and policy_layers.py, whose arithmetic this is; the defaults are the sizes it was published
-    with (configs/experiment_configs/*_dit_confidence_*.yaml).
+    Weight names and arithmetic are those of apple/ml-rl-dllm: common/models/policy.py
+    (DiTConfidencePolicy) and policy_layers.py; the defaults are its published sizes
+    (configs/experiment_configs/*_dit_confidence_*.yaml).
 
     Args:
         width: D.
         heads: attention heads.
         inner: width inside the MLP.
-        time: width of the time's embedding.
-        period: slowest period of the time's embedding; 1 gives all channels the same.
-        top: probabilities per position, the highest ones.
+        time: width of the time embedding.
+        period: longest period of the time embedding; 1 gives all channels the same.
+        top: number of probabilities per position, the highest ones.
         blocks: transformer blocks.
-        whole: it looks at the whole answer and not at the open window only.
+        whole: its input is the whole answer, not the open positions only.
     """
 
     def __init__(
@@ -102,8 +104,8 @@ class Policy(nn.Module):
         Args:
             masked: [B G] bool.
             confidences: [B G top] probabilities.
-            progress: [B 1] share of the steps that a row may take.
-            seen: [B G] bool, positions that are looked at; None: all.
+            progress: [B 1] steps of a row as a share of the length of its answer.
+            seen: [B G] bool, positions that may be attended to; None: all.
         """
         time = self.time_mlp(waves(progress, self.time, self.period))  # [B 1 D]
         condition = self.mask_embedding(masked.long()) + time
@@ -115,23 +117,23 @@ class Policy(nn.Module):
 
 @dataclass(frozen=True)
 class LearnedPolicy(Strategy):
-    """Commits what a learned policy unmasks, and the position it likes best where it takes none.
+    """Commits what a learned policy unmasks, or the position of its highest score if it takes none.
 
-    The policy sees the probabilities the model gives at all positions of the answer, which of them
-    are masked, and the row's steps so far as a share of the answer's length. Probabilities of
-    positions that a step does not score are those of the last step that did. It is trained for a
-    model and for a size of blocks, by reinforcement learning, which is not part of this file.
-    Without a policy the most confident position commits in each step.
+    Inputs of the policy are the highest probabilities at all positions of the answer, which of them
+    are masked, and the row's steps so far as a share of the length of its answer. Probabilities of
+    positions that a step does not score are those of the last step that did. A policy is trained
+    for one model and block size, by reinforcement learning, which is not part of this file. Without
+    a policy the most confident position commits in each step.
 
     Source: apple/ml-rl-dllm: common/generation/generation.py ("bernoulli-argmax"), read in a public
     copy of the repository (orkunkinay/ml-rl-dllm).
 
     Args:
         policy: safetensors file of a policy, see `Policy` and `mmdlm.decoding.aux_network`; None:
-            none.
-        temperature: 0 takes what is likelier than not; above, each position is drawn with its
-            probability at that temperature. Published evaluations use 0.5 with blocks of 32 and 1
-            without blocks.
+            there is none.
+        temperature: 0 takes positions of a probability above 0.5; otherwise each position is drawn
+            with its probability at that temperature. Published evaluations use 0.5 with blocks of
+            32 and 1 without blocks.
     """
 
     paper: ClassVar[str] = "Learned unmasking policies, arXiv 2512.09106"
@@ -145,63 +147,67 @@ class LearnedPolicy(Strategy):
         if not self.temperature >= 0:
             raise ValueError(f"LearnedPolicy.temperature is {self.temperature}, expected 0 or more")
 
-    def begin(self, state: DecodeState) -> None:
-        """Loads the policy."""
-        if self.policy is not None:
-            network = aux_network.load(self.policy, KIND, Policy).to(state.tokens.device)
-            shape = (*state.tokens[:, state.prompt :].shape, network.top)
-            state.memory[(self, "policy")] = network
-            state.memory[(self, "confidences")] = torch.zeros(shape, device=state.tokens.device)
+    def prepare(self, model: MultimodalDLM, columns: slice | None) -> dict[str, Any]:
+        """Loads the policy.
 
-    def guide(self, state: DecodeState, logits: Tensor) -> Tensor:
-        """The logits as they are; their best probabilities are kept."""
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a policy.
+        """
         if self.policy is None:
-            return logits
-        count = state.memory[(self, "policy")].top
+            return {}
+        return {"policy": aux_network.load(self.policy, KIND, Policy).to(model.device)}
+
+    def begin(self, view: View) -> dict[str, Entry]:
+        """Probabilities of positions that were never scored: 0."""
+        if self.policy is None:
+            return {}
+        shape = (*view.commit_step.shape, view.memory(self)["policy"].top)
+        return {"confidences": PerAnswer(torch.zeros(shape, device=view.device))}
+
+    def observe(self, view: View, logits: Tensor) -> None:
+        """Stores the highest probabilities of each scored position."""
+        if self.policy is None:
+            return
+        mine = view.memory(self)
+        count = mine["policy"].top
         top = logits.topk(min(count, logits.shape[-1]), -1).values  # `columns` may be fewer
         top = F.pad(top, (0, count - top.shape[-1]), value=-torch.inf)
         best = (top - logits.logsumexp(-1, keepdim=True)).exp()  # [B R top]
-        # A row that waits for others must know what it knows alone. So must one whose own blocks
-        # begin elsewhere, as blocks ahead of it are scored for the others' sake.
-        own = (
-            state.within() if state.model.spec.attention == "block_causal" else state.sequence.mask
-        )
-        fresh = state.here(own) & state.open.any(1, keepdim=True)
-        kept = state.memory[(self, "confidences")]
-        for place in range(kept.shape[-1]):
-            state.put(kept[..., place], fresh, best[..., place], state.prompt)
-        return logits
+        # A step may recompute the written block before, whose probabilities stay as they were.
+        own = view.opened if view.model.spec.attention == "block_causal" else view.sequence.mask
+        fresh = view.here(own)
+        kept = mine["confidences"].unbind(-1)
+        kept = [view.placed(old, fresh, best[..., i], view.prompt) for i, old in enumerate(kept)]
+        mine["confidences"] = torch.stack(kept, -1)
 
-    def select(self, state: DecodeState) -> Tensor:
+    def select(self, view: View) -> Tensor:
         """[B R] bool."""
         if self.policy is None:
-            return rank(state.confidence) < 1
-        odds = self._odds(state).gather(1, state.at - state.prompt)
-        odds = odds.masked_fill(~state.open, -torch.inf)
+            return rank(view.confidence) < 1
+        odds = self._odds(view).gather(1, view.at - view.prompt)
+        odds = odds.masked_fill(~view.open, -torch.inf)
         if self.temperature:
-            taken = state.uniform() < (odds / self.temperature).sigmoid()
+            taken = view.uniform() < (odds / self.temperature).sigmoid()
         else:
             taken = odds > 0
         none = ~taken.any(1, keepdim=True)
         return taken | (none & (rank(odds) < 1))
 
-    def _odds(self, state: DecodeState) -> Tensor:
-        """[B G] what the policy says."""
-        network = state.memory[(self, "policy")]
-        answer, masked = state.sequence.mask[:, state.prompt :], state.masked[:, state.prompt :]
+    def _odds(self, view: View) -> Tensor:
+        """[B G] log-odds of the policy."""
+        mine = view.memory(self)
+        network = mine["policy"]
+        answer, masked = view.sequence.mask[:, view.prompt :], view.masked[:, view.prompt :]
         if not network.whole:
-            answer = answer & state.within()[:, state.prompt :]
+            answer = answer & view.opened[:, view.prompt :]
             masked = masked & answer
-        # The row's own steps: in each it commits something, in others it waits for other rows.
-        steps = state.commit_step.sort(1).values
-        steps = (steps >= 0) & (steps != F.pad(steps[:, :-1], (1, 0), value=-1))
-        length = state.sequence.mask[:, state.prompt :].sum(1, keepdim=True)
-        progress = steps.sum(1, keepdim=True) / length
-        return network(masked, state.memory[(self, "confidences")], progress, answer)
+        progress = (view.step / view.lengths)[:, None].to(view.device)
+        return network(masked, mine["confidences"], progress, answer)
 
 
 def waves(progress: Tensor, width: int, period: float) -> Tensor:
-    """[B 1 width] cosines and sines of [B 1], rounded to bfloat16 as the policy was trained."""
+    """[B 1 width] cosines and sines of [B 1], rounded to bfloat16 as in the training."""
     half = width // 2
     step = torch.arange(half, device=progress.device, dtype=torch.float32) / half
     angles = progress[..., None].float() * float(period) ** -step
@@ -209,10 +215,10 @@ def waves(progress: Tensor, width: int, period: float) -> Tensor:
     return F.pad(found, (0, width % 2)).to(torch.bfloat16).float()
 
 
-def turned(x: Tensor) -> Tensor:
-    """Queries or keys [B H G hd], neighbouring channels rotated by the place in the answer.
+def rotated(x: Tensor) -> Tensor:
+    """Queries or keys [B H G hd], pairs of channels rotated by the position in the answer.
 
-    The channels come out with the even ones first, which scores do not notice.
+    The even channels come first in the result, which leaves the attention scores unchanged.
     """
     length, width = x.shape[-2:]
     step = torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width

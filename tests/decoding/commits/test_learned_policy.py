@@ -64,7 +64,7 @@ def by_hand(network: Policy, masked, confidences, progress: float, heads: int) -
                 for b in range(length):
                     score = 0.0
                     for j in range(0, size, 2):
-                        # The turn of one against the other depends on how far apart they are.
+                        # The rotation depends on the distance of the two positions.
                         angle = (a - b) / 10_000 ** (j / size)
                         qe, qo = q[a, channels][j : j + 2]
                         ke, ko = k[b, channels][j : j + 2]
@@ -81,7 +81,7 @@ def by_hand(network: Policy, masked, confidences, progress: float, heads: int) -
 
 
 @pytest.mark.parametrize("sizes", [{}, {"heads": 1, "blocks": 2}, {"period": 1.0, "top": 1}])
-def test_a_policy_is_what_it_is_by_hand(sizes, tmp_path) -> None:
+def test_a_policy_equals_the_computation_by_hand(sizes, tmp_path) -> None:
     network = random_policy(tmp_path / "policy", **sizes)
     heads = (SIZES | sizes)["heads"]
     generator = torch.Generator().manual_seed(1)
@@ -96,7 +96,7 @@ def test_a_policy_is_what_it_is_by_hand(sizes, tmp_path) -> None:
         torch.testing.assert_close(got[i], torch.tensor(want), atol=1e-5, rtol=1e-5)
 
 
-def test_what_is_not_seen_does_not_matter(tmp_path) -> None:
+def test_positions_not_seen_do_not_matter(tmp_path) -> None:
     network = random_policy(tmp_path / "policy")
     generator = torch.Generator().manual_seed(2)
     confidences = torch.rand(1, 9, 2, generator=generator)
@@ -104,7 +104,7 @@ def test_what_is_not_seen_does_not_matter(tmp_path) -> None:
     seen = torch.zeros(1, 9, dtype=torch.bool)
     seen[:, 3:7] = True
     part = network(masked[:, 3:7], confidences[:, 3:7], progress)
-    # Places count from elsewhere, but only how far apart they are matters.
+    # Positions count from elsewhere, but only their distances matter.
     whole = network(masked, confidences, progress, seen)[:, 3:7]
     torch.testing.assert_close(whole, part, atol=1e-5, rtol=1e-5)
 
@@ -115,7 +115,7 @@ def test_the_published_sizes_have_a_third_of_a_million_weights() -> None:
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_decode_takes_what_the_policy_likes(whole, toy, prompts, tmp_path, softmax) -> None:
+def test_a_decode_commits_what_the_policy_selects(whole, toy, prompts, tmp_path, softmax) -> None:
     """One row decoded by hand: full recompute, Python numbers."""
     path, model, length, size = tmp_path / "policy", toy(), 9, 4
     network, forwards = random_policy(path, seed=2, bias=-0.6, whole=whole), []
@@ -128,11 +128,11 @@ def test_a_decode_takes_what_the_policy_likes(whole, toy, prompts, tmp_path, sof
                 logits = model.logits(torch.tensor([tokens]))[0, 6:].double().tolist()
                 best = [sorted(softmax(z))[:-3:-1] for z in logits]
                 masked = [t == mask_id for t in tokens[6:]]
-                looks = range(length) if whole else block
+                seen = range(length) if whole else block
                 odds = by_hand(
-                    network, [masked[i] for i in looks], [best[i] for i in looks], step / length, 2
+                    network, [masked[i] for i in seen], [best[i] for i in seen], step / length, 2
                 )
-                odds = dict(zip(looks, odds, strict=True))
+                odds = dict(zip(seen, odds, strict=True))
                 free = [i for i in block if masked[i]]
                 taken = [i for i in free if odds[i] > 0]
                 for i in taken or [max(free, key=lambda i: odds[i])]:
@@ -176,21 +176,24 @@ def test_the_policy_decides_in_a_batch_as_alone(
         given = {"canvas": canvas[i : i + 1], "generator": seeds(i + 1)}
         alone = decode(model, tokens[i : i + 1, -n:], 10, chosen, **given)
         assert batch.tokens[i, 7:].tolist() == alone.tokens[0, n:].tolist()
+        assert batch.forwards[i] == alone.nfe
 
 
-def test_an_eager_policy_takes_all_and_a_shy_one_its_favourite(toy, run, tmp_path) -> None:
+def test_a_policy_may_take_all_positions_or_only_its_best(toy, run, tmp_path) -> None:
     path = tmp_path / "policy"
     random_policy(path, bias=1e4)
     assert run(toy(), LearnedPolicy(path)).nfe == 1
     random_policy(path, bias=-1e4)
-    shy = run(toy(), LearnedPolicy(path))
-    assert shy.nfe == 8
-    assert not shy.history.step.equal(run(toy()).history.step)  # not what the model is surest of
+    one = run(toy(), LearnedPolicy(path))
+    assert one.nfe == 8
+    assert not one.history.step.equal(run(toy()).history.step)  # not the most probable position
     drawn = run(toy(), LearnedPolicy(path, temperature=1.0))
-    assert drawn.history.step.equal(shy.history.step)
+    assert drawn.history.step.equal(one.history.step)
 
 
-def test_a_high_temperature_takes_a_coin(toy, prompts, tmp_path) -> None:
+def test_a_high_temperature_takes_each_position_with_probability_one_half(
+    toy, prompts, tmp_path
+) -> None:
     path = tmp_path / "policy"
     random_policy(path, bias=-2.0)
     tokens = prompts(5)[0].expand(60, -1)
@@ -202,20 +205,20 @@ def test_a_high_temperature_takes_a_coin(toy, prompts, tmp_path) -> None:
     assert 1 / (1 + exp(2 / 1e6)) == pytest.approx(0.5, abs=1e-6)
 
 
-def test_remembers_what_a_cached_step_does_not_score(toy, run, tmp_path) -> None:
+def test_works_with_a_cache_that_scores_one_block(toy, run, tmp_path) -> None:
     path = tmp_path / "policy"
     random_policy(path, bias=-1.0)
     got = run(toy(), Blocks(4), DualCache(), LearnedPolicy(path))
     assert not (got.tokens[:, 7:] == toy().spec.mask_id).any()
 
 
-def test_without_a_policy_the_surest_position_commits(toy, run) -> None:
+def test_without_a_policy_the_most_confident_position_commits(toy, run) -> None:
     one, other = run(toy(), LearnedPolicy()), run(toy(), TopK())
     assert one.tokens.equal(other.tokens)
     assert one.history.step.equal(other.history.step)
 
 
-def test_what_is_no_policy_is_refused(toy, run, tmp_path) -> None:
+def test_files_without_a_policy_are_refused(toy, run, tmp_path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"no file .*none; give a safetensors file \(unmasking policy\)"
     ):
@@ -227,7 +230,7 @@ def test_what_is_no_policy_is_refused(toy, run, tmp_path) -> None:
         LearnedPolicy(temperature=-1)
 
 
-def test_fewer_columns_than_the_policy_looks_at(toy, tmp_path) -> None:
+def test_fewer_columns_than_probabilities_per_position(toy, tmp_path) -> None:
     random_policy(tmp_path / "policy.safetensors", top=5)
     chosen = [LearnedPolicy(tmp_path / "policy.safetensors")]
     got = decode(toy(), torch.tensor([[3, 4]]), 4, chosen, columns=slice(7, 9))
