@@ -10,12 +10,28 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from mmdlm.decoding.numerics import rank
 from mmdlm.decoding.view import View
 
 SCHEDULES = ("cosine", "linear", "pow<exponent>", "exp", "log")
 POWER = re.compile(r"pow(\d+(?:\.\d+)?|\.\d+)")
 Counts = Callable[[int, int], list[int]]
 """From the masks of a block and its number of steps to the positions committed in each step."""
+
+
+def scheduled(view: View, steps: int | None) -> Tensor:
+    """[B R] bool, the most confident positions in equal shares per step, see `TopK`.
+
+    Args:
+        view: the rows.
+        steps: steps for the whole answer; None: one position per step.
+    """
+    if steps is None:
+        return rank(view.confidence) < 1
+    each, now, masks = view.share(steps), view.block_step, view.block_masks
+    quota = masks // each + (now < masks % each)
+    quota = torch.where(now >= each - 1, view.length, quota).to(view.device)
+    return view.open & (rank(view.confidence) < quota[:, None])
 
 
 def due(view: View, steps: Tensor, counts: Counts) -> Tensor:

@@ -19,8 +19,8 @@ from mmdlm.decoding.commits.learn2pd import KIND, Filter, blocks, gathered, plac
 from mmdlm.decoding.decode import decode
 from mmdlm.decoding.numerics import log_odds, odds_of, rank
 from mmdlm.decoding.plans.blocks import Blocks
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 from mmdlm.layout import Row
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Recorder(Strategy):
         seen: filled with one entry per step; `prompt` is the index within the batch.
     """
 
-    sees: ClassVar = "window"
+    sees: ClassVar = "block"
     may_idle: ClassVar = True
 
     final: Tensor
@@ -91,27 +91,27 @@ class Recorder(Strategy):
     oracle: bool
     seen: list[Samples] = field(default_factory=list)
 
-    def pick(self, state: DecodeState, logits: Tensor) -> Tensor:
+    def pick(self, view: View, logits: Tensor) -> Tensor:
         """[B R] the most probable token, or the final one in rows where no prediction is final."""
         best = logits.argmax(-1)
-        final = self.final[state.rows].gather(1, state.at - state.prompt)
-        self._record(state, log_odds(logits, best).sigmoid(), best == final)
-        stuck = ~((best == final) & state.open).any(1, keepdim=True)
-        return torch.where(stuck & state.open, final, best) if self.oracle else best
+        final = self.final[view.keys].gather(1, view.at - view.prompt)
+        self._record(view, log_odds(logits, best).sigmoid(), best == final)
+        stuck = ~((best == final) & view.open).any(1, keepdim=True)
+        return torch.where(stuck & view.open, final, best) if self.oracle else best
 
-    def select(self, state: DecodeState) -> Tensor:
+    def select(self, view: View) -> Tensor:
         """[B R] bool."""
         if not self.oracle:
-            return rank(state.confidence) < 1
-        return state.candidates == self.final[state.rows].gather(1, state.at - state.prompt)
+            return rank(view.confidence) < 1
+        return view.candidates == self.final[view.keys].gather(1, view.at - view.prompt)
 
-    def _record(self, state: DecodeState, probability: Tensor, final: Tensor) -> None:
-        place, count = places(state), blocks(state, self.size)
-        flags = (final, state.open, torch.ones_like(final))
+    def _record(self, view: View, probability: Tensor, final: Tensor) -> None:
+        place, count = places(view), blocks(view, self.size)
+        flags = (final, view.open, torch.ones_like(final))
         table = [
             gathered(probability, place, count, self.size),
             *(gathered(flag, place, count, self.size, False) for flag in flags),
-            torch.tensor(state.rows, device=place.device)[:, None].expand(-1, count),
+            torch.tensor(view.keys, device=place.device)[:, None].expand(-1, count),
         ]
         # Blocks without open positions are complete and give no sample.
         is_open = table[2].any(-1)

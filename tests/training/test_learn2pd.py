@@ -40,6 +40,8 @@ class HalfRight:
             fits=lambda length: None,
             transformer=SimpleNamespace(vocab=VOCAB),
         )
+        nowhere = SimpleNamespace(keys=(), keep=lambda rows: None, whole_batch=False)
+        self.backbone = SimpleNamespace(cache=lambda batch, length: nowhere)
 
     def arrange(self, rows):
         return arrange(rows, pad=0, attention="full")

@@ -1,10 +1,10 @@
-"""A small network that knows from the confidences which predictions are final."""
+"""Commits what a small learned network predicts to be final."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,23 +13,24 @@ from torch import Tensor, nn
 
 from mmdlm.backbones.kv import take
 from mmdlm.decoding import aux_network
-from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.numerics import odds_of
-from mmdlm.decoding.state import DecodeState
+from mmdlm.decoding.schedules import scheduled
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
+from mmdlm.model import MultimodalDLM
 
 KIND = "learn2pd filter"
-# What a position says that is not there: nothing is in doubt about it.
 ABSENT = 1.0
+"""Probability that stands for missing positions of a filter's block."""
 
 
 class Filter(nn.Module):
-    """Two linear layers from the confidences of a block to whether each prediction is final.
+    """Two linear layers: from the probabilities of a block to whether each prediction is final.
 
     Args:
         size: positions of a block.
-        hidden: width between the layers. None: `size`, which makes 2112 weights of blocks of 32,
-            the 2-layer network of about 2 thousand weights of the paper; its file
+        hidden: width between the layers; None: `size`, which gives 2112 weights for blocks of 32.
+            The paper's network has 2 layers and about 2 thousand weights; its code
             (model/small_model.py) is not public.
     """
 
@@ -46,24 +47,24 @@ class Filter(nn.Module):
 
 @dataclass(frozen=True)
 class Learn2PD(Strategy):
-    """Commits what a learned filter holds for final, and the best as many as a schedule wants.
+    """Commits positions that a learned filter accepts as final, plus the top-k of a schedule.
 
-    The filter sees the probabilities of all predictions of the block at once, those of positions
-    already written included. `mmdlm.training.learn2pd` trains one for a model. A window longer
-    than the filter's block is cut into such blocks; of positions that the window or the step lacks
-    it is told probability 1. Without a filter only the schedule is left, which is `TopK`.
+    Input of the filter are the probabilities of all predictions of the open block, written
+    positions included. `mmdlm.training.learn2pd` trains one for a model. A block longer than that
+    of the filter is cut into parts of its size; positions that the block lacks, or the step does
+    not score, have probability 1. Without a filter only the schedule is left, which is `TopK`.
 
     Source: ims-kdks/Learning-to-Parallel-Decoding: llada/generate.py (generate_learn2parallel).
-    Its end-of-text prediction is a strategy of its own.
+    Its end-of-text prediction is a separate strategy, `EndCut`.
 
     Args:
         filter: safetensors file of a trained filter; None: there is none.
-        accept: probability of being final that a position must exceed.
+        accept: predicted probability of being final that a position must exceed.
         steps: steps of the schedule for the whole answer; None: one position per step.
     """
 
     paper: ClassVar[str] = "Learn2PD, arXiv 2509.25188"
-    sees: ClassVar = "window"
+    sees: ClassVar = "block"
 
     filter: str | Path | None = None
     accept: float = 0.9
@@ -75,44 +76,56 @@ class Learn2PD(Strategy):
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"Learn2PD.steps is {self.steps}, expected at least 1")
 
-    def begin(self, state: DecodeState) -> None:
-        """Loads the filter."""
-        if self.filter is not None:
-            network = aux_network.load(self.filter, KIND, Filter).to(state.tokens.device)
-            state.memory[(self, "filter")] = network
+    def prepare(self, model: MultimodalDLM, columns: slice | None) -> dict[str, Any]:
+        """Loads the filter.
 
-    def select(self, state: DecodeState) -> Tensor:
-        """[B R] bool."""
-        scheduled = TopK(self.steps).select(state)
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a filter.
+        """
         if self.filter is None:
-            return scheduled
-        network = state.memory[(self, "filter")]
-        place, count = places(state), blocks(state, network.size)
-        final = network(gathered(state.probability, place, count, network.size)).flatten(1)
+            return {}
+        return {"filter": aux_network.load(self.filter, KIND, Filter).to(model.device)}
+
+    def select(self, view: View) -> Tensor:
+        """[B R] bool."""
+        due = scheduled(view, self.steps)
+        if self.filter is None:
+            return due
+        network = view.memory(self)["filter"]
+        place, count = places(view), blocks(view, network.size)
+        final = network(gathered(view.probability, place, count, network.size)).flatten(1)
         accepted = final.gather(1, place.clamp(min=0)) > odds_of(self.accept)
-        return scheduled | accepted
+        return due | accepted
 
 
-def places(state: DecodeState) -> Tensor:
-    """[B R] int64, which position of its row's window each read one is, counted from 0.
+def places(view: View) -> Tensor:
+    """[B R] int64 index of each scored position among the open positions of its row.
 
-    -1 where a position is read outside the window or a second time.
+    -1 where a scored position is not open, or is repeated.
     """
-    within = state.within()
-    number = take(within.long().cumsum(1) - 1, state.at)
-    return number.masked_fill(~state.here(within), -1)
+    number = take(view.opened.long().cumsum(1) - 1, view.at)
+    return number.masked_fill(~view.here(view.opened), -1)
 
 
-def blocks(state: DecodeState, size: int) -> int:
-    """How many blocks of a size hold any row's window."""
-    return -(-(state.window.stop - state.window.start) // size)
+def blocks(view: View, size: int) -> int:
+    """Number of blocks of a size that hold the open positions of every row."""
+    return -(-int(view.plan.sum(1).max()) // size)
 
 
 def gathered(
     values: Tensor, place: Tensor, count: int, size: int, absent: float = ABSENT
 ) -> Tensor:
-    """[B count size] values [B R] at their places [B R], `absent` where there is none."""
-    spare = count * size  # a column for what has no place
+    """[B count size] values [B R] at the indices `place` [B R], `absent` where there is none.
+
+    Args:
+        values: [B R].
+        place: [B R] int64, below count * size; values of negative ones are left out.
+        count: number of blocks.
+        size: positions of a block.
+        absent: what the other positions hold.
+    """
+    spare = count * size  # a column for values without an index
     laid = values.new_full((len(values), spare + 1), absent)
     laid.scatter_(1, torch.where(place < 0, spare, place), values)
     return rearrange(laid[:, :spare], "b (count size) -> b count size", size=size)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmdlm.decoding.numerics import rank
+from mmdlm.decoding.schedules import scheduled
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 
@@ -37,12 +37,7 @@ class TopK(Strategy):
 
     def select(self, view: View) -> Tensor:
         """[B R] bool."""
-        if self.steps is None:
-            return rank(view.confidence) < 1
-        steps, now, masks = view.share(self.steps), view.block_step, view.block_masks
-        quota = masks // steps + (now < masks % steps)
-        quota = torch.where(now >= steps - 1, view.length, quota).to(view.device)
-        return view.open & (rank(view.confidence) < quota[:, None])
+        return scheduled(view, self.steps)
 
     def lasts(self, view: View) -> bool:
         """Whether every row has more masks than it has committed after this step."""

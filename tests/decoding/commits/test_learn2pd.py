@@ -42,18 +42,16 @@ def test_commits_what_the_filter_accepts_and_the_best(tmp_path, cases, moment, s
     network = random_filter(path, size, 5)
     strategy, accepted = Learn2PD(path, accept), 0
     for logits, masked in cases(3):
-        state = moment(logits, masked)
-        strategy.begin(state)
-        got = strategy.select(state) & masked
+        got = strategy.select(moment(logits, masked, strategy)) & masked
         for row, is_open, taken in zip(logits.tolist(), masked.tolist(), got.tolist(), strict=True):
             sure = [max(softmax(z)) for z in row]
-            vector = sure + [1.0] * (-len(row) % size)  # what the last block lacks
+            vector = sure + [1.0] * (-len(row) % size)  # the missing part of the last block
             final = [
                 p
                 for i in range(0, len(vector), size)
                 for p in by_hand(network, vector[i : i + size])
             ]
-            # By what is left for the others: probabilities beyond 1 - 1e-16 are 1 in Python too.
+            # By the total of the others: probabilities above 1 - 1e-16 are 1 in Python too.
             rest = [sum(sorted(math.exp(x - max(z)) for x in z)[:-1]) for z in row]
             best = min(
                 (i for i in range(len(row)) if is_open[i]), key=lambda i: rest[i], default=-1
@@ -64,7 +62,7 @@ def test_commits_what_the_filter_accepts_and_the_best(tmp_path, cases, moment, s
     assert accepted > 20
 
 
-def test_two_layers_of_the_size_of_a_block_have_two_thousand_weights() -> None:
+def test_a_filter_for_blocks_of_32_has_two_thousand_weights() -> None:
     assert sum(w.numel() for w in Filter(32).parameters()) == 2112
 
 
@@ -73,9 +71,7 @@ def same(one, two) -> None:
     assert one.history.step.equal(two.history.step)
 
 
-def test_without_a_filter_or_with_one_that_accepts_nothing_only_the_schedule_is_left(
-    toy, run, tmp_path
-) -> None:
+def test_without_a_filter_or_with_one_that_accepts_nothing_it_is_top_k(toy, run, tmp_path) -> None:
     path = tmp_path / "filter.safetensors"
     random_filter(path, 4)
     for steps in (None, 3):
@@ -90,28 +86,30 @@ def test_without_a_filter_or_with_one_that_accepts_nothing_only_the_schedule_is_
     [{}, {"shift": True}, {"attention": "prefix"}, {"attention": "block_causal", "block_size": 4}],
 )
 @pytest.mark.parametrize("size", [3, 4, 16])
-def test_a_row_is_filtered_in_a_batch_as_it_is_alone(kind, size, toy, prompts, tmp_path) -> None:
+def test_a_row_in_a_batch_equals_the_row_alone(kind, size, toy, prompts, tmp_path) -> None:
     path, sizes, model = tmp_path / "filter.safetensors", (7, 4, 6), toy(**kind)
     random_filter(path, size, seed=size)
     tokens, mask = prompts(*sizes)
     own = [] if "block_size" in kind else [Blocks(5)]
     chosen = [*own, Learn2PD(path, 0.5)]
     batch = decode(model, tokens, 10, chosen, mask=mask)
-    assert batch.nfe < decode(model, tokens, 10, own, mask=mask).nfe
+    assert max(batch.forwards) < max(decode(model, tokens, 10, own, mask=mask).forwards)
     for i, n in enumerate(sizes):
         alone = decode(model, tokens[i : i + 1, -n:], 10, chosen)
         assert batch.tokens[i, 7:].tolist() == alone.tokens[0, n:].tolist()
+        assert batch.forwards[i] == alone.nfe
 
 
 @pytest.mark.parametrize("shift", [False, True])
-def test_goes_with_a_cache(shift, toy, run, tmp_path) -> None:
+def test_works_with_a_cache(shift, toy, run, tmp_path) -> None:
     path = tmp_path / "filter.safetensors"
     random_filter(path, 4)
     same(
         run(toy(shift=shift), Blocks(1), DualCache(), Learn2PD(path)),
         run(toy(shift=shift), Blocks(1)),
     )
-    assert run(toy(shift=shift), Blocks(4), DualCache(), Learn2PD(path, 0.5)).nfe < 8
+    got = run(toy(shift=shift), Blocks(4), DualCache(), Learn2PD(path, 0.5))
+    assert max(got.forwards) < 8
 
 
 def test_a_filter_is_read_as_it_was_written(tmp_path) -> None:
@@ -123,7 +121,7 @@ def test_a_filter_is_read_as_it_was_written(tmp_path) -> None:
     assert (read.size, read.hidden) == (6, 9)
 
 
-def test_what_is_no_filter_is_refused(tmp_path, toy, run) -> None:
+def test_files_without_a_filter_are_refused(tmp_path, toy, run) -> None:
     with pytest.raises(FileNotFoundError, match="there is no file .*none"):
         run(toy(), Learn2PD(tmp_path / "none"))
     other, broken = tmp_path / "other", tmp_path / "broken"
