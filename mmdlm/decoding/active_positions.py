@@ -8,11 +8,9 @@ from mmdlm.decoding.dispatch import Owners
 from mmdlm.decoding.state import State
 
 
-def active_positions(state: State, owners: Owners) -> slice | Tensor:
-    """The positions this step scores: what the hooks need and the computed positions can tell.
+def active_positions(state: State, owners: Owners) -> Tensor:
+    """[B L] host bool, the positions this step scores: what hooks need of what is computed.
 
-    Returns:
-        the same stretch of all rows, or [B L] bool on the host.
     Raises:
         RuntimeError: a row that has open masks scores none of them.
     """
@@ -42,9 +40,4 @@ def active_positions(state: State, owners: Owners) -> slice | Tensor:
             f"{name} computes positions that score no open mask of a row; its refresh must cover "
             "one in every row"
         )
-    columns = read.any(0)
-    first = int(columns.int().argmax())
-    count = int(columns.sum())
-    if count and bool(read[:, first : first + count].all()):
-        return slice(first, first + count)
     return read

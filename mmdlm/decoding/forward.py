@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -17,20 +18,23 @@ SPREAD = 1.5
 """Rows run together while the longest computes at most this many times what the shortest does."""
 
 
-class Part(NamedTuple):
+@dataclass
+class Part:
     """Rows of the batch that run in one forward.
 
     Args:
         rows: int64 [n] on the host; None for all rows.
         at: the canvas positions they compute.
         queries: [n L] host bool, the same positions.
-        end: keys from here on belong to nobody whom they may see.
+        end: no query may attend to the keys from here on.
+        mask: keys that each query may attend to, None for all; "unknown" before it is made.
     """
 
     rows: Tensor | None
     at: Rows
     queries: Tensor
     end: int
+    mask: Tensor | Literal["unknown"] | None = "unknown"
 
 
 def split(state: State, compute: Tensor, together: bool) -> list[Part]:
@@ -90,10 +94,14 @@ def _part(state: State, rows: Tensor | None, compute: Tensor, padding: Tensor) -
 
 
 def prepare(state: State) -> None:
-    """Sets the forwards of a step from `state.refresh`."""
-    compute = state.refresh.compute
-    together = any(kv.whole_batch for kv in state.caches.values())
-    state.parts = split(state, compute, together)
+    """Sets the forwards of a step from `state.refresh`; those of the same positions stay."""
+    compute, attend = state.refresh.compute, state.refresh.attend
+    how = (state.refresh.cached, any(kv.whole_batch for kv in state.caches.values()))
+    before = state.noted.get("parts", (None, None, None))
+    if compute is before[0] and attend is before[1] and how == before[2]:
+        return
+    state.parts = split(state, compute, together=how[1])
+    state.noted["parts"] = (compute, attend, how)
 
 
 def run(state: State, tokens: Tensor | None = None, cache: str = "canvas") -> Tensor:
@@ -163,8 +171,9 @@ def _run(state: State, sequence: Sequence, part: Part, read: Rows, kv: KV | None
         kv = None if kv is None else kv.of_rows(at)
     if kv is not None:
         kv.end = part.end
-    mask = _mask(state, sequence, part, slice(0, part.end) if kv is not None else part.at)
-    return state.model.run(sequence, part.at, read, kv, state.columns, mask)
+    if isinstance(part.mask, str):
+        part.mask = _mask(state, sequence, part, slice(0, part.end) if kv is not None else part.at)
+    return state.model.run(sequence, part.at, read, kv, state.columns, part.mask)
 
 
 def _mask(state: State, sequence: Sequence, part: Part, keys: slice) -> Tensor | None:

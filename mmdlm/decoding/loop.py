@@ -22,6 +22,10 @@ def plan(state: State, owners: Owners) -> Tensor:
         [B] bool on the host, rows that have something left to do.
     """
     owner, view = owners["plan"][0], View(state)
+    if owner.steady and "revise" not in owners and "resize" not in owners:
+        busy = (state.left & state.plan).any(1)
+        if bool(busy.all()):
+            return busy
     before, state.region = state.plan, owner.plan(view)
     planned = state.region & state.answer
     if owner.sliding:
@@ -31,6 +35,7 @@ def plan(state: State, owners: Owners) -> Tensor:
         same = (planned == before).all(1) | (state.resized & _first(planned).eq(_first(before)))
         same &= state.block >= 0
     state.plan, state.opened = planned, planned.to(state.tokens.device)
+    state.noted = {}
     state.resized = torch.zeros_like(same)
     if not bool(same.all()):
         new = ~same
@@ -127,7 +132,7 @@ def _replan(state: State, owners: Owners) -> None:
         return
     state.region = state.region & (part | ~state.plan)
     state.plan = part & state.plan
-    state.opened = state.plan.to(state.tokens.device)
+    state.opened, state.noted = state.plan.to(state.tokens.device), {}
     state.open = state.open & state.here(state.opened)
     state.confidence = state.confidence.masked_fill(~state.open, -torch.inf)
     first = state.block_step == 0
@@ -138,11 +143,10 @@ def _replan(state: State, owners: Owners) -> None:
 def _commit(state: State, owners: Owners) -> None:
     """Writes what this step takes into the canvas, and records when and how surely."""
     view, is_open = View(state), state.open
-    finish = torch.zeros_like(is_open[:, :1])
-    for strategy in owners.get("stop", ()):
-        finish = finish | strategy.stop(view)[:, None]
+    stopped = [strategy.stop(view) for strategy in owners.get("stop", ())]
     taken = _selected(state, owners) & is_open
-    if "stop" in owners:
+    if stopped:
+        finish = torch.stack(stopped).any(0)[:, None]
         taken = taken | (finish & state.here(state.masked))
     for strategy in owners.get("edit", ()):
         # Of what no mask can change any more, caches keep the keys.
@@ -150,7 +154,8 @@ def _commit(state: State, owners: Owners) -> None:
         written = state.here(state.writable & ~state.masked & changing)
         edited = strategy.edit(view) & written
         taken = taken | (edited & state.here(state.opened))
-    state.held = torch.zeros_like(state.plan)
+    if "hold" in owners:
+        state.held = torch.zeros_like(state.plan)
     for strategy in owners.get("hold", ()):
         state.held = state.held | strategy.hold(view)
     state.taken = taken

@@ -46,6 +46,8 @@ def log_odds(logits: Tensor, tokens: Tensor) -> Tensor:
         return _log_odds(logits, tokens)
     # In pieces that stay in the cache of a core: a fresh copy of all logits would cost more in page
     # faults than the arithmetic does.
+    if logits.numel() <= PIECE:
+        return _log_odds(logits, tokens)
     flat, chosen = logits.flatten(0, -2), tokens.flatten()
     rows = max(1, PIECE // max(1, flat.shape[1]))
     parts = [_log_odds(*each) for each in zip(flat.split(rows), chosen.split(rows), strict=True)]

@@ -10,9 +10,11 @@ from mmdlm.decoding.view import View
 
 
 def scoring(view: View) -> Tensor:
-    """[B L] host bool, the positions whose rows score the open ones."""
-    if not view.model.spec.shift:
-        return view.plan
+    """[B L] host bool, the positions whose logits score the open ones."""
+    return view.derived("scoring", _scoring) if view.model.spec.shift else view.plan
+
+
+def _scoring(view: View) -> Tensor:
     scores = view.plan.roll(-1, 1)
     scores[:, -1] = False
     return scores
@@ -34,20 +36,31 @@ def needed(view: View) -> Tensor:
 
     All that can have changed, but for positions that the open ones do not see.
     """
-    level = view.level
     if view.one_level:
-        return level >= 0
+        return view.derived("real", lambda view: view.level >= 0)
+    settled = tuple(view.settled.tolist())
+    return view.derived(("needed", settled), _needed)
+
+
+def _needed(view: View) -> Tensor:
+    level = view.level
     changed = (level >= view.settled[:, None]) & (level >= 0) & (level <= highest(view))
     return changed | scoring(view)
 
 
 def highest(view: View) -> Tensor:
     """[B 1] host int64, the highest level that the open positions of each row see."""
-    return view.level.masked_fill(~scoring(view), -1).amax(1, keepdim=True)
+    return view.derived(
+        "highest", lambda view: view.level.masked_fill(~scoring(view), -1).amax(1, keepdim=True)
+    )
 
 
 def span(view: View) -> tuple[Tensor, Tensor]:
     """[B 1] int64 each, where the open stretch of each row starts, and the position after it."""
+    return view.derived("span", _span)
+
+
+def _span(view: View) -> tuple[Tensor, Tensor]:
     plan = view.plan
     start = plan.int().argmax(1, keepdim=True)
     stop = plan.shape[1] - plan.flip(1).int().argmax(1, keepdim=True)

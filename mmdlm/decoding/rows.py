@@ -27,6 +27,7 @@ def keep(state: State, rows: Tensor) -> None:
         rows: int64 [n] on the host, ascending.
     """
     at = rows.to(state.tokens.device)
+    state.noted = {}
     state.keys = [state.keys[i] for i in rows.tolist()]
     state.draws = [state.draws[i] for i in rows.tolist()]
     state._left = None if state._left is None else state._left[rows]

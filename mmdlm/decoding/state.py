@@ -101,7 +101,7 @@ class State:
     """The scored positions where they are the same stretch in all rows."""
     real: Tensor | None = None
     """[B R] bool, False where `at` repeats a position to be as long as in other rows; None where
-    `read` is given."""
+    no row does."""
     open: Tensor = field(default_factory=_nothing)
     """[B R] bool, scored positions that are masked and open: those that may commit."""
     candidates: Tensor = field(default_factory=_nothing)
@@ -117,6 +117,8 @@ class State:
     """Key/value buffers by the filling of the canvas they belong to, see `forward`."""
     memories: dict[int, Memory] = field(default_factory=dict)
     """What strategies remember, by `id` of the strategy."""
+    noted: dict[Any, Any] = field(default_factory=dict)
+    """What was derived from plan and levels, until these or the rows change; see `View.derived`."""
     left_before: Tensor = field(init=False)
     """[B L] host bool, `left` as of the latest device-to-host copy. Only commits have happened
     since: it holds all of `left`."""
@@ -199,6 +201,7 @@ class State:
 
     def relevel(self) -> None:
         """Called after `level` has changed."""
+        self.noted = {}
         level = self.level
         self.answer = level >= 0
         self.answer[:, : self.prompt] = False
@@ -215,20 +218,36 @@ class State:
         """[B R] of flags [B L], at the scored positions; False where one is repeated."""
         if self.read is not None:
             return values[:, self.read]
-        return take(values, self.at) & self.real
+        here = take(values, self.at)
+        return here if self.real is None else here & self.real
 
     def focus(self, read: slice | Tensor) -> None:
         """Sets the positions this step scores, and which of them may commit.
 
         Args:
-            read: the same stretch of all rows, or [B L] host bool with some in every row.
+            read: the same positions of all rows, or [B L] host bool.
         """
         masked = self.tokens == self.model.spec.mask_id
+        at = None
+        if not isinstance(read, slice):
+            columns = read[0] if len(read) == 1 else read.any(0)
+            at = columns.nonzero()[:, 0]
+            first, last = (int(at[0]), int(at[-1])) if len(at) else (0, -1)
+            stretch = slice(first, last + 1)
+            is_stretch = last - first + 1 == len(at) > 0
+            if is_stretch and (len(read) == 1 or bool(read[:, stretch].all())):
+                read = stretch
+        self.real = None
         if isinstance(read, slice):
-            self.read, self.real = read, None
+            self.read = read
             span = torch.arange(read.start, read.stop, device=self.tokens.device)
             self.at = span.expand(len(self.tokens), -1)
             self.open = (masked & self.opened)[:, read]
+            return
+        self.read = None
+        if len(read) == 1 and len(at):
+            self.at = at[None].to(self.tokens.device)
+            self.open = take(masked & self.opened, self.at)
             return
         none = ~read.any(1)
         at, real = listed(read)
@@ -237,7 +256,7 @@ class State:
             shift = int(self.model.spec.shift)
             first = self.refresh.compute.int().argmax(1, keepdim=True) + shift
             at = torch.where(none[:, None], first.clamp(max=self.length - 1), at)
-        self.read, self.at = None, at.to(self.tokens.device)
+        self.at = at.to(self.tokens.device)
         self.real = real.to(self.tokens.device)
         self.open = self.here(masked & self.opened)
 
@@ -254,9 +273,14 @@ class State:
             window = target.narrow(1, self.read.start - start, self.read.stop - self.read.start)
             window.copy_(torch.where(where, values, window))
             return
+        place = self.at - start if start else self.at
+        if self.real is None:
+            now = target.gather(1, place)
+            target.scatter_(1, place, torch.where(where, values, now))
+            return
         # All that is not written goes to a spare column: a repeated position must not write.
         spare = torch.cat([target, target[:, :1]], 1)
-        place = torch.where(where, self.at - start, target.shape[1])
+        place = torch.where(where, place, target.shape[1])
         values = torch.as_tensor(values, device=target.device, dtype=target.dtype)
         spare.scatter_(1, place, values.expand(place.shape))
         target.copy_(spare[:, :-1])

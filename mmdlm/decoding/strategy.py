@@ -68,7 +68,7 @@ class Strategy:
         denies: properties that a decode with this strategy lacks. Deciding `edit`, `resize` or
             `stop` denies "final_tokens", "fixed_length" or "own_schedule" by itself.
         may_idle: `select` may commit nothing in a step (schedules with a fixed number of steps).
-        steady: `plan` stays the same as long as a row has a mask in it.
+        steady: the plan of a row stays the same until no mask is left in it, if none are added.
         sliding: the open positions of `plan` move; for the clock all of the answer is one block.
         sees: which logits the hooks need. "open": open masks, give or take; "block": all open
             positions, committed ones too; "answer": the whole answer. Always as far as `refresh`

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,6 +73,18 @@ class View:
     def settled(self) -> Tensor:
         """[B] host int64: positions of lower levels need not be recomputed (see `State.final`)."""
         return settled(self._state)
+
+    def derived(self, name: Hashable, make: Callable[[View], Any]) -> Any:
+        """A value derived from `plan`, `level` and the name alone, made once until they change.
+
+        Args:
+            name: name of the value, with everything else it depends on.
+            make: makes it.
+        """
+        noted = self._state.noted
+        if name not in noted:
+            noted[name] = make(self)
+        return noted[name]
 
     def memory(self, strategy: Strategy) -> Memory:
         """What a strategy remembers: entries of `begin` by name, and objects of `prepare`."""

@@ -26,4 +26,5 @@ class DualCache(Strategy):
 
     def refresh(self, view: View) -> Refresh:
         """All positions that can have changed at the start of a block, then the block."""
-        return block_pass(view, between(view, *span(view)))
+        block = view.derived("block", lambda view: between(view, *span(view)))
+        return block_pass(view, block)

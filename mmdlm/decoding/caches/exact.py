@@ -26,5 +26,5 @@ class Exact(Strategy):
     def refresh(self, view: View) -> Refresh:
         """Positions from the first level that may have changed to the last that matters."""
         if view.one_level:
-            return Refresh(view.level >= 0, cached=False)
+            return Refresh(needed(view), cached=False)
         return Refresh(needed(view))

@@ -27,4 +27,5 @@ class PrefixCache(Strategy):
 
     def refresh(self, view: View) -> Refresh:
         """All positions that can have changed at the start of a block, then [block start, L)."""
-        return block_pass(view, between(view, span(view)[0], view.length))
+        rest = view.derived("from block on", lambda view: between(view, span(view)[0], view.length))
+        return block_pass(view, rest)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from mmdlm.decoding.strategy import Strategy
-from mmdlm.decoding.view import View
-
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)

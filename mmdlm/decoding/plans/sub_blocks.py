@@ -30,6 +30,8 @@ class SubBlocks(Strategy):
 
     paper: ClassVar[str] = "Fast-dLLM v2, arXiv 2509.26328"
 
+    steady: ClassVar[bool] = True
+
     size: int = 8
 
     def __post_init__(self) -> None:
