@@ -15,12 +15,14 @@ from encoders.encoder import Encoder
 from encoders.features import Prepared
 from mmdlm.backbones.family import Spec
 from mmdlm.backbones.kv import KV, Rows, count, indices, take
-from mmdlm.backbones.recorded import MOST_ROWS, Lent
 from mmdlm.backbones.transformer import Transformer
 from mmdlm.chat import Template
 from mmdlm.layout import Attention, Row, Sequence, arrange, from_tokens, visible
 from mmdlm.processor import Processor, digest
 from mmdlm.text import Tokenizer
+
+STEP = 512
+"""Most positions of a compiled step: with more, launching kernels is short beside computing."""
 
 if TYPE_CHECKING:
     from adapters.robot import Robot
@@ -97,14 +99,13 @@ class MultimodalDLM(nn.Module):
         return [item.tokens for item in embedded]
 
     def compile(self, backend: str = "inductor") -> None:
-        """Compiles the backbone for a GPU, where a step is otherwise mostly waiting for launches.
+        """Compiles the backbone with `torch.compile`, for GPUs.
 
-        The parts of a block around its attention become compiled functions, shared by all blocks;
-        the first decode takes a minute longer. Short forwards over text, the steps of a cached
-        decode, are recorded as CUDA graphs the second time a shape occurs, with keys and values in
-        buffers that stay for the next decode (multiples of 256 positions; at most 8 are kept).
-        Tokens may differ where two were nearly equal, as sums are taken in another order. On a CPU
-        it gains nothing. Call it again after layers were exchanged.
+        The parts of a block around its attention become compiled functions, shared by all blocks.
+        A step of a cached decode of at most `STEP` positions becomes one function, on a GPU with
+        CUDA graphs (`mode="reduce-overhead"`). The first decode takes minutes longer. Tokens may
+        differ where two were nearly equal, as sums are taken in another order. On a CPU it gains
+        nothing. Call it again after layers were exchanged or moved.
 
         Args:
             backend: of `torch.compile`.
@@ -225,18 +226,14 @@ class MultimodalDLM(nn.Module):
             end = sequence.tokens.shape[1] if kv is None else kv.end
             level = sequence.level
             mask = visible(take(level, rows), level[:, :end], sequence.mask[:, :end])
-        if isinstance(kv, Lent) and kv.steady and count(rows) <= MOST_ROWS:
+        x, positions = self.spliced(sequence, rows), take(sequence.positions, rows)
+        if self.backbone.step is not None and type(kv) is KV and count(rows) <= STEP:
             rows, within = (indices(r, len(sequence.tokens), self.device) for r in (rows, within))
-            ids, positions = sequence.tokens.gather(1, rows), sequence.positions.gather(1, rows)
-            return kv.score(ids, positions, rows, within, mask, columns)
-        hidden = self.backbone(
-            self.spliced(sequence, rows),
-            take(sequence.positions, rows),
-            kv,
-            mask,
-            rows=rows,
-            read=within,
-        )
+            logits = self.backbone.step(
+                self.backbone, x, positions, kv, mask, rows, within, columns
+            )
+            return logits.clone()  # the next step overwrites it; strategies may keep what they saw
+        hidden = self.backbone(x, positions, kv, mask, rows=rows, read=within)
         return self.backbone.head(hidden, columns).float()
 
     def spliced(self, sequence: Sequence, rows: Rows) -> Tensor:

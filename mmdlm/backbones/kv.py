@@ -46,7 +46,7 @@ class KV:
         dtype: type of the buffers.
     """
 
-    whole: ClassVar[bool] = False
+    needs_all_queries: ClassVar[bool] = False
     """`watch` sees the queries of all computed rows in the last layer too, not of the read ones."""
 
     whole_batch: ClassVar[bool] = False
@@ -72,8 +72,6 @@ class KV:
         self.length = length
         self.end = length
         """Rows [0, end) are attended; the loop lowers it while later rows are not yet valid."""
-        self.steady = False
-        """The coming forward is about text only, so that it may be recorded (`recorded.Lent`)."""
 
     def write(self, layer: int, keys: Tensor, values: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """All keys and values of a layer after the given rows were rewritten.
@@ -113,7 +111,7 @@ class KV:
 
         Args:
             layer: index of the layer.
-            queries: [B H M head_dim], already rotated; in the last layer, see `whole`.
+            queries: [B H M head_dim], already rotated; in the last layer, see `needs_all_queries`.
             rows: the canvas rows the layer computes.
         """
 
@@ -187,7 +185,7 @@ class RowsKV(KV):
         return found[0], found[1]
 
 
-class Held(KV):
+class PartialKV(KV):
     """Buffers of which a forward rewrites some rows only, others in every row of the batch.
 
     Args:

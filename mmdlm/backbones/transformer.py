@@ -19,7 +19,6 @@ from mmdlm.backbones.block import Block, Parts, RMSNorm, post_attention, qkv
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.kv import KV, Pass, Rows, indices, take
 from mmdlm.backbones.linear import Linear, linear
-from mmdlm.backbones.recorded import Pool
 from mmdlm.backbones.rotary import Rotary
 
 # A score this much lower has weight zero in every type, whatever the other scores are.
@@ -55,26 +54,23 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.width, config.eps, config.norm_bias)
         self.out = None if config.tied else Linear(config.width, config.vocab, bias=config.bias)
         self.checkpointing = False
-        self.pool: Pool | None = None
+        self.step: Callable[..., Tensor] | None = None
+        """`logits_step`, compiled; None in a model that is not."""
 
-    def compile(self, backend: str = "inductor") -> None:
-        """Compiles the blocks and records short forwards, for GPUs; see `MultimodalDLM.compile`.
+    def compile(self, backend: str | Callable = "inductor") -> None:
+        """Compiles the blocks, and a whole cached step; see `MultimodalDLM.compile`.
 
         Args:
             backend: of `torch.compile`.
         """
-        # Sizes are symbols from the start: rows, batch and what is read change within a decode.
+        # Sizes are dynamic from the start: batch, computed and scored positions vary in a decode.
         parts = (torch.compile(p, dynamic=True, backend=backend) for p in (qkv, post_attention))
         compiled = Parts(*parts)
         for block in self.blocks:
             block.parts = compiled
-        self.pool = Pool()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
-        """Forgets what was recorded over the weights where they were."""
-        if self.pool is not None:
-            self.pool = Pool()
-        return super()._apply(fn, recurse)
+        graphs = backend == "inductor" and self.embed.weight.device.type == "cuda"
+        mode = "reduce-overhead" if graphs else None
+        self.step = torch.compile(logits_step, dynamic=True, backend=backend, mode=mode)
 
     def reset(self, generator: torch.Generator | None = None) -> None:
         """Draws fresh weights: normal, std 0.02; outputs of a residual scaled by its depth."""
@@ -117,7 +113,7 @@ class Transformer(nn.Module):
         Returns:
             [B R D], R = M when `read` is None.
         """
-        if self.pool is not None and isinstance(read, slice):  # a slice is compiled for its bounds
+        if self.step is not None and isinstance(read, slice):  # a slice is compiled for its bounds
             read = indices(read, len(x), x.device)
         now = Pass(x, positions, finite(mask, x.dtype), slice(None) if rows is None else rows, read)
         last, at, cos_sin = len(self.blocks) - 1, None, None
@@ -129,7 +125,7 @@ class Transformer(nn.Module):
                 now = kv.enter(i, now)
             if now.positions is not at:
                 at, cos_sin = now.positions, self.rotary(now.positions)
-            only = now.read if i == last and not (kv and kv.whole) else None
+            only = now.read if i == last and not (kv and kv.needs_all_queries) else None
             here = now.mask if only is None or now.mask is None else take(now.mask, only)
             rotary = (tuple(take_rows(t, only) for t in cos_sin), cos_sin)
             cache = None if kv is None else (kv, i, now.rows)
@@ -139,7 +135,7 @@ class Transformer(nn.Module):
             else:
                 x = block(*args)
             now = now._replace(x=x)
-        if kv is not None and kv.whole:
+        if kv is not None and kv.needs_all_queries:
             x = take(x, now.read)
         return self.norm(x).to(self.embed.weight.device)
 
@@ -155,55 +151,56 @@ class Transformer(nn.Module):
         logits = linear(hidden, weight, bias, columns)
         return logits if self.config.logit_scale == 1.0 else logits * self.config.logit_scale
 
-    def score(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        kv: KV,
-        mask: Tensor | None,
-        rows: Tensor,
-        read: Tensor,
-        columns: slice | None,
-    ) -> Tensor:
-        """Logits [B R V] float32 of some rows of text; see `forward`.
-
-        Args:
-            ids: [B M] token ids of the rows.
-            positions: [B M] their rotary positions.
-            kv: buffers with the other rows.
-            mask: see `forward`.
-            rows: [B M] where they are on the canvas.
-            read: [B R] which of the M rows are scored.
-            columns: ids to score.
-        """
-        x = self(self.tokens(ids), positions, kv, mask, rows=rows, read=read)
-        return self.head(x, columns).float()
-
-    def cache(self, batch: int, length: int, *, fixed: bool = True) -> KV:
+    def cache(self, batch: int, length: int) -> KV:
         """Empty key/value buffers for a canvas of the given length.
 
         Args:
             batch: B.
             length: L.
-            fixed: of a compiled model, in memory that outlives the decode and may be longer.
         """
-        homes = {block.attn_norm.weight.device for block in self.blocks}
-        if self.pool is None or not fixed or len(homes) > 1:
-            return self._keys_values(batch, length)
-        return self.pool.take(self.score, self._keys_values, batch, length)
-
-    def _keys_values(self, batch: int, length: int) -> KV:
-        weight = self.embed.weight
         c = self.config
-        return KV(
+        kv = KV(
             c.layers,
             batch,
             c.keys_heads,
             length,
             c.head_width,
             device=[block.attn_norm.weight.device for block in self.blocks],
-            dtype=weight.dtype,
+            dtype=self.embed.weight.dtype,
         )
+        if self.step is not None:
+            for buffer in (*kv.keys, *kv.values):  # CUDA graphs then write to it in place
+                torch._dynamo.mark_static_address(buffer, guard=False)
+        return kv
+
+
+def logits_step(
+    transformer: Transformer,
+    x: Tensor,
+    positions: Tensor,
+    kv: KV,
+    mask: Tensor | None,
+    rows: Tensor,
+    read: Tensor,
+    columns: slice | None,
+) -> Tensor:
+    """Logits [B R V] float32 of one cached step, whose shapes stay the same from step to step.
+
+    A function of the transformer, not a method: the compiled function of a copied model is not
+    bound to the weights of the original.
+
+    Args:
+        transformer: the model.
+        x: [B M D] embeddings of the positions to compute.
+        positions: [B M] their rotary positions.
+        kv: buffers with the other positions.
+        mask: see `Transformer.forward`.
+        rows: [B M] where they are on the canvas.
+        read: [B R] which of the M positions are scored.
+        columns: ids to score.
+    """
+    hidden = transformer(x, positions, kv, mask, rows=rows, read=read)
+    return transformer.head(hidden, columns).float()
 
 
 def moved(value: Any, device: torch.device) -> Any:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdlm.backbones.kv import KV, Held, Pass, Rows, indices, listed
+from mmdlm.backbones.kv import KV, PartialKV, Pass, Rows, indices, listed
 from mmdlm.backbones.transformer import finite
 from mmdlm.decoding.memory import Entry, PerCanvas
 from mmdlm.decoding.numerics import first
@@ -80,7 +80,7 @@ class ElasticCache(Strategy):
         """Buffers that also hold states and queries; None if everything is always recomputed."""
         if self.gamma > 1:
             return None
-        kv = view.model.backbone.cache(len(view.tokens), view.length, fixed=False)
+        kv = view.model.backbone.cache(len(view.tokens), view.length)
         return Elastic(kv, self.gamma, self.track)
 
     def refresh(self, view: View) -> Refresh:
@@ -109,7 +109,7 @@ class Elastic(KV):
 
     def __init__(self, kv: KV, gamma: float, track: int) -> None:
         self.keys, self.values, self.length, self.end = kv.keys, kv.values, kv.length, kv.end
-        self.steady, self.gamma, self.track = kv.steady, gamma, track
+        self.gamma, self.track = gamma, track
         self.seen: Tensor | None = None
         """[B L L] bool, which keys each position may attend to; None for all."""
         self.laid_out = False
@@ -181,7 +181,7 @@ class Elastic(KV):
         if layer < max(self.since) and layer + 1 < len(self.keys):
             self.before = self._attention(layer, self.probes[0])
         if self.wide and self.fresh is not None:
-            return Held(self, self._new(layer, keys)).write(layer, keys, values, rows)
+            return PartialKV(self, self._new(layer, keys)).write(layer, keys, values, rows)
         return super().write(layer, keys, values, rows)
 
     def watch(self, layer: int, queries: Tensor, rows: Rows) -> None:
