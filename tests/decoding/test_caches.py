@@ -42,6 +42,8 @@ MODELS = {
     "full shifted": {"shift": True},
     "prefix shifted": {"attention": "prefix", "shift": True},
     "cascade in blocks": {"attention": "cascade", "block_size": 4},
+    "block causal": {"attention": "block_causal", "block_size": 4},
+    "block causal shifted": {"attention": "block_causal", "block_size": 4, "shift": True},
 }
 FULL, PREFIX = tuple(MODELS)[:3], tuple(MODELS)[2:3]
 Toy = Callable[..., MultimodalDLM]
@@ -171,7 +173,7 @@ def test_four_rows_are_what_they_are_alone(
     seeds,
     request: pytest.FixtureRequest,
 ) -> None:
-    steady = kind == "full shifted"
+    steady = kind.endswith("shifted")
     more = (Blocks(3), TopK(7)) if steady else (Blocks(5), Threshold(0.25), EndOfText())
     model, sizes, strategies = toy(**MODELS[kind]), (7, 3, 6, 5), beside(chosen, *more)
     tokens, mask = prompts(*sizes)
