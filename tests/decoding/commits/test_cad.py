@@ -81,6 +81,22 @@ def test_every_stop_id_of_the_model_is_an_end_token(moment) -> None:
     assert decided(view, rule, logits)[0].tolist() == [False, True]
 
 
+def closed(view: View, positions: list[int]) -> None:
+    """Closes positions as a plan does once the candidates are known."""
+    view._state.open = view.open.clone()
+    view._state.open[:, positions] = False
+    view._state.confidence = view.confidence.masked_fill(~view.open, -torch.inf)
+
+
+def test_positions_closed_by_the_plan_do_not_count_as_confident(moment) -> None:
+    confident, unsure = [9.0, 0.0, 0.0], [0.0, 0.0, 0.1]
+    rule, logits = CAD(0.9, eos_share=0), torch.tensor([[confident, unsure, confident, confident]])
+    view = moment(logits, torch.ones(1, 4).bool(), rule)
+    assert decided(view, rule, logits)[0].tolist() == [True, False, True, True]
+    closed(view, [2, 3])
+    assert (rule.select(view) & view.open)[0].tolist() == [True, False, False, False]
+
+
 def test_a_step_commits_at_most_most_and_at_least_least(toy) -> None:
     prompt = torch.tensor([[3, 4, 5], [6, 7, 8]])
     all_confident = decode(toy(), prompt, 12, [Blocks(6), CAD(0.0, most=4, eos_share=0)])
