@@ -24,6 +24,12 @@ def active_positions(state: State, owners: Owners) -> Tensor:
     open_masks = state.plan & left
     if "answer" in sees:
         wanted = state.answer
+        if not state.one_level:
+            # As far as the open masks see; the other positions of the block may see further.
+            scoring = state.level.roll(shift, 1)
+            masks = state.plan & state.left
+            top = scoring.masked_fill(~masks, -1).amax(1, keepdim=True)
+            wanted = wanted & state.unsettled & (scoring <= top)
     elif "block" in sees or not state.score_masked_only:
         wanted = state.plan
     else:
