@@ -125,7 +125,7 @@ class KV:
         return RowsKV(self, rows)
 
     def pad(self, left: int, right: int) -> KV:
-        """Buffers with positions added on both sides; a negative `right` takes some from the end."""
+        """Buffers with positions added on both sides; a negative `right` drops the last ones."""
         length = self.length + left + right
         stay = min(self.length, length - left)
         grown = self.like(len(self.keys[0]), length)

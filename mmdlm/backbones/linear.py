@@ -88,7 +88,7 @@ def pack(module: nn.Module) -> None:
 
 
 @contextmanager
-def packed(module: nn.Module) -> Iterator[None]:
+def packed(module: object) -> Iterator[None]:
     """Uses packed weights within the context, in this thread.
 
     On entry, copies of weights that changed since are dropped. This reads every packed weight once,
@@ -96,9 +96,10 @@ def packed(module: nn.Module) -> Iterator[None]:
 
     Args:
         module: the module that computes; a nested context of the same module checks nothing.
+            Anything else than an `nn.Module`, such as a scripted model, has nothing to pack.
     """
     active = set(_ACTIVE.get())
-    for weight in module.parameters():
+    for weight in module.parameters() if isinstance(module, nn.Module) else ():
         packs = getattr(weight, "packs", None)
         if packs is None or packs in active:
             continue

@@ -173,7 +173,7 @@ class Session:
 
     def _enter(self, state: State) -> list[int]:
         """Prepares new rows, and lets them wait for the next step."""
-        with packed(self.model.backbone):
+        with packed(getattr(self.model, "backbone", None)):
             self._packs = active()
         keys = list(state.keys)
         everyone = self.owners["all"]
