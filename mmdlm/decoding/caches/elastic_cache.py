@@ -104,7 +104,7 @@ class Elastic(KV):
         track: see `ElasticCache`.
     """
 
-    whole = True
+    needs_all_queries = True
     whole_batch = True
 
     def __init__(self, kv: KV, gamma: float, track: int) -> None:
