@@ -164,9 +164,7 @@ class Again(Strategy):
 
 
 @everywhere
-def test_recomputing_all_of_a_cache_changes_nothing(
-    kind: str, toy: Toy, run
-) -> None:
+def test_recomputing_all_of_a_cache_changes_nothing(kind: str, toy: Toy, run) -> None:
     model = toy(**MODELS[kind])
     for more in ([], [Threshold(0.2), Entropy()]):
         cached, plain = run(model, Again(), *more), run(model, Everything(), *more)
