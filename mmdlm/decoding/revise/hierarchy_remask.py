@@ -1,4 +1,4 @@
-"""Commit far apart, and doubt again what is written."""
+"""Hierarchical commits that also remask uncertain tokens."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from mmdlm.decoding.memory import Entry, PerCanvas
 from mmdlm.decoding.numerics import best_of_runs, check, odds_of, passing, rank
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
 class HierarchyRemask(Strategy):
-    """Commits like `Hierarchy`, and takes back tokens of the window where the model is unsure now.
+    """Commits like `Hierarchy`, and remasks tokens of the block whose probability is now low.
 
-    A written position is in doubt when the probability of what the model would write there now,
-    whether or not that is what stands there, is below `remask`. Doubted positions count as masks:
-    those that the rule of `Hierarchy` commits take their new token, the others become masks again.
-    At least one more position commits than is in doubt, the most probable ones, so that every step
-    leaves fewer masks. Doubt reaches no further than the window, and not to positions that see none
-    of its masks (earlier blocks of a block-causal model).
+    A written position is uncertain if the probability of its candidate, whether or not that is the
+    written token, is below `remask`. Uncertain positions are treated as masks: those that the rule
+    of `Hierarchy` commits take their candidate, the others become masks again. At least one more
+    position commits than is uncertain, the most probable ones, so that every step leaves fewer
+    masks. Only positions of the open block that see one of its masks are checked.
 
     Ranks by probability, hence decides `score`.
 
@@ -32,12 +32,12 @@ class HierarchyRemask(Strategy):
     Args:
         high: as in `Hierarchy`.
         low: as in `Hierarchy`.
-        remask: probability below which a written position is in doubt; 0 doubts nothing.
+        remask: probability below which a written position is uncertain; 0: none is.
     """
 
     paper: ClassVar[str] = "dInfer, arXiv 2510.08666"
-    sees: ClassVar[Literal["open", "window", "answer"]] = "window"
-    # It guarantees progress itself; the best mask may wait while a doubted token beside it commits.
+    sees: ClassVar[Literal["block"]] = "block"
+    # It makes progress by itself; an uncertain token may commit instead of the best mask beside it.
     may_idle: ClassVar[bool] = True
 
     high: float | None = 0.9
@@ -47,39 +47,47 @@ class HierarchyRemask(Strategy):
     def __post_init__(self) -> None:
         check(self, "high", "low", "remask")
 
-    def score(self, state: DecodeState, logits: Tensor, tokens: Tensor) -> Tensor:
-        """[B R] log-odds."""
-        return state.log_odds
+    def begin(self, view: View) -> dict[str, Entry]:
+        """No position is edited or remasked."""
+        none = torch.zeros_like(view.masked)
+        return {"edit": PerCanvas(none, fill=False), "revise": PerCanvas(none, fill=False)}
 
-    def select(self, state: DecodeState) -> Tensor:
-        """[B R] bool; also decides what `edit` and `revise` will answer."""
-        masks = state.masked & state.within()
-        # Positions of a lower level see no mask, and their keys may be kept for good. A row that
-        # only waits for others to fill the window has no masks, and so nothing to doubt.
-        level = state.sequence.level
+    def score(self, view: View, logits: Tensor, tokens: Tensor) -> Tensor:
+        """[B R] log-odds."""
+        return view.log_odds
+
+    def select(self, view: View) -> Tensor:
+        """[B R] bool; also decides what `edit` and `revise` return."""
+        masks = view.masked & view.opened
+        # Positions of a lower level see no mask, and their keys may be final.
+        level = view.sequence.level
         floor = level.masked_fill(~masks, level.max() + 1).amin(1, keepdim=True)
-        written = state.writable & ~state.masked & state.within() & (level >= floor)
-        doubted = state.here(written) & (state.log_odds < odds_of(self.remask))
-        either = state.open | doubted
-        member = masks.clone()
-        state.put(member, doubted, 1)
-        odds = state.log_odds.masked_fill(~either, -torch.inf)
-        best = best_of_runs(state, member, either, odds)
-        commits = either & passing(state, best, self.high, self.low)
-        lacking = (doubted.sum(1) + 1 - commits.sum(1)).clamp(min=0)
+        written = view.writable & ~view.masked & view.opened & (level >= floor)
+        uncertain = view.here(written) & (view.log_odds < odds_of(self.remask))
+        either = view.open | uncertain
+        odds = view.log_odds.masked_fill(~either, -torch.inf)
+        best = best_of_runs(view, view.placed(masks, uncertain, True), either, odds)
+        commits = either & passing(view, best, self.high, self.low)
+        lacking = (uncertain.sum(1) + 1 - commits.sum(1)).clamp(min=0)
         rest = odds.masked_fill(commits, -torch.inf)
         commits = commits | (either & (rank(rest) < lacking[:, None]))
-        state.memory[self, "edit"] = doubted & commits
-        state.memory[self, "revise"] = doubted & ~commits
+        mine, none = view.memory(self), torch.zeros_like(masks)
+        mine["edit"] = view.placed(none, uncertain & commits, True)
+        mine["revise"] = view.placed(none, uncertain & ~commits, True)
         return commits
 
-    def edit(self, state: DecodeState) -> Tensor:
-        """[B R] bool, doubted positions that commit."""
-        # Absent where `Refresh.fill` decided the step.
-        return state.memory.pop((self, "edit"), torch.zeros_like(state.open))
+    def edit(self, view: View) -> Tensor:
+        """[B R] bool, uncertain positions that commit."""
+        return view.here(self._taken(view, "edit"))
 
-    def revise(self, state: DecodeState) -> Tensor:
-        """[B L] bool, the other doubted positions."""
-        again = torch.zeros_like(state.tokens, dtype=torch.bool)
-        state.put(again, state.memory.pop((self, "revise"), torch.zeros_like(state.open)), 1)
-        return again
+    def revise(self, view: View) -> Tensor:
+        """[B L] bool, the other uncertain positions."""
+        return self._taken(view, "revise")
+
+    def _taken(self, view: View, name: str) -> Tensor:
+        """[B L] bool of the latest `select`, which are used once."""
+        # Where `Refresh.only` decides the step for all rows, `select` is not called.
+        mine = view.memory(self)
+        flags = mine[name]
+        mine[name] = torch.zeros_like(flags)
+        return flags
