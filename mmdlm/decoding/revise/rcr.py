@@ -1,4 +1,4 @@
-"""Commit everything, and take back what was least sure."""
+"""Running-confidence remasking: commit all masks, remask the least confident tokens."""
 
 from __future__ import annotations
 
@@ -6,27 +6,30 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from mmdlm.decoding.block_order import fixed_blocks, full_size
+from mmdlm.decoding.memory import Entry, PerAnswer
 from mmdlm.decoding.numerics import rank
-from mmdlm.decoding.plans.blocks import Blocks
-from mmdlm.decoding.schedules import left, share
-from mmdlm.decoding.state import DecodeState
-from mmdlm.decoding.strategy import Strategy, Window
+from mmdlm.decoding.recompute import span
+from mmdlm.decoding.schedules import share
+from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
 class RCR(Strategy):
-    """Commits all open masks in every step and reopens the least confident tokens for the next.
+    """Commits all open masks in every step and remasks the least confident tokens for the next.
 
-    How many are open before a step falls from all masks of the block to none as a curve says (see
-    `MaskGIT`); which ones depends on the confidence every token had when it was committed, over all
-    that is written. So a token of an earlier block can be reopened too, and the window begins at
-    the start of the answer. A token that stays keeps its confidence. Costs the forwards of the
-    curve's steps, no more.
+    The number of masks before a step falls from all of the block to none along a curve (see
+    `MaskGIT`). Remasked are the tokens of the lowest confidence at the time of their commit, among
+    all written ones: a token of an earlier block can be remasked too, so the open positions begin
+    at the start of the answer. A token that stays keeps its confidence. Takes one forward per step
+    of the curve.
 
-    In the model's own blocks (block-causal, no `size`) only tokens of the open block are reopened,
-    as what comes before was read without the blocks behind it.
+    With the model's own blocks (block-causal, no `size`) only tokens of the open block are
+    remasked, as earlier blocks do not attend to it.
 
     Source: running-confidence remasking of MDPO (arXiv 2508.13148; autonomousvision/mdpo:
     src/mdlm_generation_utils.py, diffusion_generate with rcr).
@@ -38,9 +41,8 @@ class RCR(Strategy):
     """
 
     paper: ClassVar[str] = "MDPO, arXiv 2508.13148"
-    # Stopping early would be undone; positions that move lose the confidence they had; where the
-    # first position of a shifted family opens again, these caches make all rows of a batch wait.
-    excludes: ClassVar[tuple[str, ...]] = ("stop", "resize", "PrefixCache", "DualCache")
+    # An early exit would be undone; the curve is that of a fixed number of positions.
+    requires: ClassVar[frozenset[str]] = frozenset({"fixed_length", "own_schedule"})
 
     steps: int | None = None
     schedule: str = "linear"
@@ -53,45 +55,56 @@ class RCR(Strategy):
             raise ValueError(f"RCR.size is {self.size}, expected at least 1")
         share(1, 1, self.schedule)
 
-    def begin(self, state: DecodeState) -> None:
-        """Sets up the confidence of each position."""
-        state.memory[self, "sure"] = torch.zeros_like(state.commit_confidence)
+    def begin(self, view: View) -> dict[str, Entry]:
+        """The confidence of each position at its commit."""
+        return {"confidence": PerAnswer(torch.zeros_like(view.commit_confidence))}
 
-    def plan(self, state: DecodeState) -> Window:
-        """From the start of the answer to the end of the first block that was never filled."""
-        block = Blocks(self.size).plan(state)
-        if block.start >= block.stop:
+    def plan(self, view: View) -> Tensor:
+        """[B L] bool, from the start of the answer to the end of the first unfinished block."""
+        block = fixed_blocks(view, self.size)
+        if self._own_blocks(view):
             return block
-        opened = state.memory.get((self, "block"))
-        if block.turn is not None or opened is None or block.start >= opened.stop:
-            state.memory[self, "block"] = opened = block
-        return opened if opened.turn is not None else Window(state.prompt, opened.stop)
+        end = view.length - block.flip(1).int().argmax(1, keepdim=True)
+        new = view.answer & (torch.arange(view.length) < end) & block.any(1, keepdim=True)
+        # A mask before the end of the open block was remasked.
+        return torch.where((view.plan & block).any(1, keepdim=True), view.plan, new)
 
-    def select(self, state: DecodeState) -> Tensor:
-        """[B R] bool."""
-        return state.open
+    def block_size(self, view: View) -> Tensor:
+        """[B] int64, positions of the last block that each row has opened."""
+        if self._own_blocks(view):
+            return full_size(view, self.size)
+        count = span(view)[1][:, 0] - view.prompt
+        size = self.size or view.model.spec.block_size
+        return count if size is None else count - (count - 1) // size * size
 
-    def revise(self, state: DecodeState) -> Tensor:
-        """[B L] bool, the tokens of least confidence, as many as the next step opens."""
-        sure = state.memory[self, "sure"]
-        state.put(sure, state.taken, state.confidence, state.prompt)
+    def select(self, view: View) -> Tensor:
+        """[B R] bool, all open masks."""
+        return view.open
+
+    def revise(self, view: View) -> Tensor:
+        """[B L] bool, the least confident tokens, so that the next step has its number of masks."""
+        mine = view.memory(self)
+        known = view.placed(mine["confidence"], view.taken, view.confidence, view.prompt)
+        mine["confidence"] = known
         # A row that ended has tokens that no step committed.
-        written = (state.commit_step >= 0) & state.within()[:, state.prompt :]
-        masks = (state.masked & state.within()).sum(1)
-        count = self._open_next(state) - masks
-        place = rank((-sure).masked_fill(~written, -torch.inf))
+        written = (view.commit_step >= 0) & view.opened[:, view.prompt :]
+        masks = (view.masked & view.opened).sum(1)
+        count = self._remaining(view).to(view.device) - masks
+        place = rank((-known).masked_fill(~written, -torch.inf))
         again = written & (place < count[:, None])
-        return torch.nn.functional.pad(again, (state.prompt, 0))
+        return F.pad(again, (view.prompt, 0))
 
-    def _open_next(self, state: DecodeState) -> Tensor:
-        """[B] how many masks the curve leaves for the next step."""
-        name = (self, "open")
-        if state.block_step == 0 or name not in state.memory:
-            steps = self.steps or state.length - state.prompt
-            start, stop, turn = state.memory[self, "block"]
-            share = steps * (stop - start) / (state.length - state.prompt)
-            steps = state.share(steps) if turn is not None else max(1, round(share))
-            table = [left(n, steps, self.schedule) for n in state.block_masks.tolist()]
-            state.memory[name] = torch.tensor(table, device=state.tokens.device)
-        table = state.memory[name]
-        return table[:, min(state.block_step, table.shape[1] - 1)]
+    def _own_blocks(self, view: View) -> bool:
+        """Whether the blocks are those of the model's attention."""
+        return self.size is None and view.model.spec.attention == "block_causal"
+
+    def _remaining(self, view: View) -> Tensor:
+        """[B] host int64, masks that the curve leaves each row for the next step."""
+        steps = view.share(view.asked if self.steps is None else self.steps)
+        clocks = (view.block_masks.tolist(), steps.tolist(), view.block_step.tolist())
+        return torch.tensor(
+            [
+                int(masks * share(min(now + 1, last) / last, masks, self.schedule))
+                for masks, last, now in zip(*clocks, strict=True)
+            ]
+        )

@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmdlm.decoding.caches.dual_cache import DualCache
+from mmdlm.decoding.caches.prefix_cache import PrefixCache
 from mmdlm.decoding.caches.sub_block_cache import SubBlockCache
 from mmdlm.decoding.commits.maskgit import MaskGIT
 from mmdlm.decoding.commits.prophet import Prophet
@@ -13,6 +15,7 @@ from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.decoding.revise.rcr import RCR
 from mmdlm.decoding.scores.margin import Margin
 from mmdlm.decoding.scores.probability import Probability
+from mmdlm.decoding.strategy import Strategy
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "decoding" / "history.json"
 CASES = json.loads(GOLDEN.read_text())["methods"]["rcr_generate"]["cases"]
@@ -33,7 +36,7 @@ def test_rollout_is_that_of_mdpo(case: dict, synthetic, watch) -> None:
         (forward.tokens[0] == case["model"]["mask_id"]).nonzero()[:, 0] - prompt.shape[1]
         for forward in forwards
     ]
-    # The reference also runs the model when its curve leaves nothing to do.
+    # The reference also runs the model in steps without masks.
     assert [m.tolist() for m in masked] == [m for m in output["masked_before_each_step"] if m]
 
 
@@ -61,7 +64,7 @@ def by_hand(model, prompt: list[int], length: int, given: RCR) -> tuple[list[int
 
 
 @pytest.mark.parametrize("given", [RCR(4), RCR(8, size=4), RCR(6, size=3), RCR(5, size=2)])
-def test_a_decode_with_rcr_is_what_it_is_by_hand(given: RCR, toy, prompts, watch) -> None:
+def test_a_decode_with_rcr_equals_one_by_hand(given: RCR, toy, prompts, watch) -> None:
     model, forwards = toy(), watch(toy())
     for prompt in prompts(6, 6, 6)[0]:
         forwards.clear()
@@ -73,7 +76,7 @@ def test_a_decode_with_rcr_is_what_it_is_by_hand(given: RCR, toy, prompts, watch
 
 
 @pytest.mark.parametrize("size", [3, 4, None])
-def test_a_row_reopens_what_it_reopens_alone(size: int | None, toy, prompts) -> None:
+def test_a_row_remasks_the_same_tokens_as_alone(size: int | None, toy, prompts) -> None:
     tokens, mask = prompts(7, 4, 6)
     given = RCR(9, "cosine", size)
     batch = decode(toy(), tokens, 12, [given], mask=mask)
@@ -83,7 +86,7 @@ def test_a_row_reopens_what_it_reopens_alone(size: int | None, toy, prompts) -> 
         assert batch.history.step[i].equal(alone.history.step[0])
 
 
-def test_one_step_per_block_is_the_base(toy, run) -> None:
+def test_one_step_per_block_equals_top_k(toy, run) -> None:
     for more in ({}, {"size": 4}):
         once = run(toy(), RCR(1 if not more else 2, **more))
         base = run(toy(), TopK(1)) if not more else run(toy(), Blocks(4), TopK(2))
@@ -91,23 +94,38 @@ def test_one_step_per_block_is_the_base(toy, run) -> None:
         assert once.history.step.equal(base.history.step)
 
 
-def test_costs_the_steps_of_the_curve(toy, run) -> None:
+def test_takes_the_steps_of_the_curve(toy, run) -> None:
     assert [run(toy(), RCR(steps)).nfe for steps in (1, 3, 8)] == [1, 3, 8]
 
 
-def test_what_stops_early_cannot_be_revised(toy, run) -> None:
-    with pytest.raises(ValueError, match="RCR cannot be combined with Prophet"):
+def test_early_exits_are_refused(toy, run) -> None:
+    with pytest.raises(
+        ValueError, match="RCR cannot be combined with Prophet: RCR requires a schedule"
+    ):
         run(toy(), RCR(), Prophet())
 
 
+@pytest.mark.parametrize("cache", [SubBlockCache(), PrefixCache(), DualCache()])
 @pytest.mark.parametrize("shift", [False, True])
-def test_rcr_decides_by_row_with_a_cache_too(shift: bool, toy, prompts, seeds) -> None:
+def test_a_row_with_a_cache_equals_the_row_alone(
+    shift: bool, cache: Strategy, toy, prompts, seeds
+) -> None:
     tokens, mask = prompts(7, 4, 6)
-    model, chosen = toy(shift=shift), [RCR(8, size=4), SubBlockCache()]
+    model, chosen = toy(shift=shift), [RCR(8, size=4), cache]
     batch = decode(model, tokens, 12, chosen, mask=mask, generator=seeds(1, 2, 3))
     for i, size in enumerate((7, 4, 6)):
         alone = decode(model, tokens[i : i + 1, -size:], 12, chosen, generator=seeds(i + 1))
         assert batch.tokens[i, 7:].tolist() == alone.tokens[0, size:].tolist()
+        assert batch.history.step[i].equal(alone.history.step[0])
+        assert batch.forwards[i] == alone.nfe
+
+
+def test_an_exact_cache_remasks_the_same_tokens(toy, run) -> None:
+    model = toy(attention="prefix")
+    for given in (RCR(8, size=4), RCR(5, "cosine")):
+        cached, plain = run(model, given, PrefixCache()), run(model, given)
+        assert cached.tokens.equal(plain.tokens)
+        assert cached.history.step.equal(plain.history.step)
 
 
 @pytest.mark.parametrize(
