@@ -1,4 +1,4 @@
-"""Commit at random as noise falls, and take tokens back at random."""
+"""ReMDM: random commits along a noise schedule, and random remasking."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from mmdlm.decoding.memory import Entry, PerRow
 from mmdlm.decoding.numerics import rank
-from mmdlm.decoding.rng import streams
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 ETA = {"cap": 0.008, "rescale": 0.015, "conf": 1.0, "loop": 0.02}
 """Published remasking strength of each mode, for 1024 steps; "conf" has none."""
@@ -20,20 +21,20 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class ReMDM(Strategy):
-    """Commits masks at random as the noise of a window falls, and remasks tokens at random.
+    """Commits masks at random as the noise of a block falls, and remasks tokens at random.
 
-    Let a share a of the window be known before a step and b after it (both follow time, evenly from
-    0 to 1). A token written in an earlier step becomes a mask with probability s, at most
+    Let the share a of the block be known before a step and b after it (both grow linearly in time,
+    from 0 to 1). A token written in an earlier step becomes a mask with probability s, at most
     m = min(1, (1 - b) / a): s = min(eta, m) for "cap", eta m for "rescale", for "conf" m times the
     softmax over the tokens of -(probability when committed). A mask commits with probability
-    (b - (1 - s) a) / (1 - a), hence so many that the share is b all the same ("conf" takes s = 0
-    here). "loop" fills up to `alpha_on` until time t_on, then remasks with s = eta at that share
-    until t_off, and fills the rest; time runs from 1 to 0.
+    (b - (1 - s) a) / (1 - a), so that the expected share is b in spite of the remasking ("conf"
+    takes s = 0 here). "loop" fills up to `alpha_on` until time t_on, then remasks with s = eta at
+    that share until t_off, and fills the rest; time runs from 1 to 0.
 
-    The last step commits what is left and remasks nothing, so a decode costs no more forwards than
-    it has steps. Only the open window is remasked; a window that happens to be full is closed.
-    Draws come from the stream of each row. For the published sampler add `Gumbel`, and `Nucleus`
-    of 0.9. Fewer steps want a larger `eta`.
+    The last step commits all remaining masks and remasks nothing, so a decode takes at most as many
+    forwards as steps. Only the open block is remasked; one without masks is not reopened. Draws
+    come from the stream of each row. For the published sampler add `Gumbel`, and `Nucleus` of 0.9.
+    With fewer steps use a larger `eta`.
 
     Source: ReMDM (arXiv 2503.00307; kuleshov-group/remdm: diffusion.py, _ddpm_caching_update, and
     scripts/ for the values).
@@ -42,16 +43,15 @@ class ReMDM(Strategy):
         mode: how likely a token is remasked, see above.
         eta: strength; 0 remasks nothing; None: the published one of the mode.
         steps: steps for the whole answer, split evenly over the blocks; None: one per token.
-        budget: tokens remasked at most per row; None: no limit.
+        budget: maximum number of tokens remasked per row; None: no limit.
         t_on: time at which "loop" starts to remask.
         t_off: time at which it ends.
-        alpha_on: known share of the window between them.
+        alpha_on: known share of the block between them.
     """
 
     paper: ClassVar[str] = "ReMDM, arXiv 2503.00307"
-    # Stopping early would be undone; a canvas of another length has another time; where the first
-    # position of a shifted family opens again, these caches make all rows of a batch wait.
-    excludes: ClassVar[tuple[str, ...]] = ("stop", "resize", "PrefixCache", "DualCache")
+    # An early exit would be undone; the schedule is that of a fixed number of positions.
+    requires: ClassVar[frozenset[str]] = frozenset({"fixed_length", "own_schedule"})
     may_idle: ClassVar[bool] = True
 
     mode: Literal["cap", "rescale", "conf", "loop"] = "cap"
@@ -82,7 +82,7 @@ class ReMDM(Strategy):
         if self.mode == "loop" and self.strength * self.alpha_on > 1 - self.alpha_on:
             raise ValueError(
                 f"ReMDM.eta {self.strength} remasks more than the share 1 - alpha_on = "
-                f"{1 - self.alpha_on:g} of masks can make good; lower one of them"
+                f"{1 - self.alpha_on:g} of masks can compensate; lower one of them"
             )
 
     @property
@@ -90,52 +90,50 @@ class ReMDM(Strategy):
         """Eta, given or published."""
         return ETA[self.mode] if self.eta is None else self.eta
 
-    def begin(self, state: DecodeState) -> None:
-        """Sets up the budget of each row."""
-        if self.budget is not None:
-            state.memory[self, "budget"] = state.commit_step.new_full(
-                (len(state.tokens),), self.budget
-            )
+    def begin(self, view: View) -> dict[str, Entry]:
+        """The number of tokens that may still be remasked in each row."""
+        if self.budget is None:
+            return {}
+        return {"budget": PerRow(view.commit_step.new_full((len(view.tokens),), self.budget))}
 
-    def select(self, state: DecodeState) -> Tensor:
+    def select(self, view: View) -> Tensor:
         """[B R] bool."""
-        steps, now = self._steps(state), state.block_step
-        if now >= steps - 1:
-            return state.open
-        return state.uniform() < self.chances(now, steps)[0]
+        commit, _, last = self._now(view)
+        last = last.to(view.device)
+        # Rows in their last step draw nothing.
+        drawing = view.placed(torch.zeros_like(view.masked), view.open & ~last, True)
+        draws = view.uniform_at(drawing).gather(1, view.at)
+        return torch.where(last, view.open, draws < commit.to(view.device))
 
-    def revise(self, state: DecodeState) -> Tensor:
+    def revise(self, view: View) -> Tensor:
         """[B L] bool."""
-        steps, now = self._steps(state), state.block_step
-        none = torch.zeros_like(state.tokens, dtype=torch.bool)
-        if now >= steps - 1:
-            return none
-        _, chance = self.chances(now, steps)
-        if chance == 0:
+        _, remask, last = self._now(view)
+        drawing = ~last & (remask > 0)
+        none = torch.zeros_like(view.masked)
+        if not bool(drawing.any()):
             return none
         # Known positions and end tokens were committed by no step.
-        earlier = (state.commit_step >= 0) & (state.commit_step < state.step)
-        written = none.clone()
-        written[:, state.prompt :] = earlier
-        written &= state.within()
-        draws, active = _draw(state)
+        step = view.step.to(view.device)[:, None]
+        earlier = (view.commit_step >= 0) & (view.commit_step < step)
+        written = F.pad(earlier, (view.prompt, 0)) & view.opened
+        draws, chance = view.uniform_at(view.plan & drawing), remask.to(view.device)
         if self.mode == "conf":
-            sure = state.commit_confidence.masked_fill(~earlier, torch.inf)
-            sure = torch.nn.functional.pad(sure, (state.prompt, 0), value=torch.inf)
+            sure = F.pad(view.commit_confidence, (view.prompt, 0))
             sure = sure.masked_fill(~written, torch.inf)
             chance = chance * (-sure).softmax(1).nan_to_num(0.0)  # all -inf: nothing is written
-        again = written & active & (draws < chance)
+        again = written & drawing.to(view.device) & (draws < chance)
         if self.budget is not None:
-            left = state.memory[self, "budget"]
+            mine = view.memory(self)
+            left = mine["budget"]
             again &= rank((-draws).masked_fill(~again, -torch.inf)) < left[:, None]
-            state.memory[self, "budget"] = left - again.sum(1)
+            mine["budget"] = left - again.sum(1)
         return again
 
     def chances(self, now: int, steps: int) -> tuple[float, float]:
         """Probability that a mask commits, and that a token is remasked (m in mode "conf").
 
         Args:
-            now: steps done in the window.
+            now: steps done in the block.
             steps: all its steps, more than `now`.
         """
         fall = (1 - EPS) / steps
@@ -156,36 +154,18 @@ class ReMDM(Strategy):
         return min(max(commit, 0.0), 1.0), remask
 
     def _known(self, time: float, before: bool) -> float:
-        """Share of the window that is known; of "loop", on its first slope or on its last."""
+        """Share of the block that is known; of "loop", before t_on or after t_off."""
         if self.mode != "loop":
             return 1 - time
         if before:
             return (1 - time) * self.alpha_on / (1 - self.t_on)
         return 1 - time * (1 - self.alpha_on) / self.t_off
 
-    def _steps(self, state: DecodeState) -> int:
-        return state.share(self.steps or state.asked)
-
-
-def _draw(state: DecodeState) -> tuple[Tensor, Tensor]:
-    """Random numbers for every position of the window, from the stream of each row.
-
-    Rows that wait for others draw nothing, so that they repeat what they draw alone.
-
-    Returns:
-        [B L] float32 in [0, 1), 1 outside the window; and [B 1] bool, the rows that drew.
-    """
-    start, stop, turn = state.window
-    inside = torch.zeros_like(state.left)
-    inside[:, start:stop] = True
-    if turn is not None:
-        inside &= state.turns == turn
-    active = (state.left & inside).any(1)
-    if state.streams is None:
-        state.streams = streams(state.source, state.batch, state.tokens.device)
-    device = state.tokens.device
-    draws = torch.ones(inside.shape, device=device)
-    for i in active.nonzero()[:, 0].tolist():
-        stream, at = state.streams[state.rows[i]], inside[i].nonzero()[:, 0].to(device)
-        draws[i, at] = torch.rand(len(at), generator=stream, device=device)
-    return draws, active[:, None].to(device)
+    def _now(self, view: View) -> tuple[Tensor, Tensor, Tensor]:
+        """[B 1] on the host: `chances` of each row, float32, and whether this is its last step."""
+        steps = view.share(view.asked if self.steps is None else self.steps)
+        now = view.block_step
+        clocks = zip(now.tolist(), steps.tolist(), strict=True)
+        found = [self.chances(min(i, n - 1), n) for i, n in clocks]
+        commit, remask = torch.tensor(found)[..., None].unbind(1)
+        return commit, remask, (now >= steps - 1)[:, None]

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from mmdlm.decoding.caches.dual_cache import DualCache
+from mmdlm.decoding.caches.prefix_cache import PrefixCache
 from mmdlm.decoding.caches.sub_block_cache import SubBlockCache
 from mmdlm.decoding.commits.prophet import Prophet
 from mmdlm.decoding.commits.top_k import TopK
@@ -11,8 +13,8 @@ from mmdlm.decoding.decode import decode
 from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.decoding.revise.remdm import ReMDM
 from mmdlm.decoding.scores.gumbel import Gumbel
-from mmdlm.decoding.state import DecodeState
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 MODEL = {"seed": 5, "vocab": 12, "mask_id": 11, "scale": 2.0, "mix": 0.5}
 MODEL |= {"eos_id": None, "eos_slope": 0.0, "shift": 0}
@@ -25,7 +27,7 @@ STRONG = [
 
 
 def masks(forwards: list, prompt: int) -> torch.Tensor:
-    """[steps B G] bool, what each forward saw masked, until the first row is finished."""
+    """[steps B G] bool, the masks of each forward, until the first row is finished."""
     whole = [f.tokens[:, prompt:] for f in forwards if len(f.tokens) == len(forwards[0].tokens)]
     return torch.stack(whole) == MODEL["mask_id"]
 
@@ -36,7 +38,7 @@ class Wide(Strategy):
 
     sees = "answer"
 
-    def guide(self, state: DecodeState, logits: torch.Tensor) -> torch.Tensor:
+    def guide(self, view: View, logits: torch.Tensor) -> torch.Tensor:
         return logits
 
 
@@ -73,7 +75,7 @@ def test_chances_are_the_published_ones(given: ReMDM, steps: int) -> None:
 
 @pytest.mark.parametrize("given", [s for s in STRONG if s.mode != "conf"])
 def test_the_known_share_follows_time(given: ReMDM, synthetic, watch) -> None:
-    """Over 20 x 150 positions, in spite of all that is taken back."""
+    """Over 20 x 150 positions, in spite of all remasking."""
     rows, size, steps = 20, 150, 12
     model = synthetic(MODEL)
     forwards = watch(model)
@@ -90,8 +92,8 @@ def test_the_known_share_follows_time(given: ReMDM, synthetic, watch) -> None:
     assert again.sum() > 50
 
 
-def test_conf_takes_back_what_was_unsure(synthetic, watch) -> None:
-    """One token per window step is expected to go; those of low probability more often."""
+def test_conf_remasks_tokens_of_low_probability(synthetic, watch) -> None:
+    """One token per step is expected to be remasked; those of low probability more often."""
     model = synthetic(MODEL | {"scale": 8.0})
     forwards = watch(model)
     prompt, generator = torch.full((60, 1), 3), torch.Generator().manual_seed(0)
@@ -113,27 +115,31 @@ def test_conf_takes_back_what_was_unsure(synthetic, watch) -> None:
 
 @pytest.mark.parametrize("given", STRONG, ids=lambda s: s.mode)
 @pytest.mark.parametrize("more", [[], [Blocks(5)]])
-def test_a_row_draws_what_it_draws_alone(given: ReMDM, more: list, toy, prompts, seeds) -> None:
+def test_a_row_draws_the_same_numbers_as_alone(
+    given: ReMDM, more: list, toy, prompts, seeds
+) -> None:
     tokens, mask = prompts(7, 4, 6)
     chosen = [given, Gumbel(1.0), *more]
     batch = decode(toy(), tokens, 12, chosen, mask=mask, generator=seeds(1, 2, 3))
     for i, size in enumerate((7, 4, 6)):
         alone = decode(toy(), tokens[i : i + 1, -size:], 12, chosen, generator=seeds(i + 1))
         assert batch.tokens[i, 7:].tolist() == alone.tokens[0, size:].tolist()
+        assert batch.history.step[i].equal(alone.history.step[0])
+        assert batch.forwards[i] == alone.nfe
 
 
 @pytest.mark.parametrize("given", STRONG, ids=lambda s: s.mode)
 @pytest.mark.parametrize("steps", [1, 5, 24])
-def test_costs_no_more_forwards_than_steps(given: ReMDM, steps: int, synthetic) -> None:
+def test_takes_no_more_forwards_than_steps(given: ReMDM, steps: int, synthetic) -> None:
     given = ReMDM(given.mode, given.eta, steps)
     generator = torch.Generator().manual_seed(0)
     got = decode(synthetic(MODEL), torch.full((4, 1), 3), 24, [given], generator=generator)
-    assert got.nfe <= steps
+    assert max(got.forwards) <= steps
     assert not (got.tokens == MODEL["mask_id"]).any()
 
 
 @pytest.mark.parametrize("budget", [0, 1, 5])
-def test_takes_back_no_more_than_the_budget(budget: int, synthetic, watch) -> None:
+def test_remasks_no_more_than_the_budget(budget: int, synthetic, watch) -> None:
     model = synthetic(MODEL)
     forwards = watch(model)
     chosen = [ReMDM("cap", 0.5, 12, budget), Blocks(20)]
@@ -163,7 +169,7 @@ def test_known_tokens_and_earlier_blocks_stay(synthetic, watch) -> None:
     assert first.tolist() == sorted(first.tolist(), reverse=True)
 
 
-def test_without_strength_nothing_is_taken_back(synthetic, watch) -> None:
+def test_without_strength_nothing_is_remasked(synthetic, watch) -> None:
     model = synthetic(MODEL)
     forwards = watch(model)
     for mode in ("cap", "rescale", "loop"):
@@ -174,23 +180,30 @@ def test_without_strength_nothing_is_taken_back(synthetic, watch) -> None:
         assert not (seen[1:] & ~seen[:-1]).any()
 
 
-def test_one_step_is_one_step(toy, run) -> None:
+def test_one_step_commits_everything(toy, run) -> None:
     assert run(toy(), ReMDM(steps=1)).tokens.equal(run(toy(), TopK(1)).tokens)
 
 
-def test_what_stops_early_cannot_be_taken_back(toy, run) -> None:
-    with pytest.raises(ValueError, match="ReMDM cannot be combined with Prophet"):
+def test_early_exits_are_refused(toy, run) -> None:
+    with pytest.raises(
+        ValueError, match="ReMDM cannot be combined with Prophet: ReMDM requires a schedule"
+    ):
         run(toy(), ReMDM(), Prophet())
 
 
+@pytest.mark.parametrize("cache", [SubBlockCache(), PrefixCache(), DualCache()])
 @pytest.mark.parametrize("shift", [False, True])
-def test_remdm_decides_by_row_with_a_cache_too(shift: bool, toy, prompts, seeds) -> None:
+def test_a_row_with_a_cache_equals_the_row_alone(
+    shift: bool, cache: Strategy, toy, prompts, seeds
+) -> None:
     tokens, mask = prompts(7, 4, 6)
-    model, chosen = toy(shift=shift), [ReMDM("cap", 0.3), Blocks(4), SubBlockCache()]
+    model, chosen = toy(shift=shift), [ReMDM("cap", 0.3), Blocks(4), cache]
     batch = decode(model, tokens, 12, chosen, mask=mask, generator=seeds(1, 2, 3))
     for i, size in enumerate((7, 4, 6)):
         alone = decode(model, tokens[i : i + 1, -size:], 12, chosen, generator=seeds(i + 1))
         assert batch.tokens[i, 7:].tolist() == alone.tokens[0, size:].tolist()
+        assert batch.history.step[i].equal(alone.history.step[0])
+        assert batch.forwards[i] == alone.nfe
 
 
 @pytest.mark.parametrize(
@@ -211,7 +224,7 @@ def test_bad_arguments_of_remdm(given: dict, message: str) -> None:
         ReMDM(**given)
 
 
-def test_a_row_that_waits_goes_on_revising_as_it_would_alone(toy, prompts, seeds) -> None:
+def test_rows_in_different_blocks_are_remasked_as_alone(toy, prompts, seeds) -> None:
     model = toy(attention="block_causal", block_size=4, shift=True)
     sizes = (6, 2, 3, 5)
     tokens, mask = prompts(*sizes)
