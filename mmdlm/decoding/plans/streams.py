@@ -1,4 +1,4 @@
-"""Several parts of the answer filled side by side."""
+"""Several parts of the answer filled in parallel."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mmdlm.decoding.memory import Entry, PerRow
 from mmdlm.decoding.numerics import rank
-from mmdlm.decoding.state import DecodeState
-from mmdlm.decoding.strategy import Strategy, Window
+from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
 
 
 @dataclass(frozen=True)
 class Streams(Strategy):
-    """Gives every part of the answer the same share of each step, the most confident inside it.
+    """Commits the most confident positions of every part of the answer, all in the same steps.
 
     Meant for models whose answer holds several lines of reasoning and then a summary: the streams
-    go first, in lock-step; what lies behind the last of them opens when all are full.
+    are filled in parallel; the positions after the last of them open when all are full.
 
     Source: parallel-forced decoding of NAP (arXiv 2602.23225; pixeli99/NAP: README.md). From the
     paper's description, not checked against its code, of which only the training is public.
 
     Args:
-        count: streams of equal size that make up the whole answer; `sizes` instead where they
-            differ, or something follows.
+        count: number of equal streams that make up the whole answer; use `sizes` if they differ,
+            or if a summary follows.
         sizes: positions of each stream, from the start of the answer.
         steps: steps for the whole answer; None: one token per stream and step.
     """
@@ -45,54 +46,62 @@ class Streams(Strategy):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"Streams.{name} is {getattr(self, name)}, expected at least 1")
 
-    def begin(self, state: DecodeState) -> None:
-        """Compares the streams with the answer.
+    def begin(self, view: View) -> dict[str, Entry]:
+        """The positions of each stream.
 
         Raises:
-            ValueError: the answer is shorter.
+            ValueError: the answer is shorter than all streams together.
         """
-        if self.sizes is not None and sum(self.sizes) > state.asked:
+        asked, sizes = view.length - view.prompt, self.sizes
+        if sizes is None:
+            each, more = divmod(asked, self.count)
+            sizes = [each + (i < more) for i in range(self.count)]
+        elif sum(sizes) > asked:
             raise ValueError(
-                f"Streams.sizes {self.sizes} are {sum(self.sizes)} positions, but the answer has "
-                f"{state.asked}; give a longer one, or smaller streams"
+                f"Streams.sizes {sizes} are {sum(sizes)} positions, but the answer has {asked}; "
+                "give a longer one, or smaller streams"
             )
+        return {"sizes": PerRow(torch.tensor(sizes).repeat(len(view.tokens), 1))}
 
-    def plan(self, state: DecodeState) -> Window:
-        """All streams, then what lies behind; an empty window when nothing is left."""
-        sizes = self._sizes(state)
-        end = min(state.prompt + sum(sizes), state.length)
-        if state.left[:, state.prompt : end].any():
-            state.turn_size = sum(sizes)
-            return Window(state.prompt, end)
-        state.turn_size = max(state.length - state.prompt, state.asked) - sum(sizes)
-        return Window(end if state.left.any() else state.length, state.length)
+    def plan(self, view: View) -> Tensor:
+        """[B L] bool, all streams, then the positions after them; empty in rows without masks."""
+        total = view.memory(self)["sizes"].sum(1, keepdim=True)
+        streams = view.answer & (torch.arange(view.length) - view.prompt < total)
+        filling = (view.left & streams).any(1, keepdim=True)
+        plan = torch.where(filling, streams, view.answer & ~streams)
+        return plan & view.left.any(1, keepdim=True)
 
-    def select(self, state: DecodeState) -> Tensor:
+    def block_size(self, view: View) -> Tensor:
+        """[B] int64, positions of all streams, or of what follows them."""
+        total = view.memory(self)["sizes"].sum(1)
+        rest = torch.maximum(view.lengths, view.asked) - total
+        return torch.where(self._filling(view), total, rest)
+
+    def select(self, view: View) -> Tensor:
         """[B R] bool."""
-        start, device = state.window.start, state.at.device
-        sizes = self._sizes(state) if start == state.prompt else [state.size]
-        steps = max(sizes) if self.steps is None else state.share(self.steps)
-        if state.block_step >= steps - 1:
-            return state.open
-        edges = torch.tensor(sizes, device=device).cumsum(0)
-        stream = torch.bucketize(state.at - start, edges, right=True)  # [B R]
-        column = torch.arange(state.prompt, state.length, device=device) - start
-        column = torch.bucketize(column, edges, right=True).masked_fill(column < 0, -1)  # [G]
-        # Counted anew in every step, so that nothing is lost when another row changes its length.
-        was_open = state.commit_step >= state.step - state.block_step
-        was_open |= state.masked[:, state.prompt :]
-        taken = torch.zeros_like(state.open)
-        for i in range(len(sizes)):
-            masks = (was_open & (column == i)).sum(1)
-            quota = masks // steps + (state.block_step < masks % steps)
+        sizes, now = view.memory(self)["sizes"], view.block_step
+        if self.steps is None:
+            steps = torch.where(self._filling(view), sizes.amax(1), view.plan.sum(1))
+        else:
+            steps = view.share(self.steps)
+        # What follows the streams has the next number.
+        place = torch.arange(view.length - view.prompt).repeat(len(sizes), 1)
+        number = torch.searchsorted(sizes.cumsum(1), place, right=True).to(view.device)  # [B G]
+        stream = number.gather(1, view.at - view.prompt)  # [B R]
+        # Counted in every step, as the length of the answer may change.
+        opened = view.opened[:, view.prompt :]
+        was_open = view.commit_step >= (view.step - now).to(view.device)[:, None]
+        was_open = (was_open | view.masked[:, view.prompt :]) & opened
+        taken = (now >= steps - 1).to(view.device)[:, None] & view.open
+        steps, now = steps.to(view.device), now.to(view.device)
+        for i in range(sizes.shape[1] + 1):
+            masks = (was_open & (number == i)).sum(1)
+            quota = masks // steps + (now < masks % steps)
             inside = stream == i
-            place = rank(state.confidence.masked_fill(~inside, -torch.inf))
-            taken |= inside & (place < quota[:, None])
+            order = rank(view.confidence.masked_fill(~inside, -torch.inf))
+            taken |= inside & (order < quota[:, None])
         return taken
 
-    def _sizes(self, state: DecodeState) -> list[int]:
-        """Positions of each stream."""
-        if self.sizes is not None:
-            return list(self.sizes)
-        each, more = divmod(state.asked, self.count)
-        return [each + (i < more) for i in range(self.count)]
+    def _filling(self, view: View) -> Tensor:
+        """[B] host bool, rows whose streams are open."""
+        return view.plan[:, view.prompt]

@@ -16,7 +16,7 @@ PROMPTS = torch.randint(3, 50, (3, 6), generator=torch.Generator().manual_seed(8
 def slow(
     model: MultimodalDLM, prompt: Tensor, sizes: list[int], steps: int
 ) -> tuple[list[int], list[int]]:
-    """Tokens and steps by hand: the streams in so many steps, everything recomputed."""
+    """Tokens and steps by hand: all streams in a number of steps, everything recomputed."""
     tokens, when = prompt.tolist() + [MASK] * LENGTH, [-1] * LENGTH
     parts, at = [], len(prompt)
     for size in sizes:
@@ -40,7 +40,7 @@ def slow(
 @pytest.mark.parametrize(
     ("sizes", "steps"), [((4, 4, 6), None), ((4, 4, 6), 3), ((2, 12), 5), ((14,), 4), ((3, 11), 1)]
 )
-def test_streams_are_filled_as_by_hand(sizes: tuple, steps: int | None, shift: bool, toy) -> None:
+def test_streams_equal_a_decode_by_hand(sizes: tuple, steps: int | None, shift: bool, toy) -> None:
     model = toy(shift=shift)
     for prompt in PROMPTS:
         want = slow(model, prompt, list(sizes), steps or max(sizes))
@@ -66,14 +66,14 @@ def test_one_stream_is_top_k(toy) -> None:
 
 
 @pytest.mark.parametrize("more", [[], [DualCache()]])
-def test_what_follows_the_streams_waits_for_them(more: list, toy) -> None:
+def test_the_positions_after_the_streams_open_last(more: list, toy) -> None:
     steps = decode(toy(), PROMPTS, LENGTH, [Streams(sizes=(4, 4), steps=7), *more]).history.step
     assert steps[:, :8].amax() == 3  # 8 of 14 positions get 4 of 7 steps
     assert steps[:, 8:].amin() == 4
     assert steps.amax() == 6
 
 
-def test_rows_with_given_positions_have_quotas_of_their_own(toy, prompts) -> None:
+def test_rows_with_given_positions_have_separate_quotas(toy, prompts) -> None:
     tokens, mask = prompts(6, 3, 5)
     canvas = torch.full((3, LENGTH), MASK)
     canvas[0, 1:5], canvas[2, :9] = 9, 8
@@ -83,6 +83,8 @@ def test_rows_with_given_positions_have_quotas_of_their_own(toy, prompts) -> Non
         given = canvas[i : i + 1]
         alone = decode(toy(), tokens[i : i + 1, -size:], LENGTH, chosen, canvas=given)
         assert batch.tokens[i, 6:].tolist() == alone.tokens[0, size:].tolist()
+        assert batch.history.step[i].equal(alone.history.step[0])
+        assert batch.forwards[i] == alone.nfe
 
 
 @pytest.mark.parametrize(
