@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmdlm.checkpoint import load
     from mmdlm.decoding.decode import Decoded, decode
+    from mmdlm.decoding.session import Session
     from mmdlm.tasks.act import Policy, load_policy
     from mmdlm.tasks.answer import answer
     from mmdlm.tasks.caption import caption
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from mmdlm.tasks.describe import describe
     from mmdlm.tasks.embed import embed
     from mmdlm.tasks.infill import infill
+    from mmdlm.tasks.stream import stream
     from mmdlm.tasks.transcribe import transcribe
 
 __version__ = "0.1.0"
@@ -31,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Decoded",
     "Policy",
+    "Session",
     "__version__",
     "answer",
     "caption",
@@ -41,6 +44,7 @@ __all__ = [
     "infill",
     "load",
     "load_policy",
+    "stream",
     "transcribe",
 ]
 
@@ -48,6 +52,7 @@ _FILES = {
     "load": "mmdlm.checkpoint",
     "decode": "mmdlm.decoding.decode",
     "Decoded": "mmdlm.decoding.decode",
+    "Session": "mmdlm.decoding.session",
     "load_policy": "mmdlm.tasks.act",
     "Policy": "mmdlm.tasks.act",
     "answer": "mmdlm.tasks.answer",
@@ -56,6 +61,7 @@ _FILES = {
     "embed": "mmdlm.tasks.embed",
     "generate": "mmdlm.tasks.chat",
     "infill": "mmdlm.tasks.infill",
+    "stream": "mmdlm.tasks.stream",
     "transcribe": "mmdlm.tasks.transcribe",
 }
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from mmdlm.commands.live import live
 from mmdlm.commands.shown import Ask, Run, plain, print_result
 
 
@@ -63,7 +64,9 @@ def answer(
         parts = [{"type": "image", "image": file} for file in image]
         parts.append({"type": "text", "text": question})
         asked = [{"role": "user", "content": parts}]
-    result = tell(run.load(), asked, batch_size=run.batch_size, **options)
+    model = run.load()
+    with live(ask.live):
+        result = tell(model, asked, batch_size=run.batch_size, **options)
     print_result(ask.draw({"question": question, **plain(result)}), run.json, "question")
     return 0
 
@@ -129,7 +132,9 @@ def infill(
     elif not templates:
         raise ValueError("nothing to fill in; give texts with [MASK], or --schema FILE.json")
     ask.check(len(asked))
-    results = fill(run.load(), asked, media, batch_size=run.batch_size, **ask.options())
+    model = run.load()
+    with live(ask.live):
+        results = fill(model, asked, media, batch_size=run.batch_size, **ask.options())
     for one, result in zip(named, results, strict=True):
         record = {"file" if schema else "template": one, **plain(result)}
         print_result(ask.draw(record, one if schema else image), run.json, None)
@@ -186,11 +191,12 @@ def _over_files(
         elif out is None or run.json:
             print_result(record, run.json, "file")
 
-    if out is None:
-        for record in each(model, task, found, **given):
-            show(record)
-        return int(failed > 0)
-    counts = run_folder(model, task, found, out, on_record=show, **given)
+    with live(ask.live):
+        if out is None:
+            for record in each(model, task, found, **given):
+                show(record)
+            return int(failed > 0)
+        counts = run_folder(model, task, found, out, on_record=show, **given)
     broken = f" (named in {out.with_suffix('.failed.jsonl')})" if counts.failed else ""
     print(
         f"{out}: {counts.done} done, {counts.skipped} done before, {counts.failed} failed{broken}",

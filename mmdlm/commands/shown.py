@@ -54,6 +54,7 @@ class Ask:
             checkpoint's own.
         seed: of decodings that draw random numbers.
         details: also show forwards, time, and for each word its step and confidence.
+        live: draw the answers on stderr while they are decoded, coloured by confidence.
         trace: draw when each word was committed, and how surely: a picture (.png) with a line per
             step, or an animation (.gif); of one answer.
     """
@@ -63,6 +64,7 @@ class Ask:
     decoding: str | None = None
     seed: int | None = None
     details: bool = False
+    live: bool = False
     trace: Path | None = None
 
     def options(self) -> dict[str, Any]:

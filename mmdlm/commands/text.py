@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmdlm.commands.live import live
 from mmdlm.commands.shown import Run, plain, print_result
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Say:
             checkpoint's own.
         seed: of decodings that draw random numbers.
         details: also show forwards and time.
+        live: draw the answers on stderr while they are decoded, coloured by confidence.
     """
 
     system: str | None = None
@@ -41,6 +43,7 @@ class Say:
     decoding: str | None = None
     seed: int | None = None
     details: bool = False
+    live: bool = False
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `mmdlm.generate`."""
@@ -83,7 +86,8 @@ def generate(
     options = say.options() | {"chat": False if raw else None}
     for start in range(0, len(asked), run.batch_size):
         group = slice(start, start + run.batch_size)
-        found = answer(model, asked[group], batch_size=run.batch_size, **options)
+        with live(say.live):
+            found = answer(model, asked[group], batch_size=run.batch_size, **options)
         for prompt, result in zip(prompts[group], found, strict=True):
             print_result({"prompt": prompt, **plain(result)}, run.json, None)
     return 0
@@ -122,7 +126,8 @@ def chat(checkpoint: str, say: Say, device: str = "auto", dtype: str = "auto") -
             elif command.startswith("/"):
                 print(f"{line} is unknown; {HELP}", flush=True)
             else:
-                found = talk.ask(line)
+                with live(say.live):
+                    found = talk.ask(line)
                 print(found.text, flush=True)
                 if say.details:
                     print(f"    {found.forwards} forwards, {found.seconds:.3f} s", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from mmdlm.decoding import preset
 from mmdlm.decoding.rng import Source
-from mmdlm.decoding.session import NO_TOKEN, Session
+from mmdlm.decoding.session import NO_TOKEN, Finished, Session
 from mmdlm.layout import Sequence
 from mmdlm.model import MultimodalDLM
 
@@ -60,6 +61,7 @@ def decode(
     generator: Source = None,
     columns: slice | None = None,
     canvas: Tensor | None = None,
+    on_step: Callable[[Session, Mapping[int, Finished]], None] | None = None,
 ) -> Decoded:
     """A prompt with `length` masked positions filled in.
 
@@ -78,6 +80,8 @@ def decode(
             row alone and in a batch agree when they get generators of the same seed.
         columns: range of ids that may be committed (action ids); the head computes only these.
         canvas: [B G] int64 answer of which only the masks are filled in; None: all masks.
+        on_step: called before the first step and after each, with the session (the keys of its
+            requests are the rows) and the answers that are complete by key.
     Raises:
         ValueError: two strategies decide the same one-owner hook or do not fit together, the length
             is not positive, the prompt is empty, both are longer than the context of the model, or
@@ -85,9 +89,14 @@ def decode(
     """
     session = Session(model, strategies, columns=columns)
     keys = session.add_rows(prompt, length, mask=mask, generator=generator, canvas=canvas)
-    while session.advance(events=False):
-        pass
     found = {done.key: done for done in session.finished()}
+    while True:
+        if on_step is not None:
+            on_step(session, found)
+        if not session.keys:
+            break
+        session.advance(events=False)
+        found |= {done.key: done for done in session.finished()}
     done = [found[key] for key in keys]
     size = max(length, *(len(row.tokens) for row in done))
     given = prompt if isinstance(prompt, Tensor) else prompt.tokens

@@ -96,6 +96,8 @@ def step(state: State, owners: Owners, on_commit: Callable[[State], None] | None
         source = strategy.resize(view)
         if source is not None:
             rows.resize(state, source)
+            for other in owners.get("layout", ()):
+                state.set_levels(other.layout(view))
     state.wrote()
     state.step += 1
     state.block_step += 1

@@ -20,6 +20,7 @@ from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 from mmdlm.layout import Sequence
 from mmdlm.model import MultimodalDLM
+from mmdlm.processor import Packed
 
 NO_TOKEN = (
     "a position had no possible token: the model gave NaN (check the weights, or load with "
@@ -116,8 +117,8 @@ class Session:
     @torch.inference_mode()
     def add(
         self,
-        prompt: Tensor | Sequence,
-        length: int,
+        prompt: Tensor | Sequence | Packed,
+        length: int | None = None,
         *,
         generator: torch.Generator | None = None,
         canvas: Tensor | None = None,
@@ -126,16 +127,24 @@ class Session:
         """Adds one request; it takes part from the next step on.
 
         Args:
-            prompt: token ids [P], or a laid-out Sequence of one row.
-            length: positions G to fill.
+            prompt: token ids [P], a laid-out Sequence of one row, or one example packed by the
+                model's processor, whose media are encoded and whose canvas is filled.
+            length: positions G to fill; None for a packed example.
             generator: source of its random draws; None: torch's own.
             canvas: [G] int64 answer of which only the masks are filled in; None: all masks.
             keep: hold what `extend` needs when the answer is complete, keys and values too.
         Returns:
             its key.
         Raises:
-            ValueError: see `mmdlm.decode`, or there is more than one row.
+            ValueError: see `mmdlm.decode`, or there is more than one row, or no length.
         """
+        if isinstance(prompt, Packed):
+            if length is not None or canvas is not None:
+                raise ValueError("a packed example brings its canvas; leave length and canvas out")
+            canvas = prompt.canvas
+            length, prompt = canvas.shape[1], self.model.embed(prompt.prompts)
+        if length is None:
+            raise ValueError("give length=, the positions to fill; only packed examples bring it")
         if isinstance(prompt, Tensor) and prompt.ndim == 1:
             prompt = prompt[None]
         count = len(prompt if isinstance(prompt, Tensor) else prompt.tokens)
@@ -360,9 +369,22 @@ class Session:
         Raises:
             KeyError: the request is not running.
         """
+        state, row, size = self._find(key)
+        return state.tokens[row, state.prompt : state.prompt + size].clone()
+
+    def confidence(self, key: int) -> Tensor:
+        """[G] float32 probability of each token of an answer so far when it was committed, else 0.
+
+        Raises:
+            KeyError: the request is not running.
+        """
+        state, row, size = self._find(key)
+        return state.commit_confidence[row, :size].clone()
+
+    def _find(self, key: int) -> tuple[State, int, int]:
+        """The rows that a running request is in, its row, and the length of its answer."""
         for state in [*self._waiting, *([] if self._state is None else [self._state])]:
             if key in state.keys:
-                i = state.keys.index(key)
-                size = int(state.lengths[i])
-                return state.tokens[i, state.prompt : state.prompt + size].clone()
+                row = state.keys.index(key)
+                return state, row, int(state.lengths[row])
         raise KeyError(f"request {key} is not running; running: {self.keys}")

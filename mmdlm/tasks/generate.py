@@ -19,6 +19,7 @@ from mmdlm.decoding.strategy import Strategy
 from mmdlm.messages import Example, Media, Slot, assistant, user
 from mmdlm.model import MultimodalDLM
 from mmdlm.processor import MediaCache
+from mmdlm.tasks.watch import on_step
 
 LENGTH = 32  # default canvas length in tokens
 WORD_STARTS = ("Ġ", "Ċ", "▁", " ", "\n")  # word prefixes of byte-level BPE and sentencepiece
@@ -256,26 +257,23 @@ def fill(
             strategies,
             generator=generators,
             canvas=packed.canvas,
+            on_step=on_step(batch),
         )
         seconds = time.perf_counter() - begin
-        done |= zip(batch, _filled(decoded, sizes[batch[0]], seconds), strict=True)
+        done |= zip(batch, _filled(decoded, seconds), strict=True)
     return [done[i] for i in range(len(examples))]
 
 
-def _filled(decoded: Decoded, size: int, seconds: float) -> list[Filled]:
+def _filled(decoded: Decoded, seconds: float) -> list[Filled]:
     """Decoded canvas of each batch row."""
     history = decoded.history
-    steps = history.step.amax(1) + 1  # [B]
-    shared = max(1, int(steps.max()))
     return [
-        # A row leaves the batch when it is complete, so it took part in its share of the forwards;
-        # guidance needs several forwards per step.
-        Filled(tokens, step, confidence, -(-decoded.nfe * own // shared), seconds)
-        for tokens, step, confidence, own in zip(
-            decoded.tokens[:, -size:].tolist(),
+        Filled(tokens, step, confidence, forwards, seconds)
+        for tokens, step, confidence, forwards in zip(
+            decoded.tokens[:, -history.step.shape[1] :].tolist(),
             history.step.tolist(),
             history.confidence.tolist(),
-            steps.tolist(),
+            decoded.forwards,
             strict=True,
         )
     ]

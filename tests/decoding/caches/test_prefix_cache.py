@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from mmdlm.decoding.caches.dual_cache import DualCache
 from mmdlm.decoding.caches.prefix_cache import PrefixCache
 from mmdlm.decoding.commits.threshold import Threshold
 from mmdlm.decoding.commits.top_k import TopK
@@ -61,11 +60,3 @@ def test_within_a_block_the_prefix_is_as_it_was_when_the_block_opened(
         want = model.backbone.head(tail[:, step.scored(row)[0]])
         want[..., 2] = step.logits[..., 2]
         torch.testing.assert_close(step.logits, want)
-
-
-@pytest.mark.parametrize("cache", [PrefixCache(), DualCache()])
-def test_blocks_of_the_models_own_are_refused(cache, toy) -> None:
-    model = toy(attention="block_causal", block_size=4)
-    with pytest.raises(ValueError, match="begin elsewhere in each; leave the cache out"):
-        decode(model, PROMPT, 6, [cache])
-    assert decode(model, PROMPT, 6, [Blocks(3), cache]).nfe > 0

@@ -8,8 +8,8 @@ from mmdlm.decoding.caches.exact import Exact
 from mmdlm.decoding.caches.prefix_lm import PrefixLM
 from mmdlm.decoding.decode import decode
 from mmdlm.decoding.plans.blocks import Blocks
-from mmdlm.decoding.state import DecodeState
-from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.strategy import GONE, Strategy
+from mmdlm.decoding.view import View
 
 PROMPT = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
 
@@ -38,21 +38,21 @@ def test_equals_a_model_of_prefix_attention_wherever_it_stands_in_the_list(
         torch.testing.assert_close(turned.history.confidence, trained.history.confidence)
 
 
-def test_refuses_models_whose_prompt_sees_no_answer_anyway(toy) -> None:
-    with pytest.raises(ValueError, match="this model has prefix; drop it"):
+def test_models_whose_prompt_never_sees_the_answer_are_rejected(toy) -> None:
+    with pytest.raises(ValueError, match="requires full attention, but this model has prefix"):
         decode(toy(attention="prefix"), PROMPT, 2, [PrefixLM()])
 
 
 @dataclass(frozen=True)
 class Cut(Strategy):
-    """Takes the last three positions from rows behind a prompt that ends in 10, in step 2."""
+    """Takes the last three positions from rows whose prompt ends in 10, in step 2."""
 
-    def resize(self, state: DecodeState) -> Tensor | None:
-        odd = state.tokens[:, state.prompt - 1] == 10
-        if state.step != 2 or not odd.any():
+    def resize(self, view: View) -> Tensor | None:
+        cut = (view.tokens[:, view.prompt - 1] == 10) & (view.step == 2)
+        if not cut.any():
             return None
-        order = torch.arange(state.length - state.prompt).repeat(len(odd), 1)
-        order[odd, -3:] = state.GONE
+        order = torch.arange(view.length - view.prompt).repeat(len(cut), 1)
+        order[cut, -3:] = GONE
         return order
 
 

@@ -74,10 +74,3 @@ def test_with_a_prompt_that_sees_no_answer_it_is_the_other_cache(dual, other, to
     chosen = [Blocks(3), Threshold(0.2)]
     ours, theirs = (decode(toy(), PROMPT, 9, [*chosen, c]) for c in (PromptOnce(dual), other))
     assert not torch.allclose(ours.history.confidence, theirs.history.confidence)
-
-
-def test_blocks_of_the_models_own_are_refused_by_name(toy) -> None:
-    model = toy(attention="block_causal", block_size=4)
-    with pytest.raises(ValueError, match="^PromptOnce recomputes the same columns in all rows"):
-        decode(model, PROMPT, 6, [PromptOnce()])
-    assert decode(model, PROMPT, 6, [Blocks(3), PromptOnce()]).nfe > 0
