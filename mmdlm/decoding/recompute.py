@@ -91,9 +91,12 @@ def block_pass(view: View, within: Tensor) -> Refresh:
         start = span(view)[0]
         stuck = view.left_before.gather(1, start)
         if bool(stuck.any()):  # otherwise there is no need to wait for a GPU
-            stuck = view.left.gather(1, start)
-            only = (torch.arange(view.length) == start) & stuck
-            opens = opens | stuck[:, 0]
+            left = view.left
+            masked = (left & ~view.held).gather(1, start)
+            only = (torch.arange(view.length) == start) & masked
+            # A position that is held does not wait for others, but must be scored.
+            alone = left.gather(1, start)[:, 0] & ((view.plan & left).sum(1) == 1)
+            opens = opens | masked[:, 0] | alone
     if bool(opens.all()):
         return Refresh(needed(view), only=only)
     if not bool(opens.any()):

@@ -173,7 +173,9 @@ class State:
         The first access after a write copies it from the device, which waits for it.
         """
         if self._left is None:
-            self._left = self.left_before = self.masked.cpu() | self.held
+            masked = self.masked.cpu()
+            self.held = self.held & ~masked
+            self._left = self.left_before = masked | self.held
         return self._left
 
     @property
