@@ -3,11 +3,13 @@ import torch
 from torch import Tensor
 
 from mmdlm.decoding.caches.block_cache import BlockCache
+from mmdlm.decoding.caches.dual_cache import DualCache
 from mmdlm.decoding.caches.prefix_cache import PrefixCache
 from mmdlm.decoding.caches.sub_block_cache import SubBlockCache
 from mmdlm.decoding.commits.dynamic import Dynamic
 from mmdlm.decoding.commits.threshold import Threshold
 from mmdlm.decoding.decode import decode
+from mmdlm.decoding.lengths.dystruct import Dystruct
 from mmdlm.decoding.plans.ada_block import AdaBlock
 from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.decoding.preset import strategies
@@ -55,7 +57,7 @@ def slow(
 @pytest.mark.parametrize(
     ("commit", "tau", "passes"), [(0.1, 0.2, 16), (0.3, 0.15, 2), (0.05, 0.1, 0), (0.0, 0.1, 16)]
 )
-def test_editing_is_what_it_is_by_hand(
+def test_editing_equals_a_decode_by_hand(
     commit: float, tau: float, passes: int, shift: bool, toy
 ) -> None:
     model = toy(attention="block_causal", block_size=BLOCK, shift=shift)
@@ -66,7 +68,7 @@ def test_editing_is_what_it_is_by_hand(
         assert got.tokens[0].tolist() == tokens
         assert got.nfe == forwards
         total += edits
-    assert total > 0 or passes == 0  # or nothing is shown
+    assert total > 0 or passes == 0  # otherwise the test shows nothing
 
 
 @pytest.mark.parametrize(
@@ -77,21 +79,28 @@ def test_editing_is_what_it_is_by_hand(
         ({"attention": "block_causal", "block_size": 4, "shift": True}, [Blocks(5)]),
         ({"shift": True}, [Blocks(5)]),
         ({}, [AdaBlock(4, 0.02, tuple(range(3, 30)), share=0.5)]),
+        ({}, [Blocks(5), PrefixCache()]),
+        ({"shift": True}, [Blocks(5), PrefixCache()]),
+        ({}, [Blocks(5), DualCache()]),
+        ({"shift": True}, [Blocks(5), DualCache()]),
+        ({"attention": "block_causal", "block_size": 4, "shift": True}, [PrefixCache()]),
     ],
 )
-def test_a_row_is_edited_as_it_is_alone(kind: dict, more: list, toy, prompts) -> None:
+def test_a_row_in_a_batch_equals_the_row_alone(kind: dict, more: list, toy, prompts) -> None:
     model, sizes = toy(**kind), (7, 4, 6, 5)
     tokens, mask = prompts(*sizes)
     chosen = [Threshold(0.2), TokenEditing(0.12, 5), *more]
     batch = decode(model, tokens, LENGTH, chosen, mask=mask)
     plain = decode(model, tokens, LENGTH, [chosen[0], *more], mask=mask)
-    assert not batch.tokens.equal(plain.tokens)  # or nothing is shown
+    assert not batch.tokens.equal(plain.tokens)  # otherwise the test shows nothing
     for i, size in enumerate(sizes):
         alone = decode(model, tokens[i : i + 1, -size:], LENGTH, chosen)
         assert batch.tokens[i, 7:].tolist() == alone.tokens[0, size:].tolist()
+        assert batch.history.step[i].equal(alone.history.step[0])
+        assert batch.forwards[i] == alone.nfe
 
 
-def test_an_edit_nothing_is_sure_enough_for_costs_one_forward_per_block(toy) -> None:
+def test_a_threshold_nothing_reaches_costs_one_forward_per_block(toy) -> None:
     model = toy(attention="block_causal", block_size=BLOCK)
     plain, edited = (
         decode(model, PROMPTS[:1], 12, [Dynamic(tau=0.3), *more])
@@ -101,7 +110,7 @@ def test_an_edit_nothing_is_sure_enough_for_costs_one_forward_per_block(toy) -> 
     assert edited.nfe == plain.nfe + 3
 
 
-def test_what_was_given_is_never_edited(toy) -> None:
+def test_given_tokens_are_never_edited(toy) -> None:
     model = toy(attention="block_causal", block_size=BLOCK)
     canvas = torch.full((4, LENGTH), MASK)
     canvas[:, 2], canvas[1, 5:9] = 9, 11
@@ -117,9 +126,9 @@ def test_the_published_numbers_are_those_of_the_preset() -> None:
     assert TokenEditing(0.9, 16) in chosen
 
 
-def test_caches_that_freeze_what_is_written_are_refused(toy) -> None:
-    with pytest.raises(ValueError, match="TokenEditing cannot be combined with PrefixCache"):
-        decode(toy(), PROMPTS, LENGTH, [TokenEditing(), PrefixCache()])
+def test_strategies_that_need_final_tokens_are_refused(toy) -> None:
+    with pytest.raises(ValueError, match="Dystruct cannot be combined with TokenEditing"):
+        decode(toy(), PROMPTS, LENGTH, [TokenEditing(), Dystruct()])
 
 
 @pytest.mark.parametrize(
@@ -133,7 +142,7 @@ def test_bad_arguments_of_token_editing(given: dict, message: str) -> None:
 
 @pytest.mark.parametrize("block_size", [1, 3])
 @pytest.mark.parametrize("cache", [None, SubBlockCache()])
-def test_windows_over_several_blocks_edit_what_a_row_alone_would(
+def test_open_positions_of_several_blocks_are_edited_as_alone(
     block_size: int, cache: Strategy | None, toy, prompts
 ) -> None:
     model = toy(attention="block_causal", block_size=block_size, shift=block_size == 1)
