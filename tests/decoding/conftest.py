@@ -176,9 +176,8 @@ class Synthetic:
             transformer=SimpleNamespace(vocab=self.vocab),
         )
         nowhere = SimpleNamespace(keys=(), keep=lambda rows: None, whole_batch=False)
-        self.backbone = SimpleNamespace(
-            cache=lambda batch, length: nowhere, parameters=lambda: iter(())
-        )
+        nowhere.pad = lambda left, right: nowhere
+        self.backbone = SimpleNamespace(cache=lambda batch, length: nowhere)
 
     def run(
         self,

@@ -77,10 +77,10 @@ def test_rows_of_a_batch_find_the_lengths_they_find_alone(
         assert got.tokens[i, 7:].tolist() == answer + [EOS] * rest
         assert ((got.history.step[i] >= 0).nonzero() == (steps >= 0).nonzero()).all()
         found.append(len(answer))
-    assert len(set(found)) > 1  # or nothing is shown
+    assert len(set(found)) > 1  # otherwise the test shows nothing
 
 
-def test_without_doubt_the_length_is_fixed_and_closed_by_end_tokens(synthetic) -> None:
+def test_without_expansion_the_length_is_fixed_and_closed_by_end_tokens(synthetic) -> None:
     for case in CASES[:6]:
         model, prompt = synthetic(case["model"]), torch.tensor([case["prompt"]])
         kept = decode(
@@ -94,11 +94,11 @@ def test_without_doubt_the_length_is_fixed_and_closed_by_end_tokens(synthetic) -
         assert low.tokens.equal(kept.tokens)
 
 
-def test_no_answer_outgrows_its_limit_nor_loses_what_was_given(toy) -> None:
+def test_no_answer_exceeds_its_limit_nor_loses_given_tokens(toy) -> None:
     prompt = torch.randint(3, 50, (3, 5), generator=torch.Generator().manual_seed(1))
     canvas = torch.full((3, 8), 2)
     canvas[0, 7], canvas[1, 0] = 17, 23
-    # The first phase appends up to 20; the second may only put in what leaves the given in place.
+    # The first phase appends up to 20; the second must leave the given tokens in place.
     for enough in (0.0, 1.0):
         chosen = [DAEDAL(growth=2.5, size=4, expansion=3, high=0.5, low=1.0, enough=enough)]
         got = decode(toy(), prompt, 8, chosen, canvas=canvas)
@@ -123,9 +123,9 @@ def test_the_context_is_a_limit_too(synthetic, monkeypatch) -> None:
     assert refused == []
 
 
-def test_what_daedal_cannot_work_with_is_refused(toy) -> None:
+def test_models_and_caches_that_do_not_fit_are_refused(toy) -> None:
     prompt = torch.tensor([[3, 4]])
-    with pytest.raises(ValueError, match="DAEDAL changes the length .* this model has prefix"):
+    with pytest.raises(ValueError, match="DAEDAL requires full attention, but .* prefix attention"):
         decode(toy(attention="prefix"), prompt, 4, [DAEDAL()])
     with pytest.raises(ValueError, match="DAEDAL cannot be combined with DualCache"):
         decode(toy(), prompt, 4, [DAEDAL(), DualCache()])
@@ -143,7 +143,7 @@ def test_confidences_of_daedal_are_probabilities(name: str) -> None:
         DAEDAL(**{name: -1})
 
 
-def test_a_row_that_waits_for_others_to_grow_draws_nothing(toy, prompts, seeds) -> None:
+def test_rows_of_a_batch_draw_the_same_numbers_as_alone(toy, prompts, seeds) -> None:
     model, (tokens, mask) = toy(), prompts(7, 4, 6, 5)
     chosen = [DAEDAL(growth=3, size=4, expansion=2, enough=0.1, high=0.3, check=3), Gumbel(1.0)]
     batch = decode(model, tokens, 6, chosen, mask=mask, generator=seeds(0, 1, 2, 3))

@@ -19,12 +19,12 @@ REAL = torch.stack([torch.arange(7) >= 7 - size for size in SIZES])
 
 
 def settings(seed: int, slope: float) -> dict:
-    """A synthetic predictor that likes the end token better towards the end."""
+    """A synthetic predictor: the end token is more probable towards the end."""
     ids = {"mask_id": MASK, "eos_id": EOS, "shift": 0}
     return {"seed": seed, "vocab": 16, "scale": 12.0, "mix": 0.0, "eos_slope": slope, **ids}
 
 
-def slow(model, prompt: list[int], size: int, tau: float, sure_end: float) -> tuple[list, list]:
+def slow(model, prompt: list[int], size: int, tau: float, tau_end: float) -> tuple[list, list]:
     """The answer and the lengths of all forwards by hand, Python numbers."""
     x, known, seen = prompt + [MASK] * LENGTH, len(prompt), []
     while MASK in x[known:]:
@@ -41,7 +41,7 @@ def slow(model, prompt: list[int], size: int, tau: float, sure_end: float) -> tu
         for i in taken:
             x[i] = best[i]
         ends = [i for i in taken if best[i] == EOS]
-        guessed = [i for i in masked if i not in taken and best[i] == EOS and sure[i] >= sure_end]
+        guessed = [i for i in masked if i not in taken and best[i] == EOS and sure[i] >= tau_end]
         if ends:
             x = x[: min(ends) + 1]
         elif guessed:
@@ -61,10 +61,10 @@ def rows(model, x: list[int]) -> list[list[float]]:
     return found
 
 
-@pytest.mark.parametrize("sure_end", [0.0, 0.6])
+@pytest.mark.parametrize("tau_end", [0.0, 0.6])
 @pytest.mark.parametrize(("size", "tau", "slope"), [(8, 0.5, 2), (20, 0.7, 5), (5, 2.0, 8)])
-def test_a_cut_answer_is_what_it_is_by_hand(
-    size: int, tau: float, slope: float, sure_end: float, synthetic, monkeypatch
+def test_a_cut_answer_equals_one_by_hand(
+    size: int, tau: float, slope: float, tau_end: float, synthetic, monkeypatch
 ) -> None:
     cut = 0
     for seed in range(6):
@@ -74,13 +74,13 @@ def test_a_cut_answer_is_what_it_is_by_hand(
             model, "run", lambda s, *r, f=inner, n=seen: (n.append(s.tokens.shape[1]), f(s, *r))[1]
         )
         prompt = TOKENS[seed % 4].tolist()
-        want, forwards = slow(model, prompt, size, tau, sure_end)
-        chosen = [Blocks(size), Threshold(tau), EndCut(sure_end)]
+        want, forwards = slow(model, prompt, size, tau, tau_end)
+        chosen = [Blocks(size), Threshold(tau), EndCut(tau_end)]
         got = decode(model, torch.tensor([prompt]), LENGTH, chosen)
         assert got.tokens[0, 7:].tolist() == want + [EOS] * (LENGTH - len(want))
         assert seen == forwards
         cut += len(want) < LENGTH
-    assert cut > 2  # or nothing is shown
+    assert cut > 2  # otherwise the test shows nothing
 
 
 @pytest.mark.parametrize(
@@ -94,12 +94,14 @@ def test_a_cut_answer_is_what_it_is_by_hand(
         [Streams(sizes=(5, 7)), PrefixLM()],
     ],
 )
-def test_rows_of_a_batch_are_cut_as_they_are_alone(more: list, synthetic) -> None:
+def test_rows_of_a_batch_are_cut_as_alone(more: list, synthetic) -> None:
     model, chosen, found = synthetic(settings(11, 4)), [EndCut(0.5), *more], set()
     got = decode(model, TOKENS, LENGTH, chosen, mask=REAL)
     for i, size in enumerate(SIZES):
         alone = decode(model, TOKENS[i : i + 1, -size:], LENGTH, chosen)
         assert got.tokens[i, 7:].tolist() == alone.tokens[0, size:].tolist()
+        assert got.history.step[i].equal(alone.history.step[0])
+        assert got.forwards[i] == alone.nfe
         found.add(int((alone.history.step >= 0).sum()))
     assert len(found) > 1
 
@@ -118,7 +120,7 @@ def test_a_model_with_weights_is_cut_row_by_row(more: list, shift: bool, toy, pr
         assert got.tokens[i, 7:].tolist() == alone.tokens[0, size:].tolist()
 
 
-def test_the_pace_stays_when_the_answer_is_cut(synthetic) -> None:
+def test_positions_per_step_stay_when_the_answer_is_cut(synthetic) -> None:
     model = synthetic(settings(11, 9))
     plain, cut = (
         decode(model, TOKENS[:1], LENGTH, [Blocks(4), TopK(10), *more]) for more in ([], [EndCut()])
@@ -129,11 +131,11 @@ def test_the_pace_stays_when_the_answer_is_cut(synthetic) -> None:
     assert cut.nfe <= -(-filled // 2) + 1
 
 
-def test_nothing_is_cut_without_a_sure_end_nor_before_what_was_given(synthetic) -> None:
+def test_nothing_is_cut_without_a_certain_end_nor_before_given_positions(synthetic) -> None:
     model = synthetic(settings(11, 4))
-    plain, bold = (decode(model, TOKENS, LENGTH, [TopK(5), *more]) for more in ([], [EndCut(1.5)]))
-    assert not bold.tokens.equal(plain.tokens)
-    for row, steps in zip(bold.tokens[:, 7:].tolist(), bold.history.step, strict=True):
+    plain, cut = (decode(model, TOKENS, LENGTH, [TopK(5), *more]) for more in ([], [EndCut(1.5)]))
+    assert not cut.tokens.equal(plain.tokens)
+    for row, steps in zip(cut.tokens[:, 7:].tolist(), cut.history.step, strict=True):
         kept = int((steps >= 0).sum())
         assert kept == LENGTH or row.index(EOS) == kept - 1
     canvas = torch.full((4, LENGTH), MASK)
@@ -143,8 +145,10 @@ def test_nothing_is_cut_without_a_sure_end_nor_before_what_was_given(synthetic) 
     assert ((got.history.step >= 0).sum(1) >= 16).all()
 
 
-def test_what_end_cut_cannot_work_with_is_refused(toy) -> None:
-    with pytest.raises(ValueError, match="EndCut changes the length .* this model has cascade"):
+def test_models_and_caches_that_do_not_fit_are_refused(toy) -> None:
+    with pytest.raises(
+        ValueError, match="EndCut requires full attention, but .* cascade attention"
+    ):
         decode(toy(attention="cascade"), torch.tensor([[3, 4]]), 4, [EndCut()])
     with pytest.raises(ValueError, match="EndCut cannot be combined with DualCache"):
         decode(toy(), torch.tensor([[3, 4]]), 4, [EndCut(), DualCache()])
@@ -152,7 +156,7 @@ def test_what_end_cut_cannot_work_with_is_refused(toy) -> None:
         EndCut(-0.5)
 
 
-def test_a_row_that_waits_is_not_cut(toy, prompts) -> None:
+def test_a_row_with_given_positions_is_cut_as_alone(toy, prompts) -> None:
     model, (tokens, mask) = toy(shift=True), prompts(5, 3)
     canvas = torch.full((2, 12), 2)
     canvas[0, [0, 1, 2, 4, 5, 6, 7, 9]] = torch.tensor([38, 24, 19, 47, 48, 14, 48, 4])

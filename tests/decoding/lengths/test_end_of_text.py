@@ -8,7 +8,7 @@ EOS, MASK = 1, 2
 
 
 def oracle(answer: list[int]) -> list[int]:
-    """The answer with end tokens for the masks behind its first end token, if it is settled."""
+    """The answer with end tokens for the masks after its first end token, if none is before it."""
     for i, token in enumerate(answer):
         if token == MASK:
             return answer
