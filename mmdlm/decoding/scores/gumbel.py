@@ -18,7 +18,7 @@ class Gumbel(Strategy):
 
     The candidate is the argmax of exp(z) / (-log u) ** temperature with u uniform, taken in the log
     domain: the same order without overflow. Confidence stays the probability of the candidate
-    without temperature. Every row draws from its own stream (`DecodeState.uniform`).
+    without temperature. Every row draws from its own stream (`View.uniform`).
 
     Source: ML-GSAI/LLaDA: generate.py (add_gumbel_noise). It is in float64 because float32 noise
     favours likely tokens (arXiv 2409.02908).
