@@ -82,15 +82,14 @@ def test_with_a_fixed_schedule_no_step_waits(name, shift, toy, there, prompts) -
     got, mode = there(model, given, FIXED[name])
     assert got.tokens.equal(decode(model, given[0], LENGTH, FIXED[name], mask=given[1]).tokens)
     looks = [look for look in mode.looks if look.endswith("in left")]
-    # At the start; then as each of the two blocks is done. A cache of a shifted family also looks
-    # whether the first position of its block is written; a table, after the step that made it.
+    # At the start; then as each of the two blocks is done. A cache of a shifted family also checks
+    # whether the first position of its block is written.
     cached = shift and any(isinstance(s, PrefixCache | DualCache) for s in FIXED[name])
-    table = any(isinstance(s, MaskGIT | TimeShift) for s in FIXED[name])
-    assert len(looks) == 3 + 2 * cached + 2 * table, mode.looks
-    # The layout at the start, its change by a strategy, tables; at the end, whether any was NaN.
+    assert len(looks) == 3 + 2 * cached, mode.looks
+    # The layout at the start, its change by a strategy; at the end, whether any was NaN.
     others = [look for look in mode.looks if look not in looks]
     layouts = 1 + (name == "prefix-LM")
-    assert len(others) == 1 + 2 * layouts + 2 * table, others
+    assert len(others) == 1 + 2 * layouts, others
 
 
 def test_a_threshold_looks_once_a_step(toy, there, prompts) -> None:
