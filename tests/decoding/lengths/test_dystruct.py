@@ -52,12 +52,12 @@ def opened(got: Decoded) -> list[list[int]]:
     return [(steps == i).nonzero()[:, 0].tolist() for i in range(int(steps.max()) + 1)]
 
 
-def blocks(doubt: list[float], **given: float) -> list[int]:
-    free = [False] * len(doubt)
-    return Dystruct(**given)._divide(doubt, free, [True] * len(doubt))
+def blocks(uncertainty: list[float], **given: float) -> list[int]:
+    free = [False] * len(uncertainty)
+    return Dystruct(**given)._divide(uncertainty, free, [True] * len(uncertainty))
 
 
-def test_even_doubt_is_one_block_and_a_leap_opens_another() -> None:
+def test_equal_uncertainty_is_one_block_and_a_jump_opens_another() -> None:
     assert blocks([0.3] * 8) == [0] * 8
     assert blocks([0.1, 0.1, 0.12, 0.9, 0.85, 0.9]) == [0, 0, 0, 1, 1, 1]
     assert blocks([0.3] * 8, alpha=1e9) == list(range(8))
@@ -65,54 +65,60 @@ def test_even_doubt_is_one_block_and_a_leap_opens_another() -> None:
 
 
 def test_larger_blocks_attract_more() -> None:
-    far = 0.55  # so far that one other position does not hold it, but many do
+    far = 0.55  # too far for a block of one position, not for a larger one
     assert blocks([0.1, far]) == [0, 1]
     assert blocks([0.1] * 9 + [far]) == [0] * 10
 
 
 def test_line_breaks_and_known_tokens_end_blocks() -> None:
-    doubt, free = [0.3] * 6, [False] * 6
+    values, free = [0.3] * 6, [False] * 6
     inside = [False, True, False, False, False, False]
     plan = Dystruct(structure=5.0)
-    assert plan._divide(doubt, inside, [True] * 6) == [0, 0, 1, 1, 1, 1]
-    assert plan._divide(doubt, free, [True, True, False, True, True, False]) == [0, 0, -1, 1, 1, -1]
+    assert plan._divide(values, inside, [True] * 6) == [0, 0, 1, 1, 1, 1]
+    assert plan._divide(values, free, [True, True, False, True, True, False]) == [
+        0,
+        0,
+        -1,
+        1,
+        1,
+        -1,
+    ]
 
 
-def test_the_steadiest_block_goes_first_unless_another_is_better_anchored(certain) -> None:
+def test_the_least_uncertain_block_opens_first_unless_another_has_more_context(certain) -> None:
     model, prompt = certain([0.6] * 9 + [0.99] * 9 + [0.3] * 9)
     first, second, third = (list(range(i, i + 9)) for i in (0, 9, 18))
-    steady, anchored = (
-        opened(decode(model, prompt, 27, [Dystruct(1, context=x, spread=0.05, weld=0), AT_ONCE]))
-        for x in (0, 9)
-    )
-    assert steady == [second, first, third]
-    assert anchored == [first, second, third]  # each next to what is known by then
+    plans = [Dystruct(1, context=x, spread=0.05, repair_threshold=0) for x in (0, 9)]
+    certainty, context = (opened(decode(model, prompt, 27, [plan, AT_ONCE])) for plan in plans)
+    assert certainty == [second, first, third]
+    assert context == [first, second, third]  # each next to positions known by then
 
 
-def test_doubtful_tokens_at_a_seam_are_decided_once_more(certain) -> None:
+def test_uncertain_tokens_at_a_block_boundary_are_decided_once_more(certain) -> None:
     model, prompt = certain([0.95, 0.95, 0.9, 0.4, 0.35, 0.4])
-    got = decode(model, prompt, 6, [Dystruct(growth=1, weld=0.5), AT_ONCE])
-    # Blocks in steps 0 and 1, then position 3: beside the seam, and less than 0.5.
+    got = decode(model, prompt, 6, [Dystruct(growth=1, repair_threshold=0.5), AT_ONCE])
+    # Blocks in steps 0 and 1, then position 3: at the boundary, and below 0.5.
     assert got.history.step.tolist() == [[0, 0, 0, 2, 1, 1]]
     assert got.nfe == 3
-    none = decode(model, prompt, 6, [Dystruct(growth=1, weld=0), AT_ONCE])
+    none = decode(model, prompt, 6, [Dystruct(growth=1, repair_threshold=0), AT_ONCE])
     assert none.nfe == 2
 
 
-def test_a_window_grows_by_how_sure_it_was_until_the_text_ends(certain) -> None:
+def test_masks_are_appended_by_the_mean_probability_until_the_text_ends(certain) -> None:
     sure, text = [0.9] * 4 + [0.5] * 20, [5] * 9 + [EOS] + [7] * 14
     model, prompt = certain(sure, text)
-    plan = Dystruct(growth=9, expansion=5, weld=0, alpha=1e-9)
+    plan = Dystruct(growth=9, expansion=5, repair_threshold=0, alpha=1e-9)
     got = decode(model, prompt, 4, [plan, AT_ONCE])
     # 4, then round(5 * 0.9) more, then round(5 * 0.5) that hold the end of the text.
     assert got.history.step[0].tolist() == [0] * 4 + [1] * 5 + [2] * 3
-    short = decode(model, prompt, 4, [Dystruct(growth=2, weld=0, alpha=1e-9), AT_ONCE])
+    plan = Dystruct(growth=2, repair_threshold=0, alpha=1e-9)
+    short = decode(model, prompt, 4, [plan, AT_ONCE])
     assert short.tokens.shape[1] == 2 + 8
 
 
 @pytest.mark.parametrize("steps", [None, 3])
 def test_one_block_without_growth_is_the_plain_decode(steps: int | None, synthetic) -> None:
-    plan = Dystruct(growth=1, weld=0, alpha=1e-9, spread=9)
+    plan = Dystruct(growth=1, repair_threshold=0, alpha=1e-9, spread=9)
     more = [TopK()] if steps is None else [Threshold(0.7)]
     for seed in range(4):
         model = synthetic(settings(seed))
@@ -123,18 +129,23 @@ def test_one_block_without_growth_is_the_plain_decode(steps: int | None, synthet
 
 @pytest.mark.parametrize("seed", range(3, 11))
 @pytest.mark.parametrize("more", [[], [Threshold(0.6)], [Threshold(0.5), EndOfText()], [TopK(6)]])
-def test_rows_of_a_batch_are_built_as_they_are_alone(seed: int, more: list, synthetic) -> None:
+def test_rows_of_a_batch_equal_the_rows_alone(seed: int, more: list, synthetic) -> None:
     model, chosen = synthetic(settings(seed, slope=4.0)), [Dystruct(2.5, 6, spread=0.1), *more]
     got = decode(model, TOKENS, LENGTH, chosen, mask=REAL)
     for i, size in enumerate(SIZES):
-        alone = decode(model, TOKENS[i : i + 1, -size:], LENGTH, chosen).tokens[0, size:].tolist()
-        assert got.tokens[i, 7:].tolist() == alone + [EOS] * (got.tokens.shape[1] - 7 - len(alone))
+        alone = decode(model, TOKENS[i : i + 1, -size:], LENGTH, chosen)
+        answer, rest = alone.tokens[0, size:].tolist(), got.tokens.shape[1] - 7
+        assert got.tokens[i, 7:].tolist() == answer + [EOS] * (rest - len(answer))
+        assert got.history.step[i, : len(answer)].equal(alone.history.step[0])
+        assert got.forwards[i] == alone.nfe
     assert not (got.tokens == MASK).any()
 
 
-def test_what_dystruct_cannot_work_with_is_refused(toy) -> None:
+def test_models_and_caches_that_do_not_fit_are_refused(toy) -> None:
     prompt = torch.tensor([[3, 4]])
-    with pytest.raises(ValueError, match="Dystruct changes the length .* this model has prefix"):
+    with pytest.raises(
+        ValueError, match="Dystruct requires full attention, but .* prefix attention"
+    ):
         decode(toy(attention="prefix"), prompt, 4, [Dystruct()])
     with pytest.raises(ValueError, match="Dystruct cannot be combined with DualCache"):
         decode(toy(), prompt, 4, [Dystruct(), DualCache()])
@@ -154,9 +165,9 @@ def test_bad_arguments_of_dystruct(given: dict, message: str) -> None:
         Dystruct(**given)
 
 
-def test_many_turns_are_told_from_what_comes_later(toy, prompts) -> None:
+def test_many_blocks_and_repairs_fill_the_whole_answer(toy, prompts) -> None:
     tokens, mask = prompts(6, 2)
-    often = Dystruct(growth=2.0, expansion=5, spread=1.0, weld=1.0)
+    often = Dystruct(growth=2.0, expansion=5, spread=1.0, repair_threshold=1.0)
     got = decode(toy(), tokens, 14, [often, Suppress(eos=True)], mask=mask)
     assert got.tokens.shape[1] == 6 + 2 * 14
     assert got.history.step.min() >= 0
