@@ -99,8 +99,10 @@ class Dystruct(Strategy):
     def plan(self, view: View) -> Tensor:
         """[B L] bool, the next block of each row, or all its masks if they are not yet divided."""
         mine, masks = view.memory(self), view.left
-        divided, whole = mine["divided"], ~mine["divided"] | mine["repairs"]
-        mine["part"] = torch.where(divided[:, None], mine["part"], masks[:, view.prompt :])
+        divided, repairs = mine["divided"], mine["repairs"]
+        whole, own = ~divided | repairs, masks[:, view.prompt :]
+        part = mine["part"] | (own & repairs[:, None])
+        mine["part"] = torch.where(divided[:, None], part, own)
         mine["repairs"] = torch.zeros_like(divided)
         stays = (view.plan & masks).any(1) & ~whole
         plan = torch.where(stays[:, None], view.plan, masks)

@@ -104,6 +104,15 @@ def test_uncertain_tokens_at_a_block_boundary_are_decided_once_more(certain) -> 
     assert none.nfe == 2
 
 
+def test_repaired_tokens_count_in_the_mean_probability(certain) -> None:
+    sure = [0.95, 0.95, 0.9, 0.4, 0.35, 0.4] + [0.9] * 20
+    model, prompt = certain(sure)
+    got = decode(model, prompt, 6, [Dystruct(growth=2, expansion=5, alpha=1.0), AT_ONCE])
+    # Position 3 is decided again in step 2; then round(5 * 0.658) = 3 masks are appended, not 4.
+    assert got.history.step[0, :9].tolist() == [0, 0, 0, 2, 1, 1, 3, 3, 3]
+    assert got.history.step[0, 9] > 3
+
+
 def test_masks_are_appended_by_the_mean_probability_until_the_text_ends(certain) -> None:
     sure, text = [0.9] * 4 + [0.5] * 20, [5] * 9 + [EOS] + [7] * 14
     model, prompt = certain(sure, text)
