@@ -177,6 +177,7 @@ class Synthetic:
         )
         nowhere = SimpleNamespace(keys=(), keep=lambda rows: None, whole_batch=False)
         nowhere.pad = lambda left, right: nowhere
+        nowhere.of_rows = lambda rows: nowhere
         self.backbone = SimpleNamespace(cache=lambda batch, length: nowhere)
 
     def run(
