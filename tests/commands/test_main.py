@@ -392,7 +392,7 @@ def test_bench_presets_draws_accuracy_against_forwards(tmp_path, capsys):
     given = ["plain,parallel,daedal", "--tasks", "captions", "--count", "2"]
     assert main(["bench", "presets", *given, "--out", str(out), "--plot", str(plot)]) == 0
     shown = capsys.readouterr().out
-    assert "daedal: DAEDAL changes the length of the answer, which is for full" in shown
+    assert "daedal: DAEDAL requires full attention, but this model has cascade" in shown
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert {line["decoding"]: line["forwards"] for line in lines}["plain"] == 20
     assert all(line["value"] >= 0.5 for line in lines)

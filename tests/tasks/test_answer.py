@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import mmdlm
+import mmdlm.decoding.start
 from mmdlm.layout import Row
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*filled the canvas")
@@ -54,7 +55,7 @@ def slow_probabilities(model, question, image, choices, size):
     prompt = model.prompt(question)
     row = model.arrange([Row((media, prompt))])
     decoded = torch.full((size,), model.spec.mask_id)
-    state = mmdlm.decoding.decode.start(model, row, size, None, None, None, decoded[None])
+    state = mmdlm.decoding.start.start(model, row, size, None, None, None, decoded[None])
     hidden = model.backbone.head(model.hidden(state.sequence))[0].double()
     totals = []
     for choice in choices:
