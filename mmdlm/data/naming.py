@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from mmdlm.data.scenes import Scene
 
 SHARE = 0.06  # smallest covered share of a cell for which it has names
 
 
-def cell_words(scene: Scene, cells: int, grid: int) -> tuple[tuple[str, ...], ...]:
+class Disc(Protocol):
+    """A shape as far as its labels need it, such as `mmdlm.data.scenes.Shape`."""
+
+    x: float
+    y: float
+    radius: float
+    size: str
+    colour: str
+    kind: str
+
+
+def cell_words(shapes: Sequence[Disc], cells: int, grid: int) -> tuple[tuple[str, ...], ...]:
     """Size, colour and kind of the shape that covers most of each cell, row-major; () if empty.
 
     Args:
-        scene: the scene.
+        shapes: of the scene.
         cells: cells per side.
         grid: side of the image in pixels of the scene's coordinates.
     Raises:
@@ -28,12 +37,12 @@ def cell_words(scene: Scene, cells: int, grid: int) -> tuple[tuple[str, ...], ..
     covered = np.stack(
         [
             (at[None] - shape.x) ** 2 + (at[:, None] - shape.y) ** 2 <= shape.radius**2
-            for shape in scene.shapes
+            for shape in shapes
         ]
     )  # [shapes Y X], a disc around each shape
     side = grid // cells
     counts = covered.reshape(len(covered), cells, side, cells, side).mean((2, 4))
     best = counts.argmax(0).flatten()
     enough = counts.max(0).flatten() >= SHARE
-    named = [(s.size, s.colour, s.kind) for s in scene.shapes]
+    named = [(s.size, s.colour, s.kind) for s in shapes]
     return tuple(named[i] if ok else () for i, ok in zip(best, enough, strict=True))

@@ -352,7 +352,7 @@ class Scenes(Dataset):
         turns = questions(scene, rng, self.questions)
         if self.caption:
             turns = (Turn(CAPTION_PROMPT, describe(scene), CAPTION_LENGTH), *turns)
-        names = cell_words(scene, self.cells, GRID) if self.cells else None
+        names = cell_words(scene.shapes, self.cells, GRID) if self.cells else None
         group = f"scene{len(scene.shapes)}"
         return example(turns, group=group, names=names, image=draw(scene, self.size))
 

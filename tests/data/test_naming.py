@@ -54,7 +54,7 @@ def test_cells_equal_counting_pixels(cells):
     for scene in scenes_of(12):
         side = 64 // cells
         want = [of_cell(scene, r, c, side) for r in range(cells) for c in range(cells)]
-        assert list(cell_words(scene, cells, 64)) == want
+        assert list(cell_words(scene.shapes, cells, 64)) == want
 
 
 def test_cells_agree_with_the_drawn_image():
@@ -62,7 +62,7 @@ def test_cells_agree_with_the_drawn_image():
     for scene in scenes_of(120):
         drawn = np.stack([ink(scene, shape) for shape in scene.shapes])
         shares = drawn.reshape(-1, 4, 16, 4, 16).mean((2, 4)).reshape(-1, 16)
-        for words, share in zip(cell_words(scene, 4, 64), shares.T, strict=True):
+        for words, share in zip(cell_words(scene.shapes, 4, 64), shares.T, strict=True):
             best = scene.shapes[share.argmax()]
             same += words == (phrase(best) if share.max() >= SHARE else ())
             total += 1
@@ -73,20 +73,20 @@ def test_cells_agree_with_the_drawn_image():
 
 def test_empty_cells_have_no_names():
     scene = Scene((Shape("circle", "red", "small", 8, 8, 5.0),))
-    words = cell_words(scene, 4, 64)
+    words = cell_words(scene.shapes, 4, 64)
     assert words == (("small", "red", "circle"), *[()] * 15)
 
 
 @pytest.mark.parametrize("cells", [0, 5, -4])
 def test_cells_that_do_not_divide_the_image_are_rejected(cells):
     with pytest.raises(ValueError, match=f"cells is {cells}, expected a divisor of 64"):
-        cell_words(scenes_of(1)[0], cells, 64)
+        cell_words(scenes_of(1)[0].shapes, cells, 64)
 
 
 def test_samples_of_scenes_have_names_of_every_cell():
     scenes = Scenes(cells=4, size=32)
     sample = scenes.sample(5, np.random.default_rng(0))
-    assert sample.names == cell_words(scenes.scene(5), 4, 64)
+    assert sample.names == cell_words(scenes.scene(5).shapes, 4, 64)
     assert len(sample.names) == 16
     assert {w for words in sample.names for w in words} <= set(scenes.vocabulary())
     assert Scenes().sample(5, np.random.default_rng(0)).names is None
