@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmdlm.decoding.strategy import Refresh
+from mmdlm.decoding.refresh import Refresh
 from mmdlm.decoding.view import View
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mmdlm.backbones.kv import KV, listed, take
 from mmdlm.decoding.memory import Memory
+from mmdlm.decoding.refresh import Refresh
 from mmdlm.decoding.rng import Streams
-from mmdlm.decoding.strategy import Refresh
 from mmdlm.layout import Sequence
 from mmdlm.model import MultimodalDLM
 

@@ -13,7 +13,6 @@ from mmdlm.decoding.memory import Memory
 
 if TYPE_CHECKING:
     from mmdlm.decoding.state import State
-    from mmdlm.decoding.strategy import Strategy
 
 # fmt: off
 READABLE = frozenset((
@@ -86,7 +85,7 @@ class View:
             noted[name] = make(self)
         return noted[name]
 
-    def memory(self, strategy: Strategy) -> Memory:
+    def memory(self, strategy: object) -> Memory:
         """What a strategy remembers: entries of `begin` by name, and objects of `prepare`."""
         return self._state.memories[id(strategy)]
 

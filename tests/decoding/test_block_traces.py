@@ -38,8 +38,9 @@ from mmdlm.decoding.decode import Decoded, decode
 from mmdlm.decoding.memory import Entry, PerRequest
 from mmdlm.decoding.plans.sub_blocks import SubBlocks
 from mmdlm.decoding.recompute import span
+from mmdlm.decoding.refresh import Refresh
 from mmdlm.decoding.scores.left_to_right import LeftToRight
-from mmdlm.decoding.strategy import Refresh, Strategy
+from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -31,7 +31,8 @@ from mmdlm.decoding.decode import decode
 from mmdlm.decoding.guidance.cfg import CFG
 from mmdlm.decoding.lengths.end_of_text import EndOfText
 from mmdlm.decoding.plans.blocks import Blocks
-from mmdlm.decoding.strategy import Refresh, Strategy
+from mmdlm.decoding.refresh import Refresh
+from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 from mmdlm.model import MultimodalDLM
 

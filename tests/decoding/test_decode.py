@@ -18,9 +18,10 @@ from mmdlm.decoding.dispatch import assign
 from mmdlm.decoding.guidance.cfg import CFG
 from mmdlm.decoding.lengths.end_of_text import EndOfText
 from mmdlm.decoding.plans.blocks import Blocks
+from mmdlm.decoding.refresh import Refresh
 from mmdlm.decoding.scores.gumbel import Gumbel
 from mmdlm.decoding.scores.random_order import RandomOrder
-from mmdlm.decoding.strategy import Refresh, Strategy
+from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 from mmdlm.layout import Row, arrange
 from mmdlm.model import MultimodalDLM

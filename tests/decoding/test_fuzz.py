@@ -15,8 +15,9 @@ from mmdlm import discover
 from mmdlm.decoding.caches.exact import Exact
 from mmdlm.decoding.decode import Decoded, decode
 from mmdlm.decoding.dispatch import assign
+from mmdlm.decoding.refresh import Refresh
 from mmdlm.decoding.state import State
-from mmdlm.decoding.strategy import Refresh, Strategy
+from mmdlm.decoding.strategy import Strategy
 from mmdlm.layout import Row
 from mmdlm.model import MultimodalDLM
 

@@ -16,9 +16,10 @@ from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.decode import decode
 from mmdlm.decoding.memory import Entry, PerRow
 from mmdlm.decoding.plans.blocks import Blocks
+from mmdlm.decoding.refresh import Refresh
 from mmdlm.decoding.scores.entropy import Entropy
 from mmdlm.decoding.state import State
-from mmdlm.decoding.strategy import GONE, NEW, Refresh, Strategy
+from mmdlm.decoding.strategy import GONE, NEW, Strategy
 from mmdlm.decoding.view import View
 from mmdlm.model import MultimodalDLM
 

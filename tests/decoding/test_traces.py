@@ -28,11 +28,12 @@ from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.decode import Decoded, decode
 from mmdlm.decoding.guidance.cfg import CFG
 from mmdlm.decoding.plans.blocks import Blocks
+from mmdlm.decoding.refresh import Refresh
 from mmdlm.decoding.scores.entropy import Entropy
 from mmdlm.decoding.scores.margin import Margin
 from mmdlm.decoding.scores.probability import Probability
 from mmdlm.decoding.scores.random_order import RandomOrder
-from mmdlm.decoding.strategy import Refresh, Strategy
+from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 
 GOLDEN = Path(__file__).parents[1] / "golden"

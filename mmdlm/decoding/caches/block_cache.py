@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mmdlm.decoding.recompute import highest, needed, scoring
-from mmdlm.decoding.strategy import Refresh, Strategy
+from mmdlm.decoding.refresh import Refresh
+from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 
 

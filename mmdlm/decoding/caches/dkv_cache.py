@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mmdlm.decoding.memory import Entry, PerCanvas
 from mmdlm.decoding.recompute import highest, needed
-from mmdlm.decoding.strategy import Refresh, Strategy
+from mmdlm.decoding.refresh import Refresh
+from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 
 

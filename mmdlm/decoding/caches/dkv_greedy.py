@@ -12,7 +12,8 @@ from mmdlm.backbones.kv import take
 from mmdlm.decoding.memory import Entry, PerCanvas
 from mmdlm.decoding.numerics import rank
 from mmdlm.decoding.recompute import needed
-from mmdlm.decoding.strategy import Refresh, Strategy
+from mmdlm.decoding.refresh import Refresh
+from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 
 

@@ -13,7 +13,8 @@ from mmdlm.backbones.kv import KV, PartialKV, Pass, Rows, indices, listed
 from mmdlm.backbones.transformer import finite
 from mmdlm.decoding.memory import Entry, PerCanvas
 from mmdlm.decoding.numerics import first
-from mmdlm.decoding.strategy import Refresh, Strategy
+from mmdlm.decoding.refresh import Refresh
+from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 
 

@@ -9,7 +9,8 @@ import torch
 
 from mmdlm.decoding.block_order import heads
 from mmdlm.decoding.recompute import scoring_masks
-from mmdlm.decoding.strategy import Refresh, Strategy
+from mmdlm.decoding.refresh import Refresh
+from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 
 

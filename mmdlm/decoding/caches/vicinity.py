@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 
 from mmdlm.decoding.recompute import between, needed, scoring, span
-from mmdlm.decoding.strategy import Refresh, Strategy
+from mmdlm.decoding.refresh import Refresh
+from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 
 

@@ -16,8 +16,9 @@ from mmdlm.decoding.guidance.cfg import CFG
 from mmdlm.decoding.lengths.end_of_text import EndOfText
 from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.decoding.preset import strategies
+from mmdlm.decoding.refresh import Refresh
 from mmdlm.decoding.session import Session
-from mmdlm.decoding.strategy import Refresh, Strategy
+from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 
 MASK, LENGTH = 2, 12

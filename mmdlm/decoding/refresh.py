@@ -1,0 +1,31 @@
+"""Which positions a step computes, and which keys and values it keeps."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Refresh(NamedTuple):
+    """What one step computes; every batch row has its own positions.
+
+    All tensors are [B L] bool on the host.
+
+    Args:
+        compute: positions whose keys, values and states are recomputed, at least one per row.
+            Position p of a shifted family scores the token at p + 1.
+        cached: keep the keys and values for later steps, and attend to those kept earlier. Without
+            it `compute` must hold all positions of a row.
+        attend: the only keys that may be attended to; None: all that the layout allows.
+        prefill: positions computed in a separate forward that only fills the cache, before the
+            others; None: there is no such forward. Rows without one take no part in it.
+        only: positions that later steps of the block cannot score. A row that has a mask there
+            commits it and nothing else; in the other rows `select` decides. None: in all rows.
+    """
+
+    compute: Tensor
+    cached: bool = True
+    attend: Tensor | None = None
+    prefill: Tensor | None = None
+    only: Tensor | None = None
