@@ -73,7 +73,7 @@ def test_strategy_of_the_readme_decodes():
     space: dict = {"__name__": "halve"}
     exec(
         "from dataclasses import dataclass\nfrom torch import Tensor\n"
-        "from mmdlm.decoding.state import DecodeState\n"
+        "from mmdlm.decoding.view import View\n"
         "from mmdlm.decoding.strategy import Strategy\nfrom mmdlm.decoding.numerics import rank\n",
         space,
     )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mmdlm.model import MultimodalDLM
 
 PACKAGES = {
+    "systems": "mmdlm.systems",
     "families": "mmdlm.backbones",
     "encoders": "encoders",
     "adapters": "adapters",
@@ -37,7 +38,7 @@ STRATEGIES = (
     "changed, pick takes the best token, score its probability, select one position per step."
 )
 WHAT = Literal[
-    *("all", "models", "decoding", "strategies", "families", "encoders", "adapters"),
+    *("all", "models", "decoding", "strategies", "systems", "families", "encoders", "adapters"),
     *("objectives", "data", "simulators", "configs"),
 ]
 
@@ -50,8 +51,9 @@ def list_names(what: WHAT = "all") -> int:
     Args:
         what: models (bundled), decoding (presets for --decoding, and the strategies they are made
             of: what each decides, where it is from, what it cannot be combined with), strategies
-            (alone), families (of published checkpoints), encoders, adapters, objectives, data,
-            simulators, configs (for mmdlm fit -c).
+            (alone), systems (published checkpoints with encoders), families (published text
+            checkpoints), encoders, adapters, objectives, data, simulators, configs (for mmdlm fit
+            -c).
     """
     from rich.console import Console
     from rich.markup import escape
