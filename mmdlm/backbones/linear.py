@@ -91,7 +91,7 @@ def pack(module: nn.Module) -> None:
 def packed(module: object) -> Iterator[None]:
     """Uses packed weights within the context, in this thread.
 
-    On entry, copies of weights that changed since are dropped. This reads every packed weight once,
+    On entry, copies of weights that changed since are dropped. This reads weights with copies once,
     a few percent of the time of a decode. Within the context weights must not change.
 
     Args:
@@ -103,10 +103,10 @@ def packed(module: object) -> Iterator[None]:
         packs = getattr(weight, "packs", None)
         if packs is None or packs in active:
             continue
-        checksum = _checksum(weight) if _can_pack(weight) else None
-        if checksum is None or not checksum.equals(packs.checksum):
-            packs.copies, packs.checksum = {}, checksum
-        if checksum is not None:
+        can_pack = _can_pack(weight)
+        if packs.copies and not (can_pack and _checksum(weight).equals(packs.checksum)):
+            packs.copies = {}
+        if can_pack:
             active.add(packs)
     token = _ACTIVE.set(frozenset(active))
     try:
@@ -156,6 +156,8 @@ def linear(
     key = None if rows is None else (rows.start, rows.stop)
     copy = packs.copies.pop(key, None)
     if copy is None:
+        if not packs.copies:  # weights of which no copy is made, as of embeddings, are never read
+            packs.checksum = _checksum(weight)
         copy = torch.ops.mkldnn._reorder_linear_weight(part.detach())
         for old in list(packs.copies)[: max(0, len(packs.copies) + 1 - MOST)]:
             packs.copies.pop(old, None)
