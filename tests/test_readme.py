@@ -63,6 +63,25 @@ def test_first_lines_caption_an_image(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == sample.turns[0].answer
 
 
+def test_streams_and_sessions_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    import mmdlm
+    from mmdlm.data import scenes
+
+    scene = scenes.random_scene(np.random.default_rng(3), 1)
+    (tmp_path / "pictures").mkdir()
+    Image.fromarray(scenes.draw(scene)).save(tmp_path / "pictures" / "0000000.png")
+    monkeypatch.chdir(tmp_path)
+    code = next(block for kind, block in BLOCKS if kind == "python" and "mmdlm.stream" in block)
+    space = {"mmdlm": mmdlm, "torch": torch, "model": mmdlm.load("tiny", device="cpu")}
+    exec(code, space)
+    assert scenes.describe(scene) in capsys.readouterr().out.splitlines()[-1]
+    assert [event.key for event in space["events"]][-1] == space["key"]
+
+
 def test_strategy_of_the_readme_decodes():
     import torch
 
