@@ -57,13 +57,12 @@ def load(path: str | Path, kind: str, build: type[Network]) -> Network:
         raise ValueError(f"{path} is no complete safetensors file ({error})") from error
     if said.get("kind") != kind:
         raise ValueError(
-            f"{path} holds: {said.get('kind', 'weights that do not say what they are')}; expected: "
-            f"{kind}"
+            f"{path} holds: {said.get('kind', 'weights without a description')}; expected: {kind}"
         )
     with torch.device("meta"):  # draws no random numbers
         network = build(**said["sizes"])
     try:
         network.load_state_dict(weights, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not hold the weights it says: {error}") from error
+        raise ValueError(f"{path} does not fit its description: {error}") from error
     return network.to(torch.float32).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What an answered request leaves behind for the next turn of its conversation."""
+"""What a finished request keeps for the next turn of its conversation."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def resume(state: State, turn: Turn) -> None:
 
     Args:
         state: a new row, before its first step.
-        turn: the finished row of the same conversation.
+        turn: the finished batch row of the same conversation.
     """
     real = (state.level[0] >= 0).nonzero()[:, 0]
     level, was, now = state.level[0, real], turn.sequence, state.sequence

@@ -53,7 +53,7 @@ def _first(flags: Tensor) -> Tensor:
 
 
 def lasts(state: State, owners: Owners) -> bool:
-    """Whether all rows are sure to stay in their blocks, so that a GPU need not be waited for."""
+    """True if all rows certainly stay in their blocks, so that the host sync can be skipped."""
     if state.score_masked_only:
         return False
     if any(hook in owners for hook in ("stop", "edit", "hold", "revise", "end", "resize")):

@@ -9,7 +9,7 @@ from mmdlm.decoding.view import View
 
 
 def longest(view: View, growth: float) -> Tensor:
-    """[B] int64 on the CPU, positions each answer may have: so many times as at first, in reach.
+    """[B] int64 on the CPU, the most positions each answer may have, within the model's context.
 
     Args:
         view: the rows, before its first step.

@@ -196,7 +196,7 @@ class State:
         return self.level >= self.level.gather(1, first)
 
     def set_levels(self, level: Tensor) -> None:
-        """Says who attends to whom, [B L] int64."""
+        """Sets the level of each position, [B L] int64 (see `mmdlm.layout`)."""
         self.sequence = replace(self.sequence, level=level)
         self.level = level.cpu().masked_fill(~self.sequence.mask.cpu(), -1)
         self.relevel()
@@ -272,8 +272,8 @@ class State:
             start: canvas position of the first column of `target`.
         """
         if self.read is not None:
-            window = target.narrow(1, self.read.start - start, self.read.stop - self.read.start)
-            window.copy_(torch.where(where, values, window))
+            part = target.narrow(1, self.read.start - start, self.read.stop - self.read.start)
+            part.copy_(torch.where(where, values, part))
             return
         place = self.at - start if start else self.at
         if self.real is None:

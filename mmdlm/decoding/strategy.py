@@ -111,7 +111,7 @@ class Strategy:
         return None
 
     def cache(self, view: View) -> KV | None:
-        """Empty key/value buffers for all rows, of a kind of its own; None: the model's.
+        """Empty key/value buffers for all rows, of a special class; None: the model's own.
 
         For the owner of `refresh` only; called when rows are added.
         """
@@ -146,7 +146,7 @@ class Strategy:
         raise TypeError(f"{type(self).__name__} does not decide select")
 
     def lasts(self, view: View) -> bool:
-        """Whether `select` is sure to leave an open mask in every row after this step.
+        """Whether `select` certainly leaves an open mask in every row after this step.
 
         For schedules whose counts are known beforehand, so that a GPU need not be waited for in
         every step; called before the step, where nothing else writes.

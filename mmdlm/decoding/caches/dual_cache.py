@@ -16,7 +16,7 @@ class DualCache(Strategy):
     """Recomputes the open block only; a full pass at the start of each block renews the rest.
 
     The full pass also commits. Approximate: within a block, what comes before it and the masks
-    behind it keep the keys and values they had when it opened.
+    after it keep the keys and values they had when it opened.
 
     Source: Fast-dLLM (arXiv 2505.22618; NVlabs/Fast-dLLM: v1/llada/generate.py,
     generate_with_dual_cache; dream/model/generation_utils_block.py for shifted families).

@@ -26,7 +26,7 @@ class PromptOnce(Strategy):
     Our own; LaViDa (arXiv 2505.16839) trains its model for a prompt that is run once.
 
     Args:
-        dual: within a block recompute the block only, not the masks behind it.
+        dual: within a block recompute the block only, not the masks after it.
     """
 
     denies: ClassVar[frozenset[str]] = frozenset({"all_scored"})

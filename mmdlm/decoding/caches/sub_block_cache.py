@@ -16,16 +16,16 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class SubBlockCache(Strategy):
-    """Recomputes the open window only; a pass over its whole block when it opens renews the rest.
+    """Recomputes the open part only; a pass over its whole block when it opens renews the rest.
 
-    In a shifted family the pass over the block is repeated while the first position of the window
+    In a shifted family the pass over the block is repeated while the first position of the part
     is masked, since the row that scores it lies before. Made for `SubBlocks`; with `Blocks` it does
-    to blocks of full attention what `DualCache` does. Approximate: within a window, the rest of the
+    to blocks of full attention what `DualCache` does. Approximate: within a part, the rest of the
     block keeps the keys and values it had. Rows of a batch that need different passes get them in
     one forward, each as it would alone.
 
     Source: `use_block_cache` of Efficient-Large-Model/Fast_dLLM_v2_7B: modeling.py (generate). The
-    prompt is stored by the first pass here, not by a forward of its own.
+    prompt is stored by the first pass here, not by a separate forward.
     """
 
     paper: ClassVar[str] = "Fast-dLLM v2, arXiv 2509.26328"

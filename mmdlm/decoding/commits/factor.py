@@ -15,7 +15,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class Factor(Strategy):
-    """Commits the n surest positions while the n-th has probability 1 - factor / (n + 1) or more.
+    """Fast-dLLM factor rule: the n most confident, the n-th with p >= 1 - factor / (n + 1).
 
     The first rank that fails ends the list; the best one never fails. As in the reference, a
     failure of the very last rank goes unnoticed: if all masks but the least sure one pass, all are

@@ -15,7 +15,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class MaskGIT(Strategy):
-    """Commits the most confident positions, as many per step as a curve says.
+    """MaskGIT: commits the most confident positions, their number per step given by a curve.
 
     The share of a block that is still masked after step i of S falls from 1 to 0 as a function of
     r = (i + 1) / S: "linear" 1 - r; "cosine" cos(pi r / 2), few first and many last; "pow2" (any
@@ -47,7 +47,7 @@ class MaskGIT(Strategy):
         return rank(view.confidence) < due(view, *self._schedule(view))[:, None]
 
     def lasts(self, view: View) -> bool:
-        """As the schedule says."""
+        """[B R] bool, as many as the schedule commits in this step."""
         return lasts(view, *self._schedule(view))
 
     def _schedule(self, view: View) -> tuple[Tensor, Counts]:

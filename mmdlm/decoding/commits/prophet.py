@@ -26,7 +26,7 @@ class Prophet(Strategy):
     between the full passes of `DualCache`. Logits of earlier steps are not used.
 
     Source: Prophet (arXiv 2508.19982; pixeli99/Prophet: generate_earlyexit.py), whose region is the
-    5 positions behind an answer template.
+    5 positions after an answer template.
 
     Args:
         early: bar until 33 % of the steps are done; infinity never stops.

@@ -57,7 +57,7 @@ class TimeShift(Strategy):
         return rank(view.confidence) < due(view, *self._schedule(view))[:, None]
 
     def lasts(self, view: View) -> bool:
-        """As the schedule says."""
+        """[B R] bool, as many as the schedule commits in this step."""
         return lasts(view, *self._schedule(view))
 
     def _schedule(self, view: View) -> tuple[Tensor, Counts]:

@@ -16,7 +16,7 @@ from mmdlm.decoding.view import View
 class Nucleus(Strategy):
     """Scales the logits by a temperature and leaves out unlikely tokens, for picks and confidence.
 
-    With `Gumbel(1.0)` behind it this is how Dream samples: its confidences are those of the scaled
+    With `Gumbel(1.0)` after it this is how Dream samples: its confidences are those of the scaled
     and filtered distribution.
 
     Source: HKUNLP/Dream: generation_utils.py (top_p_logits, top_k_logits, sample_tokens).

@@ -25,7 +25,7 @@ class EndOfText(Strategy):
     exact: ClassVar[bool] = True
 
     def end(self, view: View) -> Tensor:
-        """[B L] bool, the masks behind each row's first end token."""
+        """[B L] bool, the masks after each row's first end token."""
         spec = view.model.spec
         tokens = view.tokens
         known = tokens != spec.mask_id

@@ -18,7 +18,7 @@ from mmdlm.model import MultimodalDLM
 
 @dataclass(frozen=True)
 class AdaBlock(Strategy):
-    """Opens the answer block by block, each up to the surest delimiter predicted ahead.
+    """AdaBlock: opens blocks that end at the most confident delimiter predicted ahead.
 
     The first forward of a block looks at the next `share` of the answer. If the delimiter it
     predicts most surely there reaches `threshold`, the block ends after it, else after `size`
@@ -32,7 +32,7 @@ class AdaBlock(Strategy):
         size: positions of a block without a sure delimiter.
         threshold: probability a delimiter must reach; infinite gives fixed blocks.
         delimiters: token ids; None: the line break of the model's tokenizer. Where there is none, a
-            warning says so and all blocks are of `size`.
+            warning is given and all blocks are of `size`.
         share: part of the answer that is searched for a delimiter.
     """
 
@@ -55,7 +55,7 @@ class AdaBlock(Strategy):
             raise ValueError(f"AdaBlock.share is {self.share}, expected a part between 0 and 1")
 
     def prepare(self, model: MultimodalDLM, columns: slice | None) -> dict[str, Any]:
-        """Looks the delimiters up."""
+        """Ids of the delimiters."""
         found = line_breaks(model) if self.delimiters is None else list(self.delimiters)
         if self.delimiters is None and not found and self.threshold <= 1:
             warnings.warn(

@@ -133,7 +133,7 @@ def test_files_without_a_filter_are_refused(tmp_path, toy, run) -> None:
     with pytest.raises(ValueError, match="no complete safetensors file"):
         run(toy(), Learn2PD(broken))
     aux_network.save(broken, KIND, Filter(4), {"size": 5})
-    with pytest.raises(ValueError, match="does not hold the weights it says"):
+    with pytest.raises(ValueError, match="does not fit its description"):
         run(toy(), Learn2PD(broken))
     with pytest.raises(ValueError, match="accept is -1"):
         Learn2PD(accept=-1)
