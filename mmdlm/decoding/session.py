@@ -138,20 +138,26 @@ class Session:
         Raises:
             ValueError: see `mmdlm.decode`, or there is more than one row, or no length.
         """
-        if isinstance(prompt, Packed):
-            if length is not None or canvas is not None:
-                raise ValueError("a packed example brings its canvas; leave length and canvas out")
-            canvas = prompt.canvas
-            length, prompt = canvas.shape[1], self.model.embed(prompt.prompts)
-        if length is None:
-            raise ValueError("give length=, the positions to fill; only packed examples bring it")
+        prompt, length, canvas = self._unpacked(prompt, length, canvas)
         if isinstance(prompt, Tensor) and prompt.ndim == 1:
             prompt = prompt[None]
         count = len(prompt if isinstance(prompt, Tensor) else prompt.tokens)
         if count != 1:
             raise ValueError(f"add: the prompt has {count} rows, expected 1; use add_rows")
-        canvas = canvas if canvas is None or canvas.ndim == 2 else canvas[None]
         return self.add_rows(prompt, length, generator=generator, canvas=canvas, keep=keep)[0]
+
+    def _unpacked(
+        self, prompt: Tensor | Sequence | Packed, length: int | None, canvas: Tensor | None
+    ) -> tuple[Tensor | Sequence, int, Tensor | None]:
+        """Prompt, length and canvas [1 G] of a request, see `add`."""
+        if isinstance(prompt, Packed):
+            if length is not None or canvas is not None:
+                raise ValueError("a packed example brings its canvas; leave length and canvas out")
+            canvas = prompt.canvas
+            return self.model.embed(prompt.prompts), canvas.shape[1], canvas
+        if length is None:
+            raise ValueError("give length=, the positions to fill; only packed examples bring it")
+        return prompt, length, canvas if canvas is None or canvas.ndim == 2 else canvas[None]
 
     @torch.inference_mode()
     def add_rows(
@@ -306,8 +312,8 @@ class Session:
     def extend(
         self,
         key: int,
-        prompt: Tensor | Sequence,
-        length: int,
+        prompt: Tensor | Sequence | Packed,
+        length: int | None = None,
         *,
         generator: torch.Generator | None = None,
         canvas: Tensor | None = None,
@@ -320,7 +326,7 @@ class Session:
         Args:
             key: a finished request that was added with `keep=True`.
             prompt: token ids [n] that follow the answer (up to its first end token, which stays),
-                or a laid-out Sequence of one row with all of the conversation.
+                or a laid-out Sequence or packed example with all of the conversation.
             length: see `add`.
             generator: see `add`.
             canvas: see `add`.
@@ -333,10 +339,10 @@ class Session:
             raise KeyError(
                 f"request {key} cannot be extended; it must be finished, and added with keep=True"
             )
+        prompt, length, canvas = self._unpacked(prompt, length, canvas)
         turn = self._turns.pop(key)
         if isinstance(prompt, Tensor):
             prompt = continued(self.model, turn, prompt)
-        canvas = canvas if canvas is None or canvas.ndim == 2 else canvas[None]
         state = start(self.model, prompt, length, None, generator, self.columns, canvas, key)
         for strategy in self.owners.get("layout", ()):
             state.set_levels(strategy.layout(View(state)))

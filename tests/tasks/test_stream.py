@@ -6,15 +6,19 @@ from io import StringIO
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
+from torch import Tensor
 
 import mmdlm
 from mmdlm.commands.live import OPEN, colour, drawn, live
 from mmdlm.commands.main import main
 from mmdlm.data import scenes
 from mmdlm.decoding.session import Finished
+from mmdlm.layout import Row, Turn
 from mmdlm.messages import Example, Media, Slot, assistant, user
 from mmdlm.model import MultimodalDLM
+from mmdlm.processor import Packed
 from mmdlm.tasks.watch import Canvas
 
 
@@ -159,3 +163,25 @@ def test_the_command_prints_the_same_with_live(tmp_path, images: list, capsys) -
     plain = capsys.readouterr().out
     assert main(["caption", str(file), "--live"]) == 0
     assert capsys.readouterr().out == plain
+
+
+def test_a_packed_conversation_extends_a_request(tiny: MultimodalDLM, images: list) -> None:
+    image, canvas = tiny.processor.prepare("image", images[0]), torch.full((8,), tiny.spec.mask_id)
+    question, more = (tiny.processor.encode(q) for q in ("what colour ?", "is there a square ?"))
+
+    def finished(session: mmdlm.Session) -> Finished:
+        events = []
+        while session.keys:
+            events += session.step()
+        return next(event for event in events if isinstance(event, Finished))
+
+    def packed(*texts: Tensor) -> Packed:
+        return Packed((Row((image,), (Turn(torch.cat(texts), canvas),)),), (0,), (0,))
+
+    session = mmdlm.Session(tiny, "exact")
+    key = session.add(packed(question), keep=True)
+    answer = finished(session).tokens
+    assert session.extend(key, packed(question, answer, more)) == key
+    fresh = mmdlm.Session(tiny, "exact")
+    fresh.add(packed(question, answer, more))
+    assert finished(session).tokens.equal(finished(fresh).tokens)
