@@ -108,7 +108,7 @@ class Match(NamedTuple):
     """Result of comparing a value with an annotation.
 
     Args:
-        value: the value; a list became a tuple where the annotation is a tuple.
+        value: the value; a list or a range became a tuple where the annotation is a tuple.
         expected: what the annotation expects, in words; empty if the value satisfies it.
         error: what to raise if it does not.
     """
@@ -131,8 +131,8 @@ def check(instance: Any) -> None:
 
     Checked are bool, int, float and str, `Literal`, `Annotated` with the constraints of this
     module, unions of these (also with None) and tuples of these. Other annotations accept any
-    value. A list is replaced by a tuple where the annotation is a tuple, since YAML has only
-    lists. A string in `Annotated` names the quantity in the error ("a probability").
+    value. A list or a range is replaced by a tuple where the annotation is a tuple, since YAML has
+    only lists. A string in `Annotated` names the quantity in the error ("a probability").
 
     Args:
         instance: the dataclass instance; replaced lists are written to it even if it is frozen.
@@ -200,22 +200,24 @@ def _match_union(options: tuple[Any, ...], value: Any) -> Match:
 
 def _match_constraints(base: Any, metadata: tuple[Any, ...], value: Any) -> Match:
     """Compares with the type first, then with every constraint."""
-    constraints = [item for item in metadata if isinstance(item, Constraint)]
-    quantity = [item for item in metadata if isinstance(item, str)]
     match = _match(base, value)
+    constraints = [item for item in metadata if isinstance(item, Constraint)]
+    if not match.expected and all(constraint(match.value) for constraint in constraints):
+        return match
+    quantity = [item for item in metadata if isinstance(item, str)]
     words = " and ".join(map(repr, constraints))
     if match.expected:
         return match._replace(expected=", ".join([*(quantity or [match.expected]), words]))
-    if all(constraint(match.value) for constraint in constraints):
-        return match
     return Match(value, ", ".join([*quantity, words]))
 
 
 def _match_tuple(hints: tuple[Any, ...], value: Any) -> Match:
     """Compares each element; a fixed number of elements where there is no ellipsis."""
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, list | tuple | range):
         return Match(value, "a list", TypeError)
     is_open = hints[-1:] == (...,)
+    if is_open and hints[0] in KINDS and set(map(type, value)) <= {hints[0]}:
+        return Match(tuple(value))  # without a call per element: there may be a whole vocabulary
     each = hints[:1] * len(value) if is_open else hints
     if len(each) != len(value):
         return Match(value, f"{len(each)} values")

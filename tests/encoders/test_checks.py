@@ -94,6 +94,19 @@ def test_valid_values_are_kept(given: dict[str, Any]) -> None:
 def test_lists_become_tuples_where_the_annotation_is_a_tuple() -> None:
     rule = Rule(sizes=[4, 1], region=[0, 8], payload=[1])
     assert (rule.sizes, rule.region, rule.payload) == ((4, 1), (0, 8), [1])
+    assert Rule(sizes=range(1, 3)).sizes == (1, 2)
+
+
+def test_elements_of_another_type_are_refused_in_long_lists() -> None:
+    @dataclass(frozen=True)
+    class Ids(Checked):
+        ids: tuple[int, ...] = ()
+
+    assert Ids([3, 4]).ids == (3, 4)
+    assert Ids(range(2)).ids == (0, 1)
+    for wrong in ([*range(100), "a"], [True, 3], [0.5]):
+        with pytest.raises(TypeError, match="expected a list, each an integer"):
+            Ids(wrong)
 
 
 def test_replace_checks_again() -> None:
