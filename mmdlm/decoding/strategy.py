@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
+from encoders.checks import Checked
 from mmdlm.backbones.kv import KV
 from mmdlm.decoding.memory import Entry
 from mmdlm.decoding.refresh import Refresh
@@ -20,7 +21,7 @@ NEW, EOS, GONE = -1, -2, -3
 
 
 @dataclass(frozen=True)
-class Strategy:
+class Strategy(Checked):
     """One decoding method: hyperparameters here, what a decode needs to remember in `view.memory`.
 
     Every batch row has its own clock (step, block, step within the block) and never waits for other
