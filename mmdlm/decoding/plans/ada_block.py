@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from encoders.checks import Cutoff, PositiveInt, UnitFloat
 from mmdlm.decoding.delimiters import line_breaks
 from mmdlm.decoding.numerics import odds_of
 from mmdlm.decoding.strategy import Strategy
@@ -39,20 +40,10 @@ class AdaBlock(Strategy):
     paper: ClassVar[str] = "AdaBlock-dLLM, arXiv 2509.26432"
     sees: ClassVar = "block"
 
-    size: int = 32
-    threshold: float = 0.3
+    size: PositiveInt = 32
+    threshold: Cutoff = 0.3
     delimiters: tuple[int, ...] | None = None
-    share: float = 0.25
-
-    def __post_init__(self) -> None:
-        if self.delimiters is not None:
-            object.__setattr__(self, "delimiters", tuple(self.delimiters))
-        if self.size < 1:
-            raise ValueError(f"AdaBlock.size is {self.size}, expected at least 1")
-        if not self.threshold >= 0:
-            raise ValueError(f"AdaBlock.threshold is {self.threshold}, expected a probability")
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"AdaBlock.share is {self.share}, expected a part between 0 and 1")
+    share: UnitFloat = 0.25
 
     def prepare(self, model: MultimodalDLM, columns: slice | None) -> dict[str, Any]:
         """Ids of the delimiters."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from encoders.checks import PositiveInt
 from mmdlm.decoding.block_order import fixed_blocks, full_size
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
@@ -29,11 +30,7 @@ class Blocks(Strategy):
     paper: ClassVar[str] = "LLaDA, arXiv 2502.09992"
     steady: ClassVar[bool] = True
 
-    size: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
-            raise ValueError(f"Blocks.size is {self.size}, expected at least 1")
+    size: PositiveInt | None = None
 
     def plan(self, view: View) -> Tensor:
         """[B L] bool, the block of each row's first mask."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
+from encoders.checks import LengthAtLeast, PositiveInt
 from mmdlm.decoding.memory import Entry, PerRow
 from mmdlm.decoding.numerics import rank
 from mmdlm.decoding.strategy import Strategy
@@ -33,18 +34,9 @@ class Streams(Strategy):
 
     paper: ClassVar[str] = "NAP, arXiv 2602.23225"
 
-    count: int = 4
-    sizes: tuple[int, ...] | None = None
-    steps: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.sizes is not None:
-            object.__setattr__(self, "sizes", tuple(self.sizes))
-            if not self.sizes or min(self.sizes) < 1:
-                raise ValueError(f"Streams.sizes is {self.sizes}, expected numbers of positions")
-        for name in ("count", "steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"Streams.{name} is {getattr(self, name)}, expected at least 1")
+    count: PositiveInt = 4
+    sizes: Annotated[tuple[PositiveInt, ...], LengthAtLeast(1)] | None = None
+    steps: PositiveInt | None = None
 
     def begin(self, view: View) -> dict[str, Entry]:
         """The positions of each stream.

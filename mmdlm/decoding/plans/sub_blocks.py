@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from encoders.checks import PositiveInt
 from mmdlm.decoding.block_order import heads, numbered
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
@@ -32,11 +33,7 @@ class SubBlocks(Strategy):
 
     steady: ClassVar[bool] = True
 
-    size: int = 8
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"SubBlocks.size is {self.size}, expected at least 1")
+    size: PositiveInt = 8
 
     def plan(self, view: View) -> Tensor:
         """[B L] bool, the first part of each row that holds a mask."""
