@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from encoders.checks import NonNegativeFloat
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 
@@ -29,11 +30,7 @@ class Gumbel(Strategy):
 
     paper: ClassVar[str] = "LLaDA, arXiv 2502.09992"
 
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"Gumbel.temperature is {self.temperature}, expected 0 or more")
+    temperature: NonNegativeFloat = 1.0
 
     def pick(self, view: View, logits: Tensor) -> Tensor:
         """[B R] int64."""

@@ -50,5 +50,5 @@ def test_never_picks_an_impossible_token(moment) -> None:
 
 
 def test_temperature_must_not_be_negative() -> None:
-    with pytest.raises(ValueError, match="Gumbel.temperature is -1, expected 0 or more"):
+    with pytest.raises(ValueError, match="Gumbel.temperature is -1, expected at least 0"):
         Gumbel(-1)
