@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from encoders.checks import PositiveInt
 from mmdlm.decoding.memory import Entry, PerCanvas
 from mmdlm.decoding.recompute import highest, needed
 from mmdlm.decoding.refresh import Refresh
@@ -49,18 +50,15 @@ class DKVCache(Strategy):
     requires: ClassVar[frozenset[str]] = frozenset({"final_tokens"})
     denies: ClassVar[frozenset[str]] = frozenset({"all_scored"})
 
-    every: int = 8
+    every: PositiveInt = 8
     prefill: bool = False
     decode: bool = True
     variant: Literal["un", "un_right"] = "un"
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"DKVCache.every is {self.every}, expected at least 1")
+        super().__post_init__()
         if not (self.prefill or self.decode):
             raise ValueError("DKVCache keeps nothing; expected prefill=True, decode=True or both")
-        if self.variant not in ("un", "un_right"):
-            raise ValueError(f"DKVCache.variant is {self.variant!r}, expected 'un' or 'un_right'")
 
     def begin(self, view: View) -> dict[str, Entry]:
         """The tokens known when the latest step began; padding counts as known."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from encoders.checks import NonNegativeInt, PositiveInt
 from mmdlm.backbones.kv import take
 from mmdlm.decoding.memory import Entry, PerCanvas
 from mmdlm.decoding.numerics import rank
@@ -41,17 +42,9 @@ class DKVGreedy(Strategy):
     requires: ClassVar[frozenset[str]] = frozenset({"final_tokens"})
     denies: ClassVar[frozenset[str]] = frozenset({"all_scored"})
 
-    window: int = 4
-    every: int = 2
-    steps: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.window < 0:
-            raise ValueError(f"DKVGreedy.window is {self.window}, expected at least 0")
-        for name in ("every", "steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"DKVGreedy.{name} is {value}, expected at least 1")
+    window: NonNegativeInt = 4
+    every: PositiveInt = 2
+    steps: PositiveInt | None = None
 
     def begin(self, view: View) -> dict[str, Entry]:
         """The masks of the latest step, and the order of positions; -1 where none was drawn."""

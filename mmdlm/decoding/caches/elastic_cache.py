@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from encoders.checks import PositiveInt
 from mmdlm.backbones.kv import KV, PartialKV, Pass, Rows, indices, listed
 from mmdlm.backbones.transformer import finite
 from mmdlm.decoding.memory import Entry, PerCanvas
@@ -53,17 +55,14 @@ class ElasticCache(Strategy):
     denies: ClassVar[frozenset[str]] = frozenset({"all_scored"})
     sliding: ClassVar[bool] = True
 
-    window: int = 16
+    window: PositiveInt = 16
     gamma: float = 0.9
-    track: int = 1
+    track: PositiveInt = 1
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"ElasticCache.window is {self.window}, expected at least 1 mask")
-        if self.gamma != self.gamma:
-            raise ValueError("ElasticCache.gamma is NaN, expected a similarity, 0.9 or so")
-        if self.track < 1:
-            raise ValueError(f"ElasticCache.track is {self.track}, expected at least 1 token")
+        super().__post_init__()
+        if math.isnan(self.gamma):
+            raise ValueError("ElasticCache.gamma is NaN, expected a similarity, such as 0.9")
 
     def begin(self, view: View) -> dict[str, Entry]:
         """The masks of the latest step."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from encoders.checks import PositiveInt
 from mmdlm.decoding.recompute import between, needed, span
 from mmdlm.decoding.refresh import Refresh
 from mmdlm.decoding.strategy import Strategy
@@ -32,11 +33,7 @@ class FreeCache(Strategy):
     paper: ClassVar[str] = "FreeCache, arXiv 2505.21467"
     denies: ClassVar[frozenset[str]] = frozenset({"all_scored"})
 
-    every: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.every is not None and self.every < 1:
-            raise ValueError(f"FreeCache.every is {self.every}, expected at least 1")
+    every: PositiveInt | None = None
 
     def refresh(self, view: View) -> Refresh:
         """Everything at first, then [block start, L) in each row."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from encoders.checks import NonNegativeInt, PositiveInt
 from mmdlm.decoding.recompute import between, needed, scoring, span
 from mmdlm.decoding.refresh import Refresh
 from mmdlm.decoding.strategy import Strategy
@@ -38,17 +39,10 @@ class VicinityCache(Strategy):
     paper: ClassVar[str] = "dInfer, arXiv 2510.08666"
     denies: ClassVar[frozenset[str]] = frozenset({"all_scored"})
 
-    before: int = 16
-    after: int = 16
-    every: int | None = None
-    warmup: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("before", "after", "warmup"):
-            if (value := getattr(self, name)) < 0:
-                raise ValueError(f"VicinityCache.{name} is {value}, expected at least 0")
-        if self.every is not None and self.every < 1:
-            raise ValueError(f"VicinityCache.every is {self.every}, expected at least 1")
+    before: NonNegativeInt = 16
+    after: NonNegativeInt = 16
+    every: PositiveInt | None = None
+    warmup: NonNegativeInt = 0
 
     def refresh(self, view: View) -> Refresh:
         """All that can have changed, or the block and its neighbours."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from encoders.checks import PositiveInt
 from mmdlm.decoding.memory import Entry, PerCanvas, PerRow
 from mmdlm.decoding.numerics import first
 from mmdlm.decoding.recompute import needed
@@ -44,18 +45,16 @@ class WindowDiffusion(Strategy):
     denies: ClassVar[frozenset[str]] = frozenset({"all_scored"})
     steady: ClassVar[bool] = True
 
-    active: int = 16
-    window: int = 64
-    every: int = 32
+    active: PositiveInt = 16
+    window: PositiveInt = 64
+    every: PositiveInt = 32
 
     def __post_init__(self) -> None:
-        if not 1 <= self.active <= self.window:
+        super().__post_init__()
+        if self.active > self.window:
             raise ValueError(
-                f"WindowDiffusion.active is {self.active} of a window of {self.window}, expected "
-                "at least 1 and no more than the window"
+                f"WindowDiffusion.active is {self.active}, expected at most window ({self.window})"
             )
-        if self.every < 1:
-            raise ValueError(f"WindowDiffusion.every is {self.every}, expected at least 1")
 
     def begin(self, view: View) -> dict[str, Entry]:
         """The window of each row, what its steps need not compute, and where it is in its phase."""
