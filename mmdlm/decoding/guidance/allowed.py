@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from encoders.checks import Checked, LengthAtLeast, NonNegativeInt, PositiveInt
 from mmdlm.backbones.family import Spec
 from mmdlm.decoding.memory import Entry
 from mmdlm.decoding.strategy import Strategy
@@ -18,10 +19,11 @@ from mmdlm.model import MultimodalDLM
 
 MISFIT = 1e4  # nats subtracted from an option per written token that differs from it
 LEAST = -1e3  # log probability of a forbidden token: options that hold one can still be compared
+Text = Annotated[tuple[int, ...], LengthAtLeast(1)]  # token ids
 
 
 @dataclass(frozen=True)
-class Slot:
+class Slot(Checked):
     """Answer positions, and the tokens that may be written there.
 
     Args:
@@ -36,26 +38,24 @@ class Slot:
         optional: `rest` is allowed at the first position too.
     """
 
-    start: int
-    stop: int
-    ids: Items[int] | None = None
-    first: Items[int] | None = None
+    start: NonNegativeInt
+    stop: PositiveInt
+    ids: tuple[int, ...] | None = None
+    first: tuple[int, ...] | None = None
     rest: int | None = None
-    ends: Items[int] = ()
+    ends: tuple[int, ...] = ()
     optional: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("ids", "first", "ends"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else tuple(value))
-        if not 0 <= self.start < self.stop:
-            raise ValueError(f"slot [{self.start}, {self.stop}) is empty or before the answer")
+        super().__post_init__()
+        if self.start >= self.stop:
+            raise ValueError(f"slot [{self.start}, {self.stop}) is empty, expected start < stop")
         if self.rest is None and (self.ends or self.optional):
             raise ValueError("a slot that may end early needs rest=, the token that fills it")
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Checked):
     """Answer positions that hold one of several texts.
 
     Args:
@@ -64,14 +64,9 @@ class Choice:
         rest: token that pads the shorter ones to the longest.
     """
 
-    start: int
-    options: Items[Items[int]]
+    start: NonNegativeInt
+    options: Annotated[tuple[Text, ...], LengthAtLeast(1)]
     rest: int
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "options", tuple(map(tuple, self.options)))
-        if self.start < 0 or not self.options or not all(self.options):
-            raise ValueError(f"options are {self.options!r}, expected one text or more, none empty")
 
     @property
     def stop(self) -> int:
@@ -96,10 +91,7 @@ class Allowed(Strategy):
 
     requires: ClassVar[frozenset[str]] = frozenset({"fixed_length"})
 
-    slots: Items[Slot | Choice] = ()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "slots", tuple(self.slots))
+    slots: tuple[Slot | Choice, ...] = ()
 
     def prepare(self, model: MultimodalDLM, columns: slice | None) -> dict[str, Any]:
         """Makes tables of the slots.

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from encoders.checks import NonNegativeFloat
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 from mmdlm.layout import ANSWER
@@ -29,11 +30,7 @@ class CFG(Strategy):
     paper: ClassVar[str] = "LLaDA, arXiv 2502.09992"
     denies: ClassVar[frozenset[str]] = frozenset({"one_forward"})
 
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.scale >= 0:
-            raise ValueError(f"CFG.scale is {self.scale}, expected 0 or more")
+    scale: NonNegativeFloat = 1.0
 
     def guide(self, view: View, logits: Tensor) -> Tensor:
         """[B R V] float32."""

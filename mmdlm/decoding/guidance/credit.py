@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from encoders.checks import NonNegativeFloat, PositiveInt, UnitFloat
 from mmdlm.backbones.kv import take
 from mmdlm.decoding.memory import Entry, PerAnswer
 from mmdlm.decoding.strategy import Strategy
@@ -39,19 +40,10 @@ class Credit(Strategy):
 
     paper: ClassVar[str] = "CreditDecoding, arXiv 2510.06133"
 
-    alpha: float = 0.7
-    gamma: float = 0.2
-    beta: float = 0.8
-    slots: int = 32
-
-    def __post_init__(self) -> None:
-        for name in ("alpha", "gamma"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"Credit.{name} is {getattr(self, name)}, expected 0 or more")
-        if not 0 <= self.beta <= 1:
-            raise ValueError(f"Credit.beta is {self.beta}, expected a share, 0 to 1")
-        if self.slots < 1:
-            raise ValueError(f"Credit.slots is {self.slots}, expected at least 1")
+    alpha: NonNegativeFloat = 0.7
+    gamma: NonNegativeFloat = 0.2
+    beta: UnitFloat = 0.8
+    slots: PositiveInt = 32
 
     def begin(self, view: View) -> dict[str, Entry]:
         """A history without credit."""

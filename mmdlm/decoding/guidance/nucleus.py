@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
+from encoders.checks import Above, AtMost, PositiveFloat, PositiveInt
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 
@@ -24,25 +25,15 @@ class Nucleus(Strategy):
     Args:
         top_p: the likeliest tokens up to and including the one that reaches this probability stay.
         top_k: at most so many stay, more where the last is tied; None: no limit.
-        temperature: what the logits are divided by first.
+        temperature: what the logits are divided by first, above 0; for the likeliest token leave
+            `Gumbel` out instead.
     """
 
     paper: ClassVar[str] = "Dream, arXiv 2508.15487"
 
-    top_p: float = 0.95
-    top_k: int | None = None
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"Nucleus.top_p is {self.top_p}, expected a probability above 0")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"Nucleus.top_k is {self.top_k}, expected at least 1")
-        if not self.temperature > 0:
-            raise ValueError(
-                f"Nucleus.temperature is {self.temperature}, expected above 0; leave out Gumbel to "
-                "take the likeliest token"
-            )
+    top_p: Annotated[float, Above(0), AtMost(1)] = 0.95
+    top_k: PositiveInt | None = None
+    temperature: PositiveFloat = 1.0
 
     def guide(self, view: View, logits: Tensor) -> Tensor:
         """[B R V] with -inf for the tokens left out, and for the mask token, which is no answer."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from encoders.checks import NonNegativeFloat, PositiveInt
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 
@@ -43,19 +43,10 @@ class ODD(Strategy):
     paper: ClassVar[str] = "ODD, arXiv 2603.04893"
     sees: ClassVar[Literal["answer"]] = "answer"
 
-    alpha: float = 16.0
-    quality: float = 1.0
-    steps: int | None = None
-    protected: Items[int] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("alpha", "quality"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"ODD.{name} is {getattr(self, name)}, expected 0 or more")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"ODD.steps is {self.steps}, expected at least 1")
-        if self.protected is not None:
-            object.__setattr__(self, "protected", tuple(self.protected))
+    alpha: NonNegativeFloat = 16.0
+    quality: NonNegativeFloat = 1.0
+    steps: PositiveInt | None = None
+    protected: tuple[int, ...] | None = None
 
     def guide(self, view: View, logits: Tensor) -> Tensor:
         """[B R V] float32, changed in place."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,11 +26,8 @@ class Suppress(Strategy):
 
     paper: ClassVar[str] = "LLaDA-V, arXiv 2505.16933"
 
-    ids: Items[int] = ()
+    ids: tuple[int, ...] = ()
     eos: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "ids", tuple(self.ids))
 
     def prepare(self, model: MultimodalDLM, columns: slice | None) -> dict[str, Any]:
         """Turns ids into columns of the logits.

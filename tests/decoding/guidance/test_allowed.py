@@ -206,8 +206,8 @@ def test_impossible_slots_are_refused(toy, slots, message) -> None:
     [
         (lambda: Slot(3, 3), "empty"),
         (lambda: Slot(0, 2, ends=(4,)), "needs rest="),
-        (lambda: Choice(0, [], 1), "one text or more"),
-        (lambda: Choice(0, [[1], []], 1), "none empty"),
+        (lambda: Choice(0, [], 1), r"options is \[\], expected a length of at least 1"),
+        (lambda: Choice(0, [[1], []], 1), "each a length of at least 1"),
     ],
 )
 def test_invalid_slots_are_refused(make, message) -> None:

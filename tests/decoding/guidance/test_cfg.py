@@ -67,5 +67,5 @@ def test_each_branch_has_keys_of_its_own(cache: list, toy, watch) -> None:
 
 
 def test_scale_must_not_be_negative() -> None:
-    with pytest.raises(ValueError, match="CFG.scale is -1, expected 0 or more"):
+    with pytest.raises(ValueError, match="CFG.scale is -1, expected at least 0"):
         CFG(-1)

@@ -137,9 +137,9 @@ def test_credit_makes_a_threshold_faster(synthetic) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"alpha": -1}, "Credit.alpha is -1, expected 0 or more"),
-        ({"gamma": float("nan")}, "Credit.gamma is nan, expected 0 or more"),
-        ({"beta": 1.5}, "Credit.beta is 1.5, expected a share"),
+        ({"alpha": -1}, "Credit.alpha is -1, expected at least 0"),
+        ({"gamma": float("nan")}, "Credit.gamma is nan, expected at least 0"),
+        ({"beta": 1.5}, "Credit.beta is 1.5, expected at least 0 and at most 1"),
         ({"slots": 0}, "Credit.slots is 0, expected at least 1"),
     ],
 )

@@ -152,8 +152,8 @@ def test_the_change_shrinks_with_the_steps_of_each_row(moment) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"alpha": -1.0}, "ODD.alpha is -1.0, expected 0 or more"),
-        ({"quality": float("nan")}, "ODD.quality is nan, expected 0 or more"),
+        ({"alpha": -1.0}, "ODD.alpha is -1.0, expected at least 0"),
+        ({"quality": float("nan")}, "ODD.quality is nan, expected at least 0"),
         ({"steps": 0}, "ODD.steps is 0, expected at least 1"),
     ],
 )
