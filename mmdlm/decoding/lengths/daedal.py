@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
+from encoders.checks import AtLeast, PositiveInt, UnitFloat
 from mmdlm.decoding.block_order import fixed_blocks, full_size
 from mmdlm.decoding.memory import Entry, PerRow
 from mmdlm.decoding.numerics import odds_of, ragged
@@ -49,22 +50,14 @@ class DAEDAL(Strategy):
     may_idle: ClassVar[bool] = True
     sees: ClassVar = "answer"
 
-    growth: float = 2.0
-    size: int = 32
-    expansion: int = 8
-    high: float = 0.9
-    low: float = 0.1
-    enough: float = 0.5
-    expand_until: float = 0.9
-    check: int = 32
-
-    def __post_init__(self) -> None:
-        for name in ("growth", "size", "expansion", "check"):
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"DAEDAL.{name} is {getattr(self, name)}, expected at least 1")
-        for name in ("high", "low", "enough", "expand_until"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"DAEDAL.{name} is {getattr(self, name)}, expected a probability")
+    growth: Annotated[float, AtLeast(1)] = 2.0
+    size: PositiveInt = 32
+    expansion: PositiveInt = 8
+    high: UnitFloat = 0.9
+    low: UnitFloat = 0.1
+    enough: UnitFloat = 0.5
+    expand_until: UnitFloat = 0.9
+    check: PositiveInt = 32
 
     def begin(self, view: View) -> dict[str, Entry]:
         """Computes each row's maximum length; all rows grow at first."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from encoders.checks import AtLeast, PositiveFloat, PositiveInt
 from mmdlm.decoding.delimiters import line_breaks
 from mmdlm.decoding.memory import Entry, PerAnswer, PerRow
 from mmdlm.decoding.numerics import ragged
@@ -55,21 +56,13 @@ class Dystruct(Strategy):
     requires: ClassVar[frozenset[str]] = frozenset({"full_attention", "all_scored", "final_tokens"})
     sees: ClassVar = "block"
 
-    growth: float = 2.0
-    expansion: int = 32
-    alpha: float = 1.0
-    spread: float = 0.2
+    growth: Annotated[float, AtLeast(1)] = 2.0
+    expansion: PositiveInt = 32
+    alpha: PositiveFloat = 1.0
+    spread: PositiveFloat = 0.2
     structure: float = 2.0
     context: float = 0.5
     repair_threshold: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name in ("growth", "expansion"):
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"Dystruct.{name} is {getattr(self, name)}, expected at least 1")
-        for name in ("alpha", "spread"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"Dystruct.{name} is {getattr(self, name)}, expected above 0")
 
     def prepare(self, model: MultimodalDLM, columns: slice | None) -> dict[str, Any]:
         """Ids of line breaks, and those that end an answer."""

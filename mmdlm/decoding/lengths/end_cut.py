@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from encoders.checks import Cutoff
 from mmdlm.decoding.numerics import odds_of, ragged
 from mmdlm.decoding.resizing import lasting
 from mmdlm.decoding.strategy import GONE, Strategy
@@ -38,11 +39,7 @@ class EndCut(Strategy):
     requires: ClassVar[frozenset[str]] = frozenset({"full_attention", "all_scored"})
     sees: ClassVar = "answer"
 
-    tau: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not self.tau >= 0:
-            raise ValueError(f"EndCut.tau is {self.tau}, expected a probability")
+    tau: Cutoff = 0.0
 
     def prepare(self, model: MultimodalDLM, columns: slice | None) -> dict[str, Any]:
         """The ids that end an answer."""

@@ -139,7 +139,7 @@ def test_sizes_of_daedal_are_positive(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["high", "low", "enough", "expand_until"])
 def test_confidences_of_daedal_are_probabilities(name: str) -> None:
-    with pytest.raises(ValueError, match=f"DAEDAL.{name} is -1, expected a probability"):
+    with pytest.raises(ValueError, match=f"DAEDAL.{name} is -1, expected at least 0 and at most 1"):
         DAEDAL(**{name: -1})
 
 
