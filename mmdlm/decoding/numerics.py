@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 
 
@@ -102,19 +101,6 @@ def logit_margin(view: View, logits: Tensor) -> Tensor:
     first, second = logits.topk(2).values.unbind(-1)
     # A token without rival has an infinite margin, which would reach a bar that nothing may reach.
     return (first - second).clamp(max=1e9)
-
-
-def check(strategy: Strategy, *names: str) -> None:
-    """Refuses fields that are neither None nor a probability.
-
-    Raises:
-        ValueError: one is negative or NaN.
-    """
-    for name in names:
-        value = getattr(strategy, name)
-        if value is not None and not value >= 0:
-            owner = type(strategy).__name__
-            raise ValueError(f"{owner}.{name} is {value}, expected a probability or None")
 
 
 def passing(view: View, best: Tensor, high: float | None, low: float | None) -> Tensor:

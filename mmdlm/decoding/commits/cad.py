@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from encoders.checks import Cutoff, NonNegativeFloat, PositiveInt, UnitFloat
 from mmdlm.decoding.memory import Entry, PerAnswer
 from mmdlm.decoding.numerics import entropy, odds_of, rank
 from mmdlm.decoding.strategy import Strategy
@@ -40,28 +41,17 @@ class CAD(Strategy):
 
     paper: ClassVar[str] = "CD4LM, arXiv 2601.02236"
 
-    tau: float = 0.95
-    least: int = 1
-    most: int = 4
+    tau: Cutoff = 0.95
+    least: PositiveInt = 1
+    most: PositiveInt = 4
     selection: Literal["confidence", "entropy"] = "confidence"
-    nats: float = 0.3
-    eos_share: float = 0.5
+    nats: NonNegativeFloat = 0.3
+    eos_share: UnitFloat = 0.5
 
     def __post_init__(self) -> None:
-        if not self.tau >= 0:
-            raise ValueError(f"CAD.tau is {self.tau}, expected a probability")
-        if self.least < 1:
-            raise ValueError(f"CAD.least is {self.least}, expected at least 1 position")
+        super().__post_init__()
         if self.most < self.least:
             raise ValueError(f"CAD.most is {self.most}, expected least ({self.least}) or more")
-        if self.selection not in ("confidence", "entropy"):
-            raise ValueError(
-                f"CAD.selection is {self.selection!r}, expected 'confidence' or 'entropy'"
-            )
-        if not self.nats >= 0:
-            raise ValueError(f"CAD.nats is {self.nats}, expected nats, 0 or more")
-        if not 0 <= self.eos_share <= 1:
-            raise ValueError(f"CAD.eos_share is {self.eos_share}, expected a share, 0 to 1")
 
     def begin(self, view: View) -> dict[str, Entry]:
         """Room for what `select` needs of the logits."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from encoders.checks import NonNegativeFloat, PositiveInt
 from mmdlm.backbones.kv import take
 from mmdlm.decoding.memory import Entry, PerAnswer, PerRow
 from mmdlm.decoding.numerics import rank
@@ -45,20 +46,10 @@ class CCD(Strategy):
     paper: ClassVar[str] = "CCD, arXiv 2512.02044"
     may_idle: ClassVar[bool] = True  # it commits in every step, but not always the best position
 
-    steps: int | None = None
+    steps: PositiveInt | None = None
     dynamic: bool = False
-    expand: float = 4.0
-    warm_up: int = 5
-
-    def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"CCD.steps is {self.steps}, expected at least 1")
-        if not self.expand >= 0:
-            raise ValueError(f"CCD.expand is {self.expand}, expected 0 or more")
-        if self.warm_up < 1:
-            raise ValueError(
-                f"CCD.warm_up is {self.warm_up}, expected at least 1: the first step has no history"
-            )
+    expand: NonNegativeFloat = 4.0
+    warm_up: PositiveInt = 5
 
     def begin(self, view: View) -> dict[str, Entry]:
         """Nothing is noted yet; `noted` and `before` are those of the latest step."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from encoders.checks import Cutoff, PositiveInt
 from mmdlm.decoding.numerics import odds_of, rank
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
@@ -34,16 +35,8 @@ class Dynamic(Strategy):
 
     paper: ClassVar[str] = "SDAR, arXiv 2510.06303"
 
-    steps_per_block: int | None = None
-    tau: float = 0.9
-
-    def __post_init__(self) -> None:
-        if self.steps_per_block is not None and self.steps_per_block < 1:
-            raise ValueError(
-                f"Dynamic.steps_per_block is {self.steps_per_block}, expected at least 1"
-            )
-        if not self.tau >= 0:
-            raise ValueError(f"Dynamic.tau is {self.tau}, expected a probability")
+    steps_per_block: PositiveInt | None = None
+    tau: Cutoff = 0.9
 
     def select(self, view: View) -> Tensor:
         """[B R] bool."""

@@ -8,12 +8,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from encoders.checks import NonNegativeFloat
 from mmdlm.decoding.memory import Entry, PerAnswer
 from mmdlm.decoding.numerics import entropy, margin, rank
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
-
-ORDERS = ("confidence", "entropy", "margin")
 
 
 @dataclass(frozen=True)
@@ -36,16 +35,8 @@ class EntropyBound(Strategy):
 
     paper: ClassVar[str] = "EB-Sampler, arXiv 2505.24857"
 
-    gamma: float = 1e-3
+    gamma: NonNegativeFloat = 1e-3
     order: Literal["confidence", "entropy", "margin"] = "confidence"
-
-    def __post_init__(self) -> None:
-        if not self.gamma >= 0:
-            raise ValueError(f"EntropyBound.gamma is {self.gamma}, expected nats, 0 or more")
-        if self.order not in ORDERS:
-            raise ValueError(
-                f"EntropyBound.order is {self.order!r}, expected one of {', '.join(ORDERS)}"
-            )
 
     def begin(self, view: View) -> dict[str, Entry]:
         """Room for the entropies of a step."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from encoders.checks import NonNegativeFloat
 from mmdlm.decoding.numerics import entropy
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
@@ -28,11 +29,7 @@ class EntropyThreshold(Strategy):
 
     paper: ClassVar[str] = "dParallel, arXiv 2509.26488"
 
-    tau: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not self.tau >= 0:
-            raise ValueError(f"EntropyThreshold.tau is {self.tau}, expected nats, 0 or more")
+    tau: NonNegativeFloat = 0.5
 
     def score(self, view: View, logits: Tensor, tokens: Tensor) -> Tensor:
         """[B R] negative entropy in nats, 0 at most."""

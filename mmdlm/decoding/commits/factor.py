@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from encoders.checks import NonNegativeFloat
 from mmdlm.decoding.numerics import rank
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
@@ -30,11 +31,7 @@ class Factor(Strategy):
 
     paper: ClassVar[str] = "Fast-dLLM, arXiv 2505.22618"
 
-    factor: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.factor >= 0:
-            raise ValueError(f"Factor.factor is {self.factor}, expected 0 or more")
+    factor: NonNegativeFloat = 1.0
 
     def select(self, view: View) -> Tensor:
         """[B R] bool."""

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mmdlm.decoding.numerics import best_of_runs, check, passing
+from encoders.checks import Cutoff
+from mmdlm.decoding.numerics import best_of_runs, passing
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 
@@ -31,11 +32,8 @@ class Hierarchy(Strategy):
 
     paper: ClassVar[str] = "dInfer, arXiv 2510.08666"
 
-    high: float | None = 0.9
-    low: float | None = 0.4
-
-    def __post_init__(self) -> None:
-        check(self, "high", "low")
+    high: Cutoff | None = 0.9
+    low: Cutoff | None = 0.4
 
     def select(self, view: View) -> Tensor:
         """[B R] bool."""

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from encoders.checks import Cutoff, NonNegativeFloat, PositiveInt
 from mmdlm.decoding.memory import Entry, PerAnswer
 from mmdlm.decoding.numerics import odds_of, rank
 from mmdlm.decoding.strategy import Strategy
@@ -37,17 +38,9 @@ class KLASS(Strategy):
     # It commits the best position itself, but only if none is stable and confident.
     may_idle: ClassVar[bool] = True
 
-    tau: float = 0.9
-    kl: float = 0.01
-    steps: int = 2
-
-    def __post_init__(self) -> None:
-        if not self.tau >= 0:
-            raise ValueError(f"KLASS.tau is {self.tau}, expected a probability")
-        if not self.kl >= 0:
-            raise ValueError(f"KLASS.kl is {self.kl}, expected nats, 0 or more")
-        if self.steps < 1:
-            raise ValueError(f"KLASS.steps is {self.steps}, expected at least 1")
+    tau: Cutoff = 0.9
+    kl: NonNegativeFloat = 0.01
+    steps: PositiveInt = 2
 
     def begin(self, view: View) -> dict[str, Entry]:
         """No predictions so far; -1 stable steps: there is none to compare with."""

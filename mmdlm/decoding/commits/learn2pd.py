@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from encoders.checks import Cutoff, PositiveInt
 from mmdlm.backbones.kv import take
 from mmdlm.decoding import aux_network
 from mmdlm.decoding.numerics import odds_of
@@ -67,14 +68,8 @@ class Learn2PD(Strategy):
     sees: ClassVar = "block"
 
     filter: str | Path | None = None
-    accept: float = 0.9
-    steps: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.accept >= 0:
-            raise ValueError(f"Learn2PD.accept is {self.accept}, expected a probability")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"Learn2PD.steps is {self.steps}, expected at least 1")
+    accept: Cutoff = 0.9
+    steps: PositiveInt | None = None
 
     def prepare(self, model: MultimodalDLM, columns: slice | None) -> dict[str, Any]:
         """Loads the filter.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from encoders.checks import NonNegativeFloat
 from mmdlm.decoding import aux_network
 from mmdlm.decoding.memory import Entry, PerAnswer
 from mmdlm.decoding.numerics import rank
@@ -141,11 +142,7 @@ class LearnedPolicy(Strategy):
     may_idle: ClassVar = True
 
     policy: str | Path | None = None
-    temperature: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"LearnedPolicy.temperature is {self.temperature}, expected 0 or more")
+    temperature: NonNegativeFloat = 0.0
 
     def prepare(self, model: MultimodalDLM, columns: slice | None) -> dict[str, Any]:
         """Loads the policy.

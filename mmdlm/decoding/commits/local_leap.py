@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from encoders.checks import Cutoff, NonNegativeInt
 from mmdlm.decoding.numerics import odds_of
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
@@ -33,20 +34,16 @@ class LocalLeap(Strategy):
 
     paper: ClassVar[str] = "LocalLeap, arXiv 2510.07081"
 
-    tau: float = 0.9
-    relaxed: float = 0.75
-    radius: int = 4
+    tau: Cutoff = 0.9
+    relaxed: Cutoff = 0.75
+    radius: NonNegativeInt = 4
 
     def __post_init__(self) -> None:
-        if not self.tau >= 0:
-            raise ValueError(f"LocalLeap.tau is {self.tau}, expected a probability")
-        if not 0 <= self.relaxed <= self.tau:
+        super().__post_init__()
+        if self.relaxed > self.tau:
             raise ValueError(
-                f"LocalLeap.relaxed is {self.relaxed}, expected a probability, at most tau "
-                f"({self.tau})"
+                f"LocalLeap.relaxed is {self.relaxed}, expected at most tau ({self.tau})"
             )
-        if self.radius < 0:
-            raise ValueError(f"LocalLeap.radius is {self.radius}, expected 0 or more positions")
 
     def select(self, view: View) -> Tensor:
         """[B R] bool."""

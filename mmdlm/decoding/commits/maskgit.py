@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from encoders.checks import PositiveInt
 from mmdlm.decoding.numerics import rank
 from mmdlm.decoding.schedules import Counts, due, lasts, quotas, share
 from mmdlm.decoding.strategy import Strategy
@@ -34,12 +35,11 @@ class MaskGIT(Strategy):
     paper: ClassVar[str] = "MaskGIT, arXiv 2202.04200"
     may_idle: ClassVar[bool] = True
 
-    steps: int | None = None
+    steps: PositiveInt | None = None
     schedule: str = "cosine"
 
     def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"MaskGIT.steps is {self.steps}, expected at least 1")
+        super().__post_init__()
         share(1, 1, self.schedule)
 
     def select(self, view: View) -> Tensor:

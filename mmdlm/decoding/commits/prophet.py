@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from encoders.checks import NonNegativeFloat, NonNegativeInt, PositiveInt
 from mmdlm.decoding.memory import Entry, PerAnswer
 from mmdlm.decoding.numerics import logit_margin
 from mmdlm.decoding.strategy import Strategy
@@ -40,24 +41,18 @@ class Prophet(Strategy):
     paper: ClassVar[str] = "Prophet, arXiv 2508.19982"
     sees: ClassVar[Literal["answer"]] = "answer"
 
-    early: float = 7.5
-    mid: float = 5.0
-    late: float = 2.5
-    steps: int | None = None
-    region: tuple[int, int] | None = None
+    early: NonNegativeFloat = 7.5
+    mid: NonNegativeFloat = 5.0
+    late: NonNegativeFloat = 2.5
+    steps: PositiveInt | None = None
+    region: tuple[NonNegativeInt, PositiveInt] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("early", "mid", "late"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"Prophet.{name} is {getattr(self, name)}, expected 0 or more")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"Prophet.steps is {self.steps}, expected at least 1")
-        if self.region is not None:
-            object.__setattr__(self, "region", tuple(self.region))  # YAML has lists only
-            if len(self.region) != 2 or not 0 <= self.region[0] < self.region[1]:
-                raise ValueError(
-                    f"Prophet.region is {self.region}, expected (first, last + 1) of the answer"
-                )
+        super().__post_init__()
+        if self.region is not None and self.region[0] >= self.region[1]:
+            raise ValueError(
+                f"Prophet.region is {self.region}, expected (first, last + 1) of the answer"
+            )
 
     def begin(self, view: View) -> dict[str, Entry]:
         """What the logits of a step say.

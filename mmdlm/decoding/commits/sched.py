@@ -9,14 +9,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from encoders.checks import NonNegativeFloat, NonNegativeInt, PositiveInt, UnitFloat
 from mmdlm.backbones.kv import take
 from mmdlm.decoding.memory import Entry, PerAnswer, PerRow
 from mmdlm.decoding.numerics import logit_margin
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
-
-MODES = ("linear", "cosine", "exp")
-STATISTICS = ("mean", "median", "quantile")
 
 
 @dataclass(frozen=True)
@@ -51,29 +49,14 @@ class SchED(Strategy):
     sees: ClassVar[Literal["answer"]] = "answer"
 
     mode: Literal["linear", "cosine", "exp"] = "cosine"
-    high: float = 7.5
-    low: float = 2.5
-    k: float = 4.0
+    high: NonNegativeFloat = 7.5
+    low: NonNegativeFloat = 2.5
+    k: NonNegativeFloat = 4.0
     statistic: Literal["mean", "median", "quantile"] = "mean"
-    quantile: float = 0.2
-    max_change: float = 1.0
-    patience: int = 0
-    steps: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, known in (("mode", MODES), ("statistic", STATISTICS)):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"SchED.{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
-                )
-        for name in ("high", "low", "k", "patience"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"SchED.{name} is {getattr(self, name)}, expected 0 or more")
-        for name in ("quantile", "max_change"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"SchED.{name} is {getattr(self, name)}, expected 0 to 1")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"SchED.steps is {self.steps}, expected at least 1")
+    quantile: UnitFloat = 0.2
+    max_change: UnitFloat = 1.0
+    patience: NonNegativeInt = 0
+    steps: PositiveInt | None = None
 
     def begin(self, view: View) -> dict[str, Entry]:
         """Margins and best tokens of a step, those of the step before, and stable steps so far."""

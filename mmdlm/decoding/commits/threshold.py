@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from encoders.checks import Cutoff, PositiveInt
 from mmdlm.decoding.numerics import odds_of, rank
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
@@ -31,14 +32,8 @@ class Threshold(Strategy):
 
     paper: ClassVar[str] = "Fast-dLLM, arXiv 2505.22618"
 
-    tau: float = 0.9
-    steps: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.tau >= 0:
-            raise ValueError(f"Threshold.tau is {self.tau}, expected a probability")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"Threshold.steps is {self.steps}, expected at least 1")
+    tau: Cutoff = 0.9
+    steps: PositiveInt | None = None
 
     def select(self, view: View) -> Tensor:
         """[B R] bool."""

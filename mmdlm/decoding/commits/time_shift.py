@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from encoders.checks import Above, Below, PositiveInt
 from mmdlm.decoding.numerics import rank
 from mmdlm.decoding.schedules import Counts, due, lasts
 from mmdlm.decoding.strategy import Strategy
@@ -38,19 +39,9 @@ class TimeShift(Strategy):
 
     paper: ClassVar[str] = "LaViDa, arXiv 2505.16839"
 
-    steps: int | None = None
-    shift: float = 3.0
+    steps: PositiveInt | None = None
+    shift: Annotated[float, Above(0), Below(math.inf)] = 3.0
     schedule: Literal["shift", "cosine"] = "shift"
-
-    def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"TimeShift.steps is {self.steps}, expected at least 1")
-        if not 0 < self.shift < math.inf:
-            raise ValueError(f"TimeShift.shift is {self.shift}, expected a number above 0")
-        if self.schedule not in ("shift", "cosine"):
-            raise ValueError(
-                f"TimeShift.schedule is {self.schedule!r}, expected 'shift' or 'cosine'"
-            )
 
     def select(self, view: View) -> Tensor:
         """[B R] bool."""

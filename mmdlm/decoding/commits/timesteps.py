@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
+from encoders.checks import Above, Below, PositiveInt
 from mmdlm.decoding.numerics import rank
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
@@ -31,14 +32,8 @@ class Timesteps(Strategy):
     paper: ClassVar[str] = "Dream, arXiv 2508.15487"
     may_idle: ClassVar[bool] = True
 
-    steps: int | None = None
-    eps: float = 1e-3
-
-    def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"Timesteps.steps is {self.steps}, expected at least 1")
-        if not 0 < self.eps < 1:
-            raise ValueError(f"Timesteps.eps is {self.eps}, expected a level between 0 and 1")
+    steps: PositiveInt | None = None
+    eps: Annotated[float, Above(0), Below(1)] = 1e-3
 
     def select(self, view: View) -> Tensor:
         """[B R] bool."""

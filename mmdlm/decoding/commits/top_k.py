@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from encoders.checks import PositiveInt
 from mmdlm.decoding.schedules import scheduled
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
@@ -29,11 +30,7 @@ class TopK(Strategy):
 
     paper: ClassVar[str] = "LLaDA, arXiv 2502.09992"
 
-    steps: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"TopK.steps is {self.steps}, expected at least 1")
+    steps: PositiveInt | None = None
 
     def select(self, view: View) -> Tensor:
         """[B R] bool."""

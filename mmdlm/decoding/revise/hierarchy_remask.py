@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from encoders.checks import Cutoff
 from mmdlm.decoding.memory import Entry, PerCanvas
-from mmdlm.decoding.numerics import best_of_runs, check, odds_of, passing, rank
+from mmdlm.decoding.numerics import best_of_runs, odds_of, passing, rank
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 
@@ -40,12 +41,9 @@ class HierarchyRemask(Strategy):
     # It makes progress by itself; an uncertain token may commit instead of the best mask beside it.
     may_idle: ClassVar[bool] = True
 
-    high: float | None = 0.9
-    low: float | None = 0.4
-    remask: float = 0.4
-
-    def __post_init__(self) -> None:
-        check(self, "high", "low", "remask")
+    high: Cutoff | None = 0.9
+    low: Cutoff | None = 0.4
+    remask: Cutoff = 0.4
 
     def begin(self, view: View) -> dict[str, Entry]:
         """No position is edited or remasked."""

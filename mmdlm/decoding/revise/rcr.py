@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from encoders.checks import PositiveInt
 from mmdlm.decoding.block_order import fixed_blocks, full_size
 from mmdlm.decoding.memory import Entry, PerAnswer
 from mmdlm.decoding.numerics import rank
@@ -44,15 +45,12 @@ class RCR(Strategy):
     # An early exit would be undone; the curve is that of a fixed number of positions.
     requires: ClassVar[frozenset[str]] = frozenset({"fixed_length", "own_schedule"})
 
-    steps: int | None = None
+    steps: PositiveInt | None = None
     schedule: str = "linear"
-    size: int | None = None
+    size: PositiveInt | None = None
 
     def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"RCR.steps is {self.steps}, expected at least 1")
-        if self.size is not None and self.size < 1:
-            raise ValueError(f"RCR.size is {self.size}, expected at least 1")
+        super().__post_init__()
         share(1, 1, self.schedule)
 
     def begin(self, view: View) -> dict[str, Entry]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from encoders.checks import Above, Below, NonNegativeInt, PositiveInt, UnitFloat
 from mmdlm.decoding.memory import Entry, PerRow
 from mmdlm.decoding.numerics import rank
 from mmdlm.decoding.strategy import Strategy
@@ -55,30 +56,21 @@ class ReMDM(Strategy):
     may_idle: ClassVar[bool] = True
 
     mode: Literal["cap", "rescale", "conf", "loop"] = "cap"
-    eta: float | None = None
-    steps: int | None = None
-    budget: int | None = None
+    eta: UnitFloat | None = None
+    steps: PositiveInt | None = None
+    budget: NonNegativeInt | None = None
     t_on: float = 0.55
     t_off: float = 0.05
-    alpha_on: float = 0.9
+    alpha_on: Annotated[float, Above(0), Below(1)] = 0.9
 
     def __post_init__(self) -> None:
-        if self.mode not in ETA:
-            raise ValueError(f"ReMDM.mode is {self.mode!r}, expected one of {', '.join(ETA)}")
-        if self.eta is not None and not 0 <= self.eta <= 1:
-            raise ValueError(f"ReMDM.eta is {self.eta}, expected a probability")
+        super().__post_init__()
         if self.mode == "conf" and self.eta is not None:
             raise ValueError('ReMDM.eta has no effect in mode "conf"; leave it out')
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"ReMDM.steps is {self.steps}, expected at least 1")
-        if self.budget is not None and self.budget < 0:
-            raise ValueError(f"ReMDM.budget is {self.budget}, expected 0 or more")
         if not 0 <= self.t_off < self.t_on < 1:
             raise ValueError(
                 f"ReMDM.t_on is {self.t_on} and t_off {self.t_off}, expected 0 <= t_off < t_on < 1"
             )
-        if not 0 < self.alpha_on < 1:
-            raise ValueError(f"ReMDM.alpha_on is {self.alpha_on}, expected between 0 and 1")
         if self.mode == "loop" and self.strength * self.alpha_on > 1 - self.alpha_on:
             raise ValueError(
                 f"ReMDM.eta {self.strength} remasks more than the share 1 - alpha_on = "

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from encoders.checks import Cutoff, NonNegativeInt
 from mmdlm.decoding.memory import Entry, PerCanvas, PerRow
 from mmdlm.decoding.numerics import odds_of
 from mmdlm.decoding.strategy import Strategy
@@ -35,14 +36,8 @@ class TokenEditing(Strategy):
     paper: ClassVar[str] = "LLaDA2.1, arXiv 2602.08676"
     sees: ClassVar = "block"
 
-    tau: float = 0.9
-    passes: int = 16
-
-    def __post_init__(self) -> None:
-        if not self.tau >= 0:
-            raise ValueError(f"TokenEditing.tau is {self.tau}, expected a probability")
-        if self.passes < 0:
-            raise ValueError(f"TokenEditing.passes is {self.passes}, expected 0 or more")
+    tau: Cutoff = 0.9
+    passes: NonNegativeInt = 16
 
     def begin(self, view: View) -> dict[str, Entry]:
         """The positions filled since the block opened, and the passes over it once it was full."""

@@ -109,11 +109,11 @@ def test_a_step_commits_at_most_most_and_at_least_least(toy) -> None:
     ("given", "message"),
     [
         ({"tau": -1}, "CAD.tau is -1, expected a probability"),
-        ({"least": 0}, "CAD.least is 0, expected at least 1 position"),
+        ({"least": 0}, "CAD.least is 0, expected at least 1"),
         ({"least": 5}, r"CAD.most is 4, expected least \(5\) or more"),
         ({"selection": "random"}, "CAD.selection is 'random', expected 'confidence' or 'entropy'"),
-        ({"nats": -0.3}, "CAD.nats is -0.3, expected nats, 0 or more"),
-        ({"eos_share": 50}, "CAD.eos_share is 50, expected a share, 0 to 1"),
+        ({"nats": -0.3}, "CAD.nats is -0.3, expected at least 0"),
+        ({"eos_share": 50}, "CAD.eos_share is 50, expected at least 0 and at most 1"),
     ],
 )
 def test_bad_arguments_of_cad(given: dict, message: str) -> None:

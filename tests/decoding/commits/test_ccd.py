@@ -105,8 +105,8 @@ def test_steps_that_do_not_divide_the_answer_fill_it(toy, run) -> None:
     ("given", "message"),
     [
         ({"steps": 0}, "CCD.steps is 0, expected at least 1"),
-        ({"expand": -1.0}, "CCD.expand is -1.0, expected 0 or more"),
-        ({"warm_up": 0}, "CCD.warm_up is 0, expected at least 1: the first step has no history"),
+        ({"expand": -1.0}, "CCD.expand is -1.0, expected at least 0"),
+        ({"warm_up": 0}, "CCD.warm_up is 0, expected at least 1"),
     ],
 )
 def test_bad_arguments_of_ccd(given: dict, message: str) -> None:

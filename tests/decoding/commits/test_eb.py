@@ -70,8 +70,11 @@ def test_a_bound_of_zero_commits_one_per_step_and_of_infinity_all_at_once(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"gamma": -1.0}, "EntropyBound.gamma is -1.0, expected nats, 0 or more"),
-        ({"order": "size"}, "EntropyBound.order is 'size', expected one of confidence, entropy,"),
+        ({"gamma": -1.0}, "EntropyBound.gamma is -1.0, expected at least 0"),
+        (
+            {"order": "size"},
+            "EntropyBound.order is 'size', expected one of 'confidence',",
+        ),
     ],
 )
 def test_bad_arguments_of_an_entropy_bound(given: dict, message: str) -> None:

@@ -37,5 +37,5 @@ def test_the_lowest_entropy_always_commits_even_if_another_is_more_probable(toy,
 
 @pytest.mark.parametrize("tau", [-0.1, float("nan")])
 def test_bad_arguments_of_an_entropy_threshold(tau: float) -> None:
-    with pytest.raises(ValueError, match=f"EntropyThreshold.tau is {tau}, expected nats, 0 or"):
+    with pytest.raises(ValueError, match=f"EntropyThreshold.tau is {tau}, expected at least 0"):
         EntropyThreshold(tau)

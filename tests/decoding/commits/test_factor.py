@@ -43,5 +43,5 @@ def test_a_failure_of_the_last_rank_is_ignored(moment) -> None:
 
 
 def test_factor_must_not_be_negative() -> None:
-    with pytest.raises(ValueError, match="Factor.factor is -1, expected 0 or more"):
+    with pytest.raises(ValueError, match="Factor.factor is -1, expected at least 0"):
         Factor(-1)

@@ -71,8 +71,8 @@ def test_masks_that_are_not_scored_join_runs(moment) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"high": -1}, "Hierarchy.high is -1, expected a probability or None"),
-        ({"low": float("nan")}, "Hierarchy.low is nan, expected a probability or None"),
+        ({"high": -1}, "Hierarchy.high is -1, expected a probability"),
+        ({"low": float("nan")}, "Hierarchy.low is nan, expected a probability"),
     ],
 )
 def test_bad_arguments_of_a_hierarchy(given: dict, message: str) -> None:

@@ -94,7 +94,7 @@ def test_rows_of_a_batch_commit_as_alone(synthetic) -> None:
     ("given", "message"),
     [
         ({"tau": -1}, "KLASS.tau is -1, expected a probability"),
-        ({"kl": -1}, "KLASS.kl is -1, expected nats, 0 or more"),
+        ({"kl": -1}, "KLASS.kl is -1, expected at least 0"),
         ({"steps": 0}, "KLASS.steps is 0, expected at least 1"),
     ],
 )

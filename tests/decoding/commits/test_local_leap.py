@@ -55,7 +55,7 @@ def test_without_relaxation_it_is_a_threshold(rule: LocalLeap, cases, moment) ->
         ({"tau": -1}, "LocalLeap.tau is -1, expected a probability"),
         ({"relaxed": 0.95}, r"LocalLeap.relaxed is 0.95, .*at most tau \(0.9\)"),
         ({"relaxed": float("nan")}, "LocalLeap.relaxed is nan"),
-        ({"radius": -1}, "LocalLeap.radius is -1, expected 0 or more positions"),
+        ({"radius": -1}, "LocalLeap.radius is -1, expected at least 0"),
     ],
 )
 def test_bad_arguments_of_local_leap(given: dict, message: str) -> None:

@@ -113,8 +113,8 @@ def test_rows_stop_independently(toy, prompts) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"early": -1}, "Prophet.early is -1, expected 0 or more"),
-        ({"late": float("nan")}, "Prophet.late is nan, expected 0 or more"),
+        ({"early": -1}, "Prophet.early is -1, expected at least 0"),
+        ({"late": float("nan")}, "Prophet.late is nan, expected at least 0"),
         ({"steps": 0}, "Prophet.steps is 0, expected at least 1"),
         ({"region": (3, 3)}, r"Prophet.region is \(3, 3\), expected \(first, last \+ 1\)"),
     ],

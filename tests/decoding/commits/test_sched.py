@@ -121,12 +121,15 @@ def test_rows_stop_independently(toy, prompts) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"mode": "step"}, "SchED.mode is 'step', expected one of linear, cosine, exp"),
-        ({"statistic": "max"}, "SchED.statistic is 'max', expected one of mean, median"),
-        ({"low": -1}, "SchED.low is -1, expected 0 or more"),
-        ({"quantile": 1.1}, "SchED.quantile is 1.1, expected 0 to 1"),
-        ({"max_change": float("nan")}, "SchED.max_change is nan, expected 0 to 1"),
-        ({"patience": -1}, "SchED.patience is -1, expected 0 or more"),
+        ({"mode": "step"}, "SchED.mode is 'step', expected one of 'linear', 'cosine', 'exp'"),
+        ({"statistic": "max"}, "SchED.statistic is 'max', expected one of 'mean', 'median'"),
+        ({"low": -1}, "SchED.low is -1, expected at least 0"),
+        ({"quantile": 1.1}, "SchED.quantile is 1.1, expected at least 0 and at most 1"),
+        (
+            {"max_change": float("nan")},
+            "SchED.max_change is nan, expected at least 0 and",
+        ),
+        ({"patience": -1}, "SchED.patience is -1, expected at least 0"),
         ({"steps": 0}, "SchED.steps is 0, expected at least 1"),
     ],
 )

@@ -209,13 +209,13 @@ def test_a_row_with_a_cache_equals_the_row_alone(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"mode": "top"}, "ReMDM.mode is 'top', expected one of cap, rescale, conf, loop"),
-        ({"eta": 1.5}, "ReMDM.eta is 1.5, expected a probability"),
+        ({"mode": "top"}, "ReMDM.mode is 'top', expected one of 'cap', 'rescale', 'conf', 'loop'"),
+        ({"eta": 1.5}, "ReMDM.eta is 1.5, expected at least 0 and at most 1"),
         ({"mode": "conf", "eta": 0.1}, 'ReMDM.eta has no effect in mode "conf"; leave it out'),
         ({"steps": 0}, "ReMDM.steps is 0, expected at least 1"),
-        ({"budget": -1}, "ReMDM.budget is -1, expected 0 or more"),
+        ({"budget": -1}, "ReMDM.budget is -1, expected at least 0"),
         ({"t_on": 0.1, "t_off": 0.2}, "expected 0 <= t_off < t_on < 1"),
-        ({"alpha_on": 1.0}, "ReMDM.alpha_on is 1.0, expected between 0 and 1"),
+        ({"alpha_on": 1.0}, "ReMDM.alpha_on is 1.0, expected above 0 and below 1"),
         ({"mode": "loop", "eta": 0.5}, "remasks more than the share 1 - alpha_on = 0.1 of masks"),
     ],
 )
