@@ -1,4 +1,4 @@
-"""Blocks that end where a sentence does."""
+"""AdaBlock: blocks that end at a predicted delimiter."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from mmdlm.model import MultimodalDLM
 
 @dataclass(frozen=True)
 class AdaBlock(Strategy):
-    """AdaBlock: opens blocks that end at the most confident delimiter predicted ahead.
+    """AdaBlock: opens blocks that end at the most probable delimiter of their first forward.
 
-    The first forward of a block looks at the next `share` of the answer. If the delimiter it
-    predicts most surely there reaches `threshold`, the block ends after it, else after `size`
-    positions; the same forward commits. The best use is with `Threshold`; with fixed numbers
-    of steps a block gets those of one of `size` positions.
+    The first forward of a block searches the next `share` of the answer. If the most probable
+    delimiter there reaches `threshold`, the block ends after it, else after `size` positions; the
+    same forward commits. Best combined with `Threshold`; with a fixed number of steps every block
+    has the steps of a block of `size` positions.
 
     Source: AdaBlock-dLLM (arXiv 2509.26432; lgxi24/AdaBlock-dLLM: llada/generate_adablock.py). A
     block that the first forward finishes costs no further one, as there.
 
     Args:
-        size: positions of a block without a sure delimiter.
+        size: positions of a block without a delimiter that reaches `threshold`.
         threshold: probability a delimiter must reach; infinite gives fixed blocks.
         delimiters: token ids; None: the line break of the model's tokenizer. Where there is none, a
             warning is given and all blocks are of `size`.
@@ -46,7 +46,7 @@ class AdaBlock(Strategy):
     share: UnitFloat = 0.25
 
     def prepare(self, model: MultimodalDLM, columns: slice | None) -> dict[str, Any]:
-        """Ids of the delimiters."""
+        """Token ids of the delimiters."""
         found = line_breaks(model) if self.delimiters is None else list(self.delimiters)
         if self.delimiters is None and not found and self.threshold <= 1:
             warnings.warn(
@@ -79,8 +79,8 @@ class AdaBlock(Strategy):
         start, reach, rest = self._sizes(view)
         ids = view.memory(self)["delimiters"]
         near = (view.at < (start + reach).to(view.device)) & view.open
-        sure = view.log_odds.masked_fill(~(torch.isin(view.candidates, ids) & near), -torch.inf)
-        best, place = sure.max(1, keepdim=True)
+        odds = view.log_odds.masked_fill(~(torch.isin(view.candidates, ids) & near), -torch.inf)
+        best, place = odds.max(1, keepdim=True)
         found = (best >= odds_of(self.threshold)) & (best > -torch.inf)
         cut = torch.where(found, view.at.gather(1, place) + 1, -1).cpu()
         end = torch.where(cut >= 0, cut, start + rest.clamp(max=self.size))

@@ -1,4 +1,4 @@
-"""Fixed blocks, left to right."""
+"""Semi-autoregressive blocks of a fixed size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class Blocks(Strategy):
-    """Opens the answer block by block; every row goes on to its next block by itself.
+    """Semi-autoregressive decoding: opens blocks of a fixed size, left to right in every row.
 
     Source: semi-autoregressive remasking of LLaDA (ML-GSAI/LLaDA: generate.py); the own blocks of
     block-causal models as in JetAstra/SDAR: generate.py.

@@ -1,4 +1,4 @@
-"""Several parts of the answer filled in parallel."""
+"""NAP: several parts of the answer filled in parallel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class Streams(Strategy):
-    """Commits the most confident positions of every part of the answer, all in the same steps.
+    """NAP: fills several parts of the answer in parallel, most confident positions first.
 
     Meant for models whose answer holds several lines of reasoning and then a summary: the streams
     are filled in parallel; the positions after the last of them open when all are full.

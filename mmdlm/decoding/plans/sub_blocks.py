@@ -1,4 +1,4 @@
-"""Parts of each block, left to right."""
+"""Fast-dLLM v2 sub-blocks: parts of each block, left to right."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class SubBlocks(Strategy):
-    """Opens the blocks of a model in parts; the rest of the block is seen as masks meanwhile.
+    """Fast-dLLM v2 sub-blocks: opens each block in parts; the rest of the block stays masked.
 
     In a shifted family the first position of a block is scored by the last row of the block
     before, which does not see the block. It is opened alone, so that the others are scored with it

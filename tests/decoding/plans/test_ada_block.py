@@ -127,6 +127,6 @@ def test_a_given_delimiter_ends_no_block(toy) -> None:
     for prompt in torch.randint(3, 50, (6, 1, 4), generator=torch.Generator().manual_seed(0)):
         got = decode(toy(), prompt, 8, [strategy, Threshold(0)], canvas=given)
         best = decode(toy(), prompt, 8, canvas=given)
-        # The block ends behind the surest of the masks, whatever is predicted where tokens are.
+        # The block ends after the most probable mask, whatever is predicted where tokens are.
         last = int((best.history.step[0] == 0).nonzero())
         assert (got.history.step[0] == 0).nonzero()[:, 0].tolist() == list(range(0, last + 1, 2))
