@@ -1,4 +1,4 @@
-"""Confidence = certainty of the whole distribution."""
+"""Confidence = negative entropy of the distribution."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class Entropy(Strategy):
-    """Ranks positions by the entropy of their token, lowest first.
+    """Negative entropy as confidence: ranks positions by their entropy, lowest first.
 
     Source: `entropy` of HKUNLP/Dream: generation_utils.py.
     """

@@ -1,4 +1,4 @@
-"""The most probable token."""
+"""Greedy candidates: the most probable token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class Greedy(Strategy):
-    """Picks the token with the highest logit; the lower id wins a tie. The loop's default."""
+    """Greedy candidates: the token with the highest logit; the lower id wins a tie. The default."""
 
     paper: ClassVar[str] = "LLaDA, arXiv 2502.09992"
     exact: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""Tokens sampled at a temperature."""
+"""Gumbel-max sampling of candidates at a temperature."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class Gumbel(Strategy):
-    """Picks each candidate at random from softmax(logits / temperature).
+    """Gumbel-max sampling: draws each candidate from softmax(logits / temperature).
 
     The candidate is the argmax of exp(z) / (-log u) ** temperature with u uniform, taken in the log
     domain: the same order without overflow. Confidence stays the probability of the candidate

@@ -14,7 +14,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class LeftToRight(Strategy):
-    """Fills positions in reading order, however sure they are.
+    """Left-to-right order: fills positions in reading order, whatever their confidence.
 
     Source: `remasking_strategy="sequential"` of JetAstra/SDAR: generate.py.
     """

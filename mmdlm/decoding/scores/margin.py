@@ -14,7 +14,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class Margin(Strategy):
-    """Ranks positions by the difference of their two highest probabilities.
+    """Top-2 margin as confidence: the difference of the two highest probabilities.
 
     Source: `topk_margin` of HKUNLP/Dream: generation_utils.py.
     """

@@ -13,7 +13,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class Probability(Strategy):
-    """Ranks candidates by their probability, as log-odds. The loop's default.
+    """Probability as confidence: ranks candidates by their log-odds. The default.
 
     Source: low-confidence remasking (ML-GSAI/LLaDA: generate.py); `maskgit_plus` of Dream.
     """

@@ -13,7 +13,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class RandomOrder(Strategy):
-    """Fills positions in random order; every row draws from its own stream (`View.uniform`).
+    """Random order: every row draws from a separate stream (`View.uniform`).
 
     Source: `remasking="random"` of ML-GSAI/LLaDA: generate.py.
     """
