@@ -1,4 +1,4 @@
-"""Store every finished block by a separate forward."""
+"""Block cache of SDAR: a separate forward stores every finished block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class BlockCache(Strategy):
-    """Computes the open block only; the prompt, and each full block, get a separate forward.
+    """SDAR block cache: computes the open block; separate forwards store prompt and full blocks.
 
     The logits are those of `Exact`, which stores what is final in the same forward that opens the
     next block, and so needs one forward less per block. This is for counting forwards as published

@@ -1,4 +1,4 @@
-"""Keep the keys and values of tokens that have been known for a step."""
+"""dKV-Cache: reuse the keys and values of tokens one step after their commit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class DKVCache(Strategy):
-    """Recomputes masks and the tokens of the latest step; a full pass now and then renews the rest.
+    """dKV-Cache: recomputes masks and the tokens of the latest step; full passes renew the rest.
 
     The keys and values of a token change most in the step after its commit, in which the model sees
     it for the first time. So they are kept with one step of delay: a token is computed once more as
@@ -29,7 +29,7 @@ class DKVCache(Strategy):
     tokens in every row, and so forbids thresholds; here every row has its own list of positions.
 
     With `prefill` the prompt is computed once for the whole answer (dKV-Cache-PD); without `decode`
-    nothing but the prompt is kept (dKV-Cache-Prefill).
+    only the prompt is kept (dKV-Cache-Prefill).
 
     In a shifted family the position before a token scores it, and what is kept is chosen with this
     in mind. A third variant of the published code, `right`, keeps every known token, and so leaves

@@ -1,4 +1,4 @@
-"""Recompute next to nothing, in an order that is known beforehand."""
+"""dKV-Cache-Greedy: recompute a window around the positions of a known random order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class DKVGreedy(Strategy):
-    """Fills a block in random order; recomputes what was just filled, what is next, and near it.
+    """dKV-Cache-Greedy: random order; recomputes the latest tokens, the next ones and a window.
 
     Positions commit in an order that is drawn when a block opens, in equal shares per step (as
     `TopK` has them). So the positions worth computing are known before the forward: the tokens of

@@ -1,4 +1,4 @@
-"""Keep the keys and values of everything outside the open block."""
+"""Fast-dLLM DualCache: reuse keys and values before and after the open block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class DualCache(Strategy):
-    """Recomputes the open block only; a full pass at the start of each block renews the rest.
+    """Fast-dLLM DualCache: recomputes the open block only; a full pass opens each block.
 
     The full pass also commits. Approximate: within a block, what comes before it and the masks
     after it keep the keys and values they had when it opened.

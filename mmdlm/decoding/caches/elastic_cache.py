@@ -1,4 +1,4 @@
-"""Renew keys and values from the layer on where attention has moved."""
+"""Elastic-Cache: recompute deeper layers where attention has drifted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class ElasticCache(Strategy):
-    """Recomputes the first masks and what was just written; the rest when attention has drifted.
+    """Elastic-Cache: recomputes a window of masks; all positions where attention has drifted.
 
     The window is the first `window` masks of a row, wherever they are; only they may commit. After
     a first full pass, a step computes them, the tokens written in the step before, and the tracked
@@ -32,7 +32,7 @@ class ElasticCache(Strategy):
     tokens. Where it is below `gamma`, all deeper layers compute all positions, from the states
     these had when they last were computed. Approximate. Each row decides for itself: in a batch, a
     row that drifts, or that has just been added, makes the layers compute all positions of the
-    others too, but those keep what they have. It waits for the device once per layer.
+    others too, but those keep what they have. Costs one device-to-host sync per layer.
 
     In a shifted family the positions before the masks, which score them, are computed with them.
     Commit rules that share the answer over a number of steps take it as one block.
@@ -126,7 +126,7 @@ class Elastic(KV):
         self.fresh: Tensor | None = None
         """[B L] bool, positions that this pass computes in every layer; None for all."""
         self.wide = True
-        """The layer at hand computes all positions."""
+        """The current layer computes all positions."""
         self.before: Tensor | None = None
         """[B H T L] attention of the tracked tokens before this pass; None where none drift."""
 

@@ -1,4 +1,4 @@
-"""Recompute what can have changed, and nothing else."""
+"""Exact cache: recompute every position that can have changed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class Exact(Strategy):
-    """Keeps keys and values that can no longer change; the logits are those of a full recompute.
+    """Exact cache: reuses final keys and values; the logits are those of a full recompute.
 
     A row's keys depend on rows of its own level and below only (`mmdlm.layout`). So rows below the
     level of the first masked position are final once computed with their tokens known: the prompt

@@ -1,4 +1,4 @@
-"""Keep the keys and values of everything before the open block, and never renew them."""
+"""FreeCache: reuse keys and values before the open block for the rest of the decode."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class FreeCache(Strategy):
-    """Recomputes from the open block on; positions before it are never renewed.
+    """FreeCache: recomputes from the open block on; positions before it are never recomputed.
 
     Only the first step is a full pass. A block keeps the keys and values of its last step, in which
     the tokens that this step commits were still masked. Approximate. In a shifted family the

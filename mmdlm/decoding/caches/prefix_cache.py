@@ -1,4 +1,4 @@
-"""Keep the keys and values of everything before the open block."""
+"""Fast-dLLM PrefixCache: reuse keys and values before the open block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class PrefixCache(Strategy):
-    """Recomputes from the open block on; a full pass at the start of each block renews the rest.
+    """Fast-dLLM PrefixCache: recomputes from the open block on; a full pass opens each block.
 
     The full pass also commits. Approximate with full attention: within a block, the prompt and the
     blocks before keep the keys and values they had when it opened.

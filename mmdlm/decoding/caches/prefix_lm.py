@@ -1,4 +1,4 @@
-"""A prompt that does not see the answer."""
+"""Prefix-LM attention: the prompt does not attend to the answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class PrefixLM(Strategy):
-    """Runs a full-attention model with a prompt that attends to itself only.
+    """Prefix-LM attention: the prompt of a full-attention model attends to itself only.
 
     The prompt's keys and values are then final after the first step, and `Exact` computes nothing
     but the answer from there on. Approximate, unless the model was trained with such prompts.

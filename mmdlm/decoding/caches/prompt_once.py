@@ -1,4 +1,4 @@
-"""Keep the keys and values of the prompt for the whole answer."""
+"""Prompt cache: compute the keys and values of the prompt once per answer."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class PromptOnce(Strategy):
-    """Recomputes from the open block on, the answer when a block opens, the prompt never again.
+    """Prompt cache: the prompt once, the answer when a block opens, else from the block on.
 
     `PrefixCache` or `DualCache` without what makes their blocks expensive where the prompt holds
     images or sound: the pass that opens a block covers the answer only. Approximate with full
     attention, since the prompt keeps the keys and values it had when all of the answer was masked;
-    for prompts that do not see the answer as good as those caches. In a shifted family the row
+    with prefix attention, as accurate as those caches. In a shifted family the row
     before the block, which scores its first position, is always computed with it.
 
     Our own; LaViDa (arXiv 2505.16839) trains its model for a prompt that is run once.

@@ -1,4 +1,4 @@
-"""Keep the keys and values of everything outside the open part of a block."""
+"""Fast-dLLM v2 sub-block cache: reuse keys and values outside the open sub-block."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class SubBlockCache(Strategy):
-    """Recomputes the open part only; a pass over its whole block when it opens renews the rest.
+    """Fast-dLLM v2 sub-block cache: recomputes the open sub-block; a pass over its block opens it.
 
     In a shifted family the pass over the block is repeated while the first position of the part
     is masked, since the row that scores it lies before. Made for `SubBlocks`; with `Blocks` it does

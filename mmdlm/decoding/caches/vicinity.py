@@ -1,4 +1,4 @@
-"""Keep the keys and values of everything but the open block and its neighbours."""
+"""dInfer vicinity cache: recompute the open block and its neighbourhood."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class VicinityCache(Strategy):
-    """Recomputes the open block and positions on either side; a full pass opens each block.
+    """dInfer vicinity cache: recomputes the block and its neighbours; a full pass opens it.
 
     Neighbours matter most to a block and change most with it, so a dual cache whose block is a
     little larger loses less. All passes commit. Approximate: within a block, positions farther away

@@ -1,4 +1,4 @@
-"""Compute a few masks, attend to some more, and leave out the rest."""
+"""Window-Diffusion: compute the first masks, attend to a window, ignore the masks after it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class WindowDiffusion(Strategy):
-    """Recomputes the first masks and the latest tokens; masks far after them are not attended to.
+    """Window-Diffusion: recomputes the first masks and latest tokens; attends to a window of masks.
 
     An answer is filled in phases of `every` steps, without blocks. The first step of a phase is a
     full pass that may commit anywhere. Then the phase's window is fixed: all that is known and the
