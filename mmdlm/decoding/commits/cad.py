@@ -17,7 +17,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class CAD(Strategy):
-    """Commits the confident positions of a step, but at least `least` and at most `most`.
+    """CD4LM: commits the confident positions of a step, at least `least` and at most `most`.
 
     While little of the answer is written, positions whose candidate is an end token are deferred.
     End tokens are the model's `eos_id` and `stop_ids`. If all open positions are deferred, the best

@@ -18,12 +18,12 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class CCD(Strategy):
-    """Commits positions that stay among the best, with the same candidate as in the step before.
+    """CCD: commits positions among the best whose candidate is that of the step before.
 
     A block of n positions in S steps commits n // S per step; that number is due. Every step also
     notes the best positions that it does not commit. A position agrees if it is among the best now,
     was noted in the step before and has kept its candidate. Positions that agree commit in place of
-    the best ones: all of them with `dynamic` (CCD-DS), else as many as are due. The best commit
+    the best ones: all of them with `dynamic` (CCD-DS), else the number due. The best commit
     instead if fewer agree than are due, or if none of the best was noted. They also commit in the
     first `warm_up` steps. The last step commits all that is left.
 

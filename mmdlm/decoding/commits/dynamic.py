@@ -1,4 +1,4 @@
-"""Commit everything that is sure enough, but no less than a schedule."""
+"""SDAR dynamic decoding: commit by a threshold, but no fewer than a schedule."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class Dynamic(Strategy):
-    """Commits all open positions above `tau` if they are as many as are due, else the best due.
+    """SDAR dynamic decoding: commits positions above `tau`, but no fewer than a fixed schedule.
 
     What is due depends on the size of the block (or part, see `SubBlocks`), not on its masks: n
-    positions in S steps owe n // S in a step, and one more in the first n mod S. So a first block
-    that holds the end of the prompt is done in fewer steps.
+    positions in S steps commit n // S in a step, and one more in the first n mod S. So a first
+    block that holds the end of the prompt takes fewer steps. Positions above `tau` commit if they
+    are at least the number due; otherwise the best ones do, the number due.
 
     Source: `low_confidence_dynamic` of JetAstra/SDAR: generate.py; with `tau` 1, which nothing
     exceeds, its `low_confidence_static`. LLaDA2.x (ZHZisZZ/dllm:
@@ -43,6 +44,6 @@ class Dynamic(Strategy):
         size, now = view.block_size, view.block_step
         steps = size if self.steps_per_block is None else self.steps_per_block
         due = (size // steps + (now < size % steps)).to(view.device)[:, None]
-        sure = view.open & (view.log_odds > odds_of(self.tau))
-        enough = sure.sum(1, keepdim=True) >= due
-        return torch.where(enough, sure, rank(view.confidence) < due)
+        passes = view.open & (view.log_odds > odds_of(self.tau))
+        enough = passes.sum(1, keepdim=True) >= due
+        return torch.where(enough, passes, rank(view.confidence) < due)

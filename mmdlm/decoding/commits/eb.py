@@ -17,7 +17,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class EntropyBound(Strategy):
-    """Commits the longest list whose entropies, without the largest, sum to at most `gamma`.
+    """EB-Sampler: commits the best positions whose summed entropy, less the largest, is <= `gamma`.
 
     The list is in the order of confidence, best first. The sum of the entropies less the largest
     one is an upper bound of the mutual information that independent commits ignore.

@@ -15,7 +15,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class EntropyThreshold(Strategy):
-    """Commits every open position whose entropy is at most `tau`, and always the lowest.
+    """dParallel: commits positions whose entropy is at most `tau`, and always the lowest.
 
     It decides `score` as well, so that the position that always commits is the one of lowest
     entropy. It is fast with models trained to be certain early (the dParallel checkpoints); with

@@ -1,4 +1,4 @@
-"""Commit as many as may be wrong together."""
+"""Fast-dLLM factor rule: the required probability grows with the number of commits."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class Factor(Strategy):
-    """Fast-dLLM factor rule: the n most confident, the n-th with p >= 1 - factor / (n + 1).
+    """Fast-dLLM factor rule: commits the n best while the n-th has p >= 1 - factor / (n + 1).
 
     The first rank that fails ends the list; the best one never fails. As in the reference, a
-    failure of the very last rank goes unnoticed: if all masks but the least sure one pass, all are
-    committed.
+    failure of the very last rank has no effect: if all masks but the least confident one pass,
+    all are committed.
 
     Source: Fast-dLLM (arXiv 2505.22618, section 3.3; NVlabs/Fast-dLLM: llada/generate.py,
     get_transfer_index_dynamic).

@@ -15,7 +15,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class Hierarchy(Strategy):
-    """Commits the best of every run of masks if it exceeds `low`, and all that exceeds `high`.
+    """dInfer hierarchical decoding: commits the best of each run of masks, and all above `high`.
 
     A run is a stretch of neighbouring masks of the block. Positions that commit together below
     `high` therefore have known tokens or other masks in between. The best of all always commits.

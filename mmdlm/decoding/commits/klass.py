@@ -17,7 +17,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class KLASS(Strategy):
-    """Commits positions above `tau` whose prediction was stable for `steps` steps, else the best.
+    """KLASS: commits positions above `tau` that were stable for `steps` steps, else the best.
 
     A step is stable if the KL divergence of a position's prediction from that of the step before is
     below `kl`. Predictions of the whole answer are compared, in models with their own blocks those

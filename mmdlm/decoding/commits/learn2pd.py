@@ -1,4 +1,4 @@
-"""Commits what a small learned network predicts to be final."""
+"""Learn2PD: commit what a learned filter predicts to be final."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commits what a small learned transformer selects from all confidences."""
+"""Learned unmasking policy: commit what a small transformer selects."""
 
 from __future__ import annotations
 

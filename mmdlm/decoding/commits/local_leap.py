@@ -17,7 +17,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class LocalLeap(Strategy):
-    """Commits positions that reach `tau`, and those near them that reach `relaxed`.
+    """LocalLeap: commits positions that reach `tau`, and those near them that reach `relaxed`.
 
     Positions that reach `tau` in this step are anchors. Positions at most `radius` from an anchor
     need to reach `relaxed` only. Tokens committed in earlier steps are not anchors. The best

@@ -1,4 +1,4 @@
-"""Numbers of tokens per step that follow a curve."""
+"""MaskGIT: numbers of tokens per step from a curve (cosine, linear, ...)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class MaskGIT(Strategy):
-    """MaskGIT: commits the most confident positions, their number per step given by a curve.
+    """MaskGIT: commits the most confident positions; a curve sets the number per step.
 
     The share of a block that is still masked after step i of S falls from 1 to 0 as a function of
     r = (i + 1) / S: "linear" 1 - r; "cosine" cos(pi r / 2), few first and many last; "pow2" (any

@@ -1,4 +1,4 @@
-"""Commit everything once the answer is decided."""
+"""Prophet: commit everything once the mean logit margin is large."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class Prophet(Strategy):
-    """Commits all masks of a row when its best tokens lead the second best by enough.
+    """Prophet: commits all masks of a row once its mean logit margin reaches a bar.
 
     The lead is the difference of the two highest logits, as they are where this strategy stands in
     the list; its mean must reach a bar that is lower the more of the steps are done: `early` in the
@@ -55,7 +55,7 @@ class Prophet(Strategy):
             )
 
     def begin(self, view: View) -> dict[str, Entry]:
-        """What the logits of a step say.
+        """Room for the margins of a step.
 
         Raises:
             ValueError: the region begins after the end of the answer.

@@ -19,7 +19,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class SchED(Strategy):
-    """Commits all masks of a row when their logit margins reach a threshold that falls over time.
+    """SchED: commits all masks of a row once its logit margins reach a falling threshold.
 
     The logit margin of a mask is the difference of its two highest logits, after the strategies
     before this one in the list. With u from 0 in the first step to 1 in the last, the threshold is

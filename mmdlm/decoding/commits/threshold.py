@@ -1,4 +1,4 @@
-"""Commit everything that is sure enough."""
+"""Fast-dLLM threshold: commit positions of high probability."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class Threshold(Strategy):
-    """Commits every open position whose probability reaches `tau`, and always the best one.
+    """Fast-dLLM threshold: commits positions whose probability reaches `tau`, and always the best.
 
     Source: Fast-dLLM (arXiv 2505.22618; NVlabs/Fast-dLLM: llada/generate.py); with `steps` the
     `confidence_threshold` of NVlabs/Fast-dLLM: dream/model/generation_utils.py, which carries what
@@ -26,8 +26,8 @@ class Threshold(Strategy):
 
     Args:
         tau: probability; 0 commits all at once, above 1 one per step.
-        steps: never ahead of an even schedule of so many steps for the whole answer; None: no
-            limit.
+        steps: never ahead of an even schedule with this number of steps for the whole answer;
+            None: no limit.
     """
 
     paper: ClassVar[str] = "Fast-dLLM, arXiv 2505.22618"
@@ -37,12 +37,12 @@ class Threshold(Strategy):
 
     def select(self, view: View) -> Tensor:
         """[B R] bool."""
-        sure = view.log_odds >= odds_of(self.tau)
+        passes = view.log_odds >= odds_of(self.tau)
         if self.steps is None:
-            return sure
+            return passes
         steps, masks, now = view.share(self.steps), view.block_masks, view.block_step + 1
         due = torch.where(
             now < steps, masks // steps * now + torch.minimum(masks % steps, now), masks
         )
         filled = masks.to(view.device) - (view.masked & view.opened).sum(1)
-        return sure & (rank(view.confidence) < (due.to(view.device) - filled)[:, None])
+        return passes & (rank(view.confidence) < (due.to(view.device) - filled)[:, None])

@@ -1,4 +1,4 @@
-"""Numbers of tokens per step that follow a shifted clock."""
+"""LaViDa time shift: numbers of tokens per step from a shifted clock."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class TimeShift(Strategy):
-    """Commits the most confident positions, few per step first and many last, or the reverse.
+    """LaViDa time shift: commits few positions per step first and many last, or the reverse.
 
     With t going evenly from 0 to 1 the clock is s = a t / (1 + (a - 1) t), or for "cosine"
     s = (1 - cos pi t) / 2. A step of n masks in S steps gets the difference of int(s n), at least

@@ -1,4 +1,4 @@
-"""Commits that follow a noise level from 1 down to almost 0."""
+"""Dream timesteps: commits that follow a noise level from 1 to almost 0."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class Timesteps(Strategy):
-    """Commits the share of the remaining masks by which the noise level falls in a step.
+    """Dream timesteps: commits the share of masks by which the noise level falls in a step.
 
     Levels fall evenly from 1 to `eps`; going from t to s, a block with m masks commits
     int(m (1 - s / t)) of them, and all in the last step. The number is truncated, so with about as

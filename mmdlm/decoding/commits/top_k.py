@@ -1,4 +1,4 @@
-"""A fixed number of tokens per step."""
+"""LLaDA top-k: a fixed number of tokens per step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class TopK(Strategy):
-    """Commits the most confident positions, in equal shares per step.
+    """LLaDA top-k: commits the most confident positions, an equal number in each step.
 
     A block with m masks and S steps commits m // S per step and one more in the first m mod S; the
     last step commits whatever is left.

@@ -130,7 +130,7 @@ def test_files_without_a_filter_are_refused(tmp_path, toy, run) -> None:
         run(toy(), Learn2PD(other))
     random_filter(broken, 4)
     broken.write_bytes(broken.read_bytes()[:-8])
-    with pytest.raises(ValueError, match="no complete safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         run(toy(), Learn2PD(broken))
     aux_network.save(broken, KIND, Filter(4), {"size": 5})
     with pytest.raises(ValueError, match="does not fit its description"):
