@@ -1,4 +1,4 @@
-"""Restricts which tokens may be written at which positions of the answer."""
+"""Constrained decoding: which tokens are allowed at which positions of the answer."""
 
 from __future__ import annotations
 

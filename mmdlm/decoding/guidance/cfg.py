@@ -15,7 +15,7 @@ from mmdlm.layout import ANSWER
 
 @dataclass(frozen=True)
 class CFG(Strategy):
-    """Moves the logits away from what the model predicts without the text of the prompt.
+    """Classifier-free guidance: moves the logits away from those without the text of the prompt.
 
     A second forward per step, with masks for the text and the media left in place, gives u; the
     logits c become u + (scale + 1) (c - u). Caches hold for both forwards.

@@ -1,4 +1,4 @@
-"""Higher logits for tokens that were the best guess in earlier steps."""
+"""CreditDecoding: higher logits for tokens predicted in earlier steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class Credit(Strategy):
-    """Raises the logits of tokens that were a position's best guess in earlier steps.
+    """CreditDecoding: raises the logits of tokens that were the best prediction in earlier steps.
 
     In every step all credit shrinks to `beta` of itself, the best token of every open position
     gains probability ** gamma, and alpha * log(1 + credit) is added to the logits. So a token that

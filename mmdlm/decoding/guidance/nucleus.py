@@ -1,4 +1,4 @@
-"""The likely tokens only."""
+"""Nucleus sampling: top-p, top-k and temperature."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class Nucleus(Strategy):
-    """Scales the logits by a temperature and leaves out unlikely tokens, for picks and confidence.
+    """Nucleus (top-p) and top-k filter: scales the logits and removes improbable tokens.
 
     With `Gumbel(1.0)` after it this is how Dream samples: its confidences are those of the scaled
     and filtered distribution.
@@ -23,8 +23,8 @@ class Nucleus(Strategy):
     Source: HKUNLP/Dream: generation_utils.py (top_p_logits, top_k_logits, sample_tokens).
 
     Args:
-        top_p: the likeliest tokens up to and including the one that reaches this probability stay.
-        top_k: at most so many stay, more where the last is tied; None: no limit.
+        top_p: the most probable tokens stay, up to the one at which their sum reaches this.
+        top_k: maximum number of tokens that stay, more where the last is tied; None: no limit.
         temperature: what the logits are divided by first, above 0; for the likeliest token leave
             `Gumbel` out instead.
     """
@@ -36,7 +36,7 @@ class Nucleus(Strategy):
     temperature: PositiveFloat = 1.0
 
     def guide(self, view: View, logits: Tensor) -> Tensor:
-        """[B R V] with -inf for the tokens left out, and for the mask token, which is no answer."""
+        """[B R V] with -inf for the tokens left out, and for the mask token."""
         # Where the mask token is the likeliest, nothing else would be left.
         logits = view.ban_mask(logits / self.temperature)
         if self.top_p < 1:

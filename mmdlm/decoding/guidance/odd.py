@@ -1,4 +1,4 @@
-"""Make the rows of a batch differ from each other."""
+"""ODD: diverse samples within a batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class ODD(Strategy):
-    """Pushes the logits of every row away from what the rows before it are about to say.
+    """ODD: diversity guidance, pushes the logits of a row away from those of the rows before it.
 
     The rows of the batch are samples of one prompt. A row's feature v is the highest probability of
     every token over all its positions (a written token has 1), scaled to length 1. Its direction d

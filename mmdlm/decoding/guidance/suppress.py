@@ -1,4 +1,4 @@
-"""Tokens that are never written."""
+"""Suppressed tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmdlm.model import MultimodalDLM
 
 @dataclass(frozen=True)
 class Suppress(Strategy):
-    """Sets the logits of some ids to -inf.
+    """Token suppression: sets the logits of some ids to -inf.
 
     Source: suppressed tokens of ML-GSAI/LLaDA-V; `logits_eos_inf` of ML-GSAI/LLaDA: generate.py.
 
