@@ -1,4 +1,4 @@
-"""Answers that find their own length."""
+"""DAEDAL: answers of adaptive length."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class DAEDAL(Strategy):
-    """Lengthens the answer until the model believes in its end, and again where it is unsure.
+    """DAEDAL: extends the answer until an end is predicted, and at positions of low confidence.
 
     Each forward gives the end confidence of a row: the last `check` positions that predict the end
     token, their probabilities added up and divided by `check`, however few there are. First,
     nothing commits and `expansion` masks are appended per forward while it is below `enough`; then
     check / 2 end tokens close the canvas. From there blocks are filled, with everything above
-    `high` or else the best. While the end confidence is below `expand_until`, the least sure open
-    position of a step, if below `low`, becomes `expansion` masks. What no longer fits is cut off,
-    unless it was given.
+    `high` or else the best. While the end confidence is below `expand_until`, the least confident
+    open position of a step, if below `low`, becomes `expansion` masks. What no longer fits is cut
+    off, unless it was given.
 
     The length given to `decode` is where it starts.
 

@@ -1,4 +1,4 @@
-"""Answers that grow part by part, in blocks of similar uncertainty."""
+"""Dystruct: dynamic blocks of similar uncertainty, in an answer that grows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NEAR = 8
 
 @dataclass(frozen=True)
 class Dystruct(Strategy):
-    """Divides new masks into blocks, fills the least uncertain first, and repairs the boundaries.
+    """Dystruct: divides new masks into dynamic blocks, fills the least uncertain first.
 
     The first forward over new masks gives the uncertainty (1 - probability) of each. From left to
     right, a position joins the block of n positions before it with weight n N(uncertainty; the mean

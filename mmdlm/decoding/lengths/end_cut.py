@@ -1,4 +1,4 @@
-"""Cuts the answer after a predicted end token."""
+"""Learn2PD end-of-text prediction (EoTP): cut the answer after a predicted end token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmdlm.model import MultimodalDLM
 
 @dataclass(frozen=True)
 class EndCut(Strategy):
-    """Shortens each row to its predicted end token, long before that end is certain.
+    """Learn2PD EoTP: shortens each row to its predicted end token, before that end is certain.
 
     The cut is after the first end token that a step commits, or, if it commits none, after the mask
     that predicts one with the highest probability, anywhere in the answer. Given positions stay.

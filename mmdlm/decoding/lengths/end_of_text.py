@@ -1,4 +1,4 @@
-"""Stop a row once its text has ended."""
+"""Early stop of a row whose text has ended."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class EndOfText(Strategy):
-    """Fills the rest of a row with end tokens once an end token has no mask before it.
+    """Early stop: fills the rest of a row with end tokens once an end token has no mask before it.
 
     What stands before the end token is untouched; only positions a reader never sees are saved.
 
