@@ -1,4 +1,4 @@
-"""Hierarchical commits that also remask uncertain tokens."""
+"""dInfer hierarchical decoding with remasking of uncertain tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class HierarchyRemask(Strategy):
-    """Commits like `Hierarchy`, and remasks tokens of the block whose probability is now low.
+    """dInfer hierarchical remasking: commits like `Hierarchy`, remasks tokens of low probability.
 
     A written position is uncertain if the probability of its candidate, whether or not that is the
     written token, is below `remask`. Uncertain positions are treated as masks: those that the rule

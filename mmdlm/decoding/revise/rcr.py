@@ -21,7 +21,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class RCR(Strategy):
-    """Commits all open masks in every step and remasks the least confident tokens for the next.
+    """MDPO running-confidence remasking: commits all masks, remasks the least confident.
 
     The number of masks before a step falls from all of the block to none along a curve (see
     `MaskGIT`). Remasked are the tokens of the lowest confidence at the time of their commit, among

@@ -22,7 +22,7 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class ReMDM(Strategy):
-    """Commits masks at random as the noise of a block falls, and remasks tokens at random.
+    """ReMDM: commits masks at random as the noise of a block falls, and remasks tokens at random.
 
     Let the share a of the block be known before a step and b after it (both grow linearly in time,
     from 0 to 1). A token written in an earlier step becomes a mask with probability s, at most

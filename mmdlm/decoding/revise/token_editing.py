@@ -1,4 +1,4 @@
-"""Replaces written tokens by more probable ones."""
+"""LLaDA2.1 token editing: replace written tokens by more probable ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmdlm.decoding.view import View
 
 @dataclass(frozen=True)
 class TokenEditing(Strategy):
-    """Replaces tokens of the open block where another one now exceeds `tau`.
+    """LLaDA2.1 token editing: replaces tokens of the open block where another one exceeds `tau`.
 
     Edits happen in every step, together with the commits. Once a block is full, further passes only
     edit, until one changes nothing, so each block takes at least one forward more. Only for models
