@@ -54,7 +54,7 @@ def load(path: str | Path, kind: str, build: type[Network]) -> Network:
             said = json.loads((file.metadata() or {}).get(ENTRY, "{}"))
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is no complete safetensors file ({error})") from error
+        raise ValueError(f"{path} is not a complete safetensors file ({error})") from error
     if said.get("kind") != kind:
         raise ValueError(
             f"{path} holds: {said.get('kind', 'weights without a description')}; expected: {kind}"

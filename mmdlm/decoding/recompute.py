@@ -90,7 +90,7 @@ def block_pass(view: View, within: Tensor) -> Refresh:
     if view.model.spec.shift:
         start = span(view)[0]
         stuck = view.left_before.gather(1, start)
-        if bool(stuck.any()):  # otherwise there is no need to wait for a GPU
+        if bool(stuck.any()):  # else no device-to-host sync
             left = view.left
             masked = (left & ~view.held).gather(1, start)
             only = (torch.arange(view.length) == start) & masked

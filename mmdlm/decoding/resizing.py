@@ -9,11 +9,11 @@ from mmdlm.decoding.view import View
 
 
 def longest(view: View, growth: float) -> Tensor:
-    """[B] int64 on the CPU, the most positions each answer may have, within the model's context.
+    """[B] int64 on the CPU, maximum length of each answer, within the context.
 
     Args:
         view: the rows, before its first step.
-        growth: multiple of the length at first.
+        growth: maximum length as a multiple of the initial one.
     """
     length, spec = view.length - view.prompt, view.model.spec
     most = torch.full((len(view.tokens),), int(growth * length))
@@ -24,7 +24,7 @@ def longest(view: View, growth: float) -> Tensor:
 
 
 def lasting(view: View) -> list[int | None]:
-    """[B] the last given position of each answer, which a cut must leave; None without any."""
+    """[B] the last given position of each answer, which a cut keeps; None without any."""
     given = ~view.writable & (view.tokens != view.model.spec.eos_id)
     given = (given.cpu() & (view.level >= 0))[:, view.prompt :]
     order = torch.arange(given.shape[1])

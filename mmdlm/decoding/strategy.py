@@ -24,8 +24,9 @@ NEW, EOS, GONE = -1, -2, -3
 class Strategy(Checked):
     """One decoding method: hyperparameters here, what a decode needs to remember in `view.memory`.
 
-    Every batch row has its own clock (step, block, step within the block) and never waits for other
-    rows. The hooks see all rows at once, through a read-only `View`; only the loop writes.
+    Every batch row has its own clock (step, block, step within the block), independent of
+    the other rows. The hooks see all rows at once, through a read-only `View`; only the loop
+    writes.
 
     A step calls, in this order: plan, refresh, (the model runs), guide and observe in the order of
     the strategies, pick, score, replan, stop, select, edit; then the loop writes and calls hold,
@@ -112,7 +113,7 @@ class Strategy(Checked):
         return None
 
     def cache(self, view: View) -> KV | None:
-        """Empty key/value buffers for all rows, of a special class; None: the model's own.
+        """Empty key/value buffers for all rows, of a special kind; None: the model's.
 
         For the owner of `refresh` only; called when rows are added.
         """
@@ -147,10 +148,10 @@ class Strategy(Checked):
         raise TypeError(f"{type(self).__name__} does not decide select")
 
     def lasts(self, view: View) -> bool:
-        """Whether `select` certainly leaves an open mask in every row after this step.
+        """Whether `select` is guaranteed to leave an open mask in every row after this step.
 
-        For schedules whose counts are known beforehand, so that a GPU need not be waited for in
-        every step; called before the step, where nothing else writes.
+        For schedules whose counts are known beforehand, so that the device-to-host sync of a step
+        can be skipped; called before the step, where nothing else writes.
         """
         return False
 

@@ -167,7 +167,7 @@ def settled(state: State) -> Tensor:
 
     The level of a row's first mask, or less where tokens were taken back.
     """
-    # The oldest mask that the host knows of: what only was committed since is no reason to wait.
+    # From the host copy before the latest commits, which needs no device-to-host sync.
     first = state.left_before.int().argmax(1, keepdim=True)
     return torch.minimum(state.final, state.level.gather(1, first)[:, 0])
 
