@@ -1,4 +1,4 @@
-"""Files of the small networks that take a decision of the loop."""
+"""Files of auxiliary networks (learned filters and policies)."""
 
 from __future__ import annotations
 

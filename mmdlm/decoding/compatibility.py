@@ -1,4 +1,4 @@
-"""What a decode must offer so that a strategy can work, and which strategy takes it away."""
+"""Checks that strategies are compatible with the model and with one another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens at which text is divided."""
+"""Delimiter tokens (line breaks) of a model."""
 
 from __future__ import annotations
 

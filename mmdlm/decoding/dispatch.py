@@ -1,4 +1,4 @@
-"""Which strategy decides which hook."""
+"""Dispatch of hooks to strategies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What strategies remember between steps; it follows rows that leave, join and change length."""
+"""State of strategies between steps; it follows rows that leave, join and change length."""
 
 from __future__ import annotations
 

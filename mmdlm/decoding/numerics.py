@@ -69,9 +69,9 @@ def entropy(logits: Tensor) -> Tensor:
     and the first is taken without the highest logit, so nothing cancels where the entropy is small.
     """
     best = logits.argmax(-1)
-    below = logits.gather(-1, best[..., None]) - logits
+    gap = logits.gather(-1, best[..., None]) - logits
     p = logits.softmax(-1)
-    spread = torch.where(p > 0, p * below, 0.0).sum(-1)
+    spread = torch.where(p > 0, p * gap, 0.0).sum(-1)
     return F.softplus(-log_odds(logits, best)) + spread
 
 

@@ -39,7 +39,7 @@ def due(view: View, steps: Tensor, counts: Counts) -> Tensor:
     """[B] int64, positions that each row commits in this step.
 
     From the last step that commits something on, all that is left commits, so that nothing remains
-    when other strategies had a hand in it.
+    when other strategies commit positions too.
 
     Args:
         view: the rows.

@@ -1,4 +1,4 @@
-"""The hooks a decoding method may override, and what it may ask the loop to remember."""
+"""Base class of the decoding methods: hooks, and per-row memory that the loop maintains."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mmdlm.decoding.view import View
 
 NEW, EOS, GONE = -1, -2, -3
-"""What may stand at a position of a resized answer, see `Strategy.resize`."""
+"""Entries of a resized answer that are not positions of the old one, see `Strategy.resize`."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Strategy(Checked):
         return None
 
     def cache(self, view: View) -> KV | None:
-        """Empty key/value buffers for all rows, of a special kind; None: the model's.
+        """Empty key/value buffers for all rows, of a special class; None: the model's own.
 
         For the owner of `refresh` only; called when rows are added.
         """

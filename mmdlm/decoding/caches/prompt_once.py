@@ -20,8 +20,8 @@ class PromptOnce(Strategy):
     `PrefixCache` or `DualCache` without what makes their blocks expensive where the prompt holds
     images or sound: the pass that opens a block covers the answer only. Approximate with full
     attention, since the prompt keeps the keys and values it had when all of the answer was masked;
-    with prefix attention, as accurate as those caches. In a shifted family the row
-    before the block, which scores its first position, is always computed with it.
+    with prefix attention, as accurate as those caches. In a shifted family the position before the
+    block, which scores its first one, is always computed with it.
 
     Our own; LaViDa (arXiv 2505.16839) trains its model for a prompt that is run once.
 

@@ -48,7 +48,7 @@ class Filter(nn.Module):
 
 @dataclass(frozen=True)
 class Learn2PD(Strategy):
-    """Commits positions that a learned filter accepts as final, plus the top-k of a schedule.
+    """Learn2PD: commits what a learned filter accepts as final, plus the top-k of a schedule.
 
     Input of the filter are the probabilities of all predictions of the open block, written
     positions included. `mmdlm.training.learn2pd` trains one for a model. A block longer than that

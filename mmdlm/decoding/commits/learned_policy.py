@@ -118,7 +118,7 @@ class Policy(nn.Module):
 
 @dataclass(frozen=True)
 class LearnedPolicy(Strategy):
-    """Commits what a learned policy unmasks, or the position of its highest score if it takes none.
+    """Learned policy: commits what the policy unmasks; if nothing, the position of highest score.
 
     Inputs of the policy are the highest probabilities at all positions of the answer, which of them
     are masked, and the row's steps so far as a share of the length of its answer. Probabilities of

@@ -19,9 +19,9 @@ from mmdlm.decoding.view import View
 class Prophet(Strategy):
     """Prophet: commits all masks of a row once its mean logit margin reaches a bar.
 
-    The lead is the difference of the two highest logits, as they are where this strategy stands in
-    the list; its mean must reach a bar that is lower the more of the steps are done: `early` in the
-    first third, `mid` in the second, `late` in the last. What is written are the candidates.
+    The margin is the difference of the two highest logits, after the strategies before this one in
+    the list. Its mean must reach a bar that falls with the share of steps done: `early` in the
+    first third, `mid` in the second, `late` in the last. The candidates are written.
 
     A step sees, and can commit, only what it computes: everything without a cache, only the block
     between the full passes of `DualCache`. Logits of earlier steps are not used.

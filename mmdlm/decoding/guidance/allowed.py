@@ -76,7 +76,7 @@ class Choice(Checked):
 
 @dataclass(frozen=True)
 class Allowed(Strategy):
-    """Allows only certain tokens at certain positions of the answer; without slots, all.
+    """Constrained decoding: allows only certain tokens at certain positions of the answer.
 
     Of a `Choice` the most probable option is offered: that of the highest mean log probability of
     its tokens still to be written, among the options that agree with the written ones. Its tokens
@@ -86,7 +86,7 @@ class Allowed(Strategy):
     Source: ours; Eric2i/dLLM-CtrlGen fixes the structure around slots and nothing inside them.
 
     Args:
-        slots: `Slot` and `Choice`, none overlapping another.
+        slots: `Slot` and `Choice`, none overlapping another; without any, all tokens are allowed.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"fixed_length"})
