@@ -6,10 +6,11 @@ A command is a function; its signature is the list of options and its docstring 
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from importlib import import_module
@@ -82,10 +83,30 @@ def _run(args: list[str]) -> int:
     if command.place == TRAINING:
         call([name, *rest])
         return 0
-    from mmdlm.commands.arguments import arguments
+    given = _words(call, rest, command.positional)
+    if given is None:
+        from mmdlm.commands.arguments import arguments
 
-    given = arguments(call, rest, f"mmdlm {name}", command.positional, command.repeated)
+        given = arguments(call, rest, f"mmdlm {name}", command.positional, command.repeated)
     return int(call(**given) or 0)
+
+
+def _words(
+    call: Callable[..., Any], rest: Items[str], positional: Items[str]
+) -> dict[str, str] | None:
+    """Arguments of a command that takes words only, such as `mmdlm info tiny`; None for others.
+
+    It saves the import of the parser, which takes longer than such a command itself.
+    """
+    parameters = inspect.signature(call).parameters
+    is_plain = tuple(parameters) == tuple(positional) and len(rest) == len(positional)
+    if not is_plain or any(p.annotation not in (str, "str") for p in parameters.values()):
+        return None
+    return (
+        None
+        if any(word.startswith("-") for word in rest)
+        else dict(zip(positional, rest, strict=True))
+    )
 
 
 def _split(args: list[str]) -> tuple[str | None, list[str]]:
