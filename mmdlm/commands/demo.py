@@ -182,7 +182,7 @@ def _speech(model: MultimodalDLM, out: Path, seed: int) -> list[Part]:
 def _robot(model: MultimodalDLM, out: Path, seed: int) -> list[Part]:
     """One episode of a robot arm that the model drives, as a video."""
     if model.robot is None:
-        return [Part("robot", "left out: this model is no policy (it holds no statistics.json)")]
+        return [Part("robot", "left out: this model is not a policy (no statistics.json)")]
     policy = Policy(model)
     names = simulators("trained" if policy.tasks else FAVOURITE, policy)
     name = FAVOURITE if FAVOURITE in names else names[0]

@@ -50,19 +50,38 @@ def start(
     batch, size = prompt.tokens.shape
     if batch == 0 or size == 0:
         raise ValueError("the prompt is empty; give at least one row with one token")
-    order = torch.arange(length, device=model.device).expand(batch, -1)
-    answer = torch.full_like(order, spec.mask_id)
+    answer = torch.full((batch, length), spec.mask_id, device=model.device)
     if canvas is not None:
-        if canvas.shape != order.shape:
+        if canvas.shape != answer.shape:
             raise ValueError(f"canvas is {list(canvas.shape)}, expected {[batch, length]}")
-        answer = canvas.to(order)
+        answer = canvas.to(answer)
+    made = Streams(generator, batch, model.device)
+    keys = list(range(first_key, first_key + batch))
+    draws = [(made, i) for i in range(batch)]
+    sequence = append_answer(model, prompt, answer)
+    return State(model, sequence, size, keys, draws, committable(columns, model))
+
+
+def append_answer(model: MultimodalDLM, prompt: Sequence, answer: Tensor) -> Sequence:
+    """A prompt followed by answer slots, whose positions count on from each row's last.
+
+    Args:
+        model: the model.
+        prompt: B rows of P slots on the model's device.
+        answer: [B G] int64 ids of the answer slots.
+    Raises:
+        ValueError: the positions pass the model's context.
+    """
+    spec = model.spec
+    batch, length = answer.shape
+    order = torch.arange(length, device=model.device).expand(batch, -1)
     role, source = torch.full_like(order, ANSWER), torch.full_like(order, TOKEN)
     last = (prompt.positions * prompt.mask).amax(1, keepdim=True)
     if spec.context is not None:
         spec.fits(int(last.max()) + 1 + length)
     positions = last + 1 + order
     level = levels(role, source, positions, order, spec.attention, spec.block_size)
-    sequence = replace(
+    return replace(
         prompt,
         tokens=torch.cat([prompt.tokens, answer], 1),
         role=torch.cat([prompt.role, role], 1),
@@ -72,10 +91,6 @@ def start(
         level=torch.cat([prompt.level, level], 1),
         branch=None,
     )
-    made = Streams(generator, batch, model.device)
-    keys = list(range(first_key, first_key + batch))
-    draws = [(made, i) for i in range(batch)]
-    return State(model, sequence, size, keys, draws, committable(columns, model))
 
 
 def committable(columns: slice | None, model: MultimodalDLM) -> slice | None:

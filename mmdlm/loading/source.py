@@ -37,7 +37,7 @@ def find(source: str | Path) -> Path:
     near = difflib.get_close_matches(folder.name, [*names, *beside], 3)
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
     raise FileNotFoundError(
-        f"there is no checkpoint {str(source)!r}{hint} Give a bundled model "
+        f"no checkpoint at {str(source)!r}{hint} Give a bundled model "
         f"({', '.join(names) or 'none in this installation'}), a folder, or a hub id (owner/name)"
     )
 

@@ -59,10 +59,10 @@ def test_demo_says_what_drawing_needs(model, tmp_path, capsys, monkeypatch):
     assert "apt-get install" in capsys.readouterr().out
 
 
-def test_demo_of_a_model_that_is_no_policy(model, tmp_path, capsys, monkeypatch):
+def test_demo_of_a_model_that_is_not_a_policy(model, tmp_path, capsys, monkeypatch):
     model.robot = None
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     speech.espeak.cache_clear()
     assert demo(tmp_path, "untrained") == 0
-    assert "no policy" in capsys.readouterr().out
+    assert "not a policy" in capsys.readouterr().out

@@ -102,7 +102,7 @@ def test_version(capsys):
         (["data", "make", "sceens"], "did you mean data make scenes"),
         (["frobnicate"], "known: caption, answer"),
         (["caption", "no-such.png"], "no-such.png"),
-        (["info", "no/such/folder"], "there is no checkpoint"),
+        (["info", "no/such/folder"], "no checkpoint at 'no/such/folder'"),
         (["fit", "-c", "train/nothing"], "no config 'train/nothing'"),
     ],
 )

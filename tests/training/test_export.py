@@ -328,5 +328,5 @@ def test_folder_is_not_written_over_itself(tmp_path):
     source = shutil.copytree(GOLDEN / "dream", tmp_path / "dream")
     with pytest.raises(ValueError, match="is the checkpoint itself; give another folder"):
         export(source, tmp_path / "." / "dream", layout="published")
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint .*did you mean dream"):
+    with pytest.raises(FileNotFoundError, match="no checkpoint at .*did you mean dream"):
         export(tmp_path / "draem", tmp_path / "out")
