@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.kv import KV, Rows, take
-from mmdlm.backbones.linear import Linear, linear
-from mmdlm.backbones.moe import MLP, MoE
+from mmdlm.backbones.linear import MLP, Linear, linear
+from mmdlm.backbones.moe import MoE
 from mmdlm.backbones.rotary import rotate
 
 

@@ -1,4 +1,4 @@
-"""Feed-forward part of a block: an MLP, or a mixture of experts with top-k routing.
+"""Mixture of experts with top-k routing.
 
 Sources: ZHZisZZ/dllm: dllm/pipelines/llada/models/modeling_lladamoe.py (softmax router) and
 dllm/pipelines/llada2/models/modeling_llada2_moe.py (sigmoid router, groups, shared expert).
@@ -15,11 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encoders.checks import Checked, NonNegativeInt, PositiveInt
-from mmdlm.backbones.linear import Linear
-
-PIECE = 128
-"""Rows per piece of an MLP at inference on a CPU, so that the hidden activations, several times as
-wide as a row, stay in the cache of a core."""
+from mmdlm.backbones.linear import MLP
 
 
 @dataclass(frozen=True)
@@ -72,28 +68,6 @@ class MoEConfig(Checked):
                 f"MoEConfig.top is {self.top}, expected at most the {reach} experts of "
                 f"{self.top_groups} groups"
             )
-
-
-class MLP(nn.Module):
-    """SwiGLU with gate and up projections fused: down(silu(gate x) * up x)."""
-
-    def __init__(self, width: int, inner: int, bias: bool = False) -> None:
-        super().__init__()
-        self.gate_up = Linear(width, 2 * inner, bias=bias)
-        self.down = Linear(inner, width, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[... D] -> [... D]."""
-        is_compiling = torch.compiler.is_compiling()
-        if x.device.type == "cpu" and not is_compiling and torch.is_inference_mode_enabled():
-            pieces = x.flatten(0, -2).split(PIECE)
-            if len(pieces) > 1:
-                return torch.cat([self._piece(piece) for piece in pieces]).view(x.shape)
-        return self._piece(x)
-
-    def _piece(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
 
 
 class Router(nn.Module):
