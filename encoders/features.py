@@ -7,8 +7,12 @@ size, K actions per chunk, A action size.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 Size = tuple[int, int]
@@ -32,6 +36,13 @@ class Prepared:
     tensor: Tensor
     size: tuple[int, ...] = ()
     grid: tuple[int, ...] = ()
+
+    @cached_property
+    def digest(self) -> Hashable:
+        """Cache key by content: equal for items that an encoder turns into equal tokens."""
+        data = self.tensor.contiguous().view(torch.uint8).numpy()
+        content = hashlib.blake2b(data, digest_size=16).digest()
+        return self.kind, content, tuple(self.tensor.shape), self.size, self.grid
 
 
 @dataclass(frozen=True)

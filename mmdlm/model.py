@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import replace
+from operator import is_not
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from mmdlm.backbones.kv import KV, Rows, count, indices, take
 from mmdlm.backbones.transformer import Transformer
 from mmdlm.chat import Template
 from mmdlm.layout import Attention, Row, Sequence, arrange, from_tokens, visible
-from mmdlm.processor import Processor, digest
+from mmdlm.processor import Processor
 from mmdlm.text import Tokenizer
 
 STEP = 512
@@ -67,6 +68,7 @@ class MultimodalDLM(nn.Module):
         """Default prompt, canvas length and strategies per task, from decoding.yaml."""
         self.system: str | None = None
         """Name of the published multimodal system it was loaded from."""
+        self._processor: tuple[tuple[Any, ...], Processor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -81,9 +83,13 @@ class MultimodalDLM(nn.Module):
     @property
     def processor(self) -> Processor:
         """Converter of messages to token ids and preprocessed media; holds no weights."""
-        inputs = {kind: encoder.preprocess for kind, encoder in self.encoders.items()}
-        outputs = {} if self.robot is None else {"actions": self.robot}
-        return Processor(self.spec, self.tokenizer, inputs, outputs, self.template)
+        parts = (self.spec, self.tokenizer, self.robot, self.template, *self.encoders.values())
+        if self._processor is None or any(map(is_not, parts, self._processor[0])):
+            inputs = {kind: encoder.preprocess for kind, encoder in self.encoders.items()}
+            outputs = {} if self.robot is None else {"actions": self.robot}
+            made = Processor(self.spec, self.tokenizer, inputs, outputs, self.template)
+            self._processor = (parts, made)
+        return self._processor[1]
 
     def encode(self, kind: str, items: Items[Prepared]) -> list[Tensor]:
         """Backbone embeddings [N D] of each preprocessed item of one modality.
@@ -124,17 +130,17 @@ class MultimodalDLM(nn.Module):
 
         Args:
             rows: rows of `Processor.pack`, with or without canvases.
-            held: cache of embeddings [N D] by `digest`, which is updated. Items of equal content
-                are encoded once.
+            held: cache of embeddings [N D] by `Prepared.digest`, which is updated. Items of equal
+                content are encoded once.
         """
         held = {} if held is None else held
-        items = {digest(item): item for row in rows for item in row.items}
+        items = {item.digest: item for row in rows for item in row.items}
         new = {key: item for key, item in items.items() if key not in held}
         for kind in dict.fromkeys(item.kind for item in new.values()):
             keys = [key for key, item in new.items() if item.kind == kind]
             encoded = self.encode(kind, [new[key] for key in keys])
             held.update(zip(keys, encoded, strict=True))
-        return self.arrange([row.map(lambda item: held[digest(item)]) for row in rows])
+        return self.arrange([row.map(lambda item: held[item.digest]) for row in rows])
 
     def hidden(self, sequence: Sequence) -> Tensor:
         """Final hidden states [B L D] of a sequence."""

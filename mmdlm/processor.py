@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from collections.abc import Sequence as Items
@@ -366,15 +365,8 @@ class MediaCache:
 
     def forget(self) -> None:
         """Removes the embeddings of media that no later example uses."""
-        needed = {digest(item) for item in self.prepared.values()}
+        needed = {item.digest for item in self.prepared.values()}
         self.embeddings = {k: v for k, v in self.embeddings.items() if k in needed}
-
-
-def digest(item: Prepared) -> Hashable:
-    """Cache key of a preprocessed item by content."""
-    data = item.tensor.contiguous().view(torch.uint8).numpy()
-    content = hashlib.blake2b(data, digest_size=16).digest()
-    return item.kind, content, tuple(item.tensor.shape), item.size, item.grid
 
 
 def _identity(part: Media) -> Hashable:

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmdlm.layout import GOLDEN
 from mmdlm.messages import Example
 from mmdlm.objectives.objective import Batch
-from mmdlm.processor import Packed, Processor, digest
+from mmdlm.processor import Packed, Processor
 
 if TYPE_CHECKING:
     from mmdlm.model import MultimodalDLM
@@ -75,7 +75,7 @@ def batch(model: MultimodalDLM, collated: Collated) -> Batch:
     media: dict[str, list[Tensor]] = {}
     for row, branch in zip(packed.rows, packed.branch, strict=True):
         for item in row.items if branch == 0 else ():
-            media.setdefault(item.kind, []).append(held[digest(item)])
+            media.setdefault(item.kind, []).append(held[item.digest])
     place, turn = torch.tensor(packed.example), torch.tensor(packed.branch)
     # A branch's own seed, and the phase it would have inside a shared row.
     seeds, phase = collated.seeds[place] + (turn << 40), collated.phase[place] + GOLDEN * turn
