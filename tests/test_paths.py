@@ -23,10 +23,10 @@ IMAGE = np.zeros((64, 64, 3), np.uint8)
 CLIP = (np.linspace(-0.1, 0.1, 16000, dtype=np.float32), 16000)
 # (files, levels) of each call. `load` calls `matches` of every published system.
 BOUNDS = {
-    "caption": (50, 17),
-    "transcribe": (49, 17),
-    "infer": (51, 16),
-    "load": (23 + len(names("mmdlm.systems")), 14),
+    "caption": (42, 15),
+    "transcribe": (41, 15),
+    "infer": (44, 14),
+    "load": (22 + len(names("mmdlm.systems")), 14),
 }
 
 

@@ -93,8 +93,7 @@ def presets() -> list[tuple[str, str, str]]:
 def strategies() -> list[tuple[str, ...]]:
     """The columns of `COLUMNS` for each strategy."""
     from mmdlm import discover
-    from mmdlm.decoding.compatibility import PROPERTIES, denied
-    from mmdlm.decoding.strategy import Strategy
+    from mmdlm.decoding.strategy import PROPERTIES, Strategy, denied
 
     found = []
     for name, kind in discover.classes(PACKAGES["strategies"], Strategy).items():

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmdlm.decoding import preset
-from mmdlm.decoding.rng import Source
 from mmdlm.decoding.session import NO_TOKEN, Finished, Session
+from mmdlm.decoding.state import Source
 from mmdlm.layout import Sequence
 from mmdlm.model import MultimodalDLM
 

@@ -3,16 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 
 import torch
 from torch import Tensor
 
 from mmdlm.decoding import forward, rows
-from mmdlm.decoding.active_positions import active_positions
-from mmdlm.decoding.dispatch import Owners
+from mmdlm.decoding.caches.exact import Exact
+from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.numerics import log_odds
+from mmdlm.decoding.plans.blocks import Blocks
+from mmdlm.decoding.scores.greedy import Greedy
+from mmdlm.decoding.scores.probability import Probability
 from mmdlm.decoding.state import State
+from mmdlm.decoding.strategy import Strategy, check_together
 from mmdlm.decoding.view import View, ban_mask, settled
+
+Owners = dict[str, list[Strategy]]
+"""Hook name to the strategies that decide it; under "all", every strategy of the decode once."""
+
+DEFAULTS = (Blocks(), Exact(), Greedy(), Probability(), TopK())
+"""Strategies that decide the hooks which no other strategy decides."""
+
+
+def assign(strategies: Items[Strategy]) -> Owners:
+    """Hook name to the strategies that decide it, with the loop's own defaults filled in.
+
+    Raises:
+        ValueError: two strategies decide the same one-owner hook, or one takes away what another
+            one requires.
+    """
+    owners: Owners = {}
+    for strategy in strategies:
+        for hook in strategy.hooks():
+            owners.setdefault(hook, []).append(strategy)
+    for hook in Strategy.ONE_OWNER:
+        if len(owners.get(hook, ())) > 1:
+            a, b = (type(s).__name__ for s in owners[hook][:2])
+            raise ValueError(f"{a} and {b} both decide {hook!r}; keep one")
+    check_together(strategies)
+    for default in DEFAULTS:
+        for hook in default.hooks():
+            owners.setdefault(hook, [default])
+    everyone = [*strategies, *(s for held in owners.values() for s in held)]
+    owners["all"] = list({id(s): s for s in everyone}.values())
+    return owners
 
 
 def plan(state: State, owners: Owners) -> Tensor:
@@ -194,3 +229,44 @@ def _revise(state: State, owners: Owners) -> None:
         state.tokens.masked_fill_(again, state.model.spec.mask_id)
         state.commit_step.masked_fill_(again[:, state.prompt :], -1)
         state.commit_confidence.masked_fill_(again[:, state.prompt :], 0.0)
+
+
+def active_positions(state: State, owners: Owners) -> Tensor:
+    """[B L] host bool, the positions this step scores: what hooks need of what is computed.
+
+    Raises:
+        RuntimeError: a row that has open masks scores none of them.
+    """
+    shift = int(state.model.spec.shift)
+    scored = state.refresh.compute
+    if shift:
+        scored = scored.roll(shift, 1)
+        scored[:, 0] = False
+    left = state.left_before
+    sees = {strategy.sees for strategy in owners["all"]}
+    open_masks = state.plan & left
+    if "answer" in sees:
+        wanted = state.answer
+        if not state.one_level:
+            # As far as the open masks see; the other positions of the block may see further.
+            scoring = state.level.roll(shift, 1)
+            masks = state.plan & state.left
+            top = scoring.masked_fill(~masks, -1).amax(1, keepdim=True)
+            wanted = wanted & state.unsettled & (scoring <= top)
+    elif "block" in sees or not state.score_masked_only:
+        wanted = state.plan
+    else:
+        wanted = open_masks
+    read = scored & wanted
+    if (only := state.refresh.only) is not None:
+        only = only & state.left
+        stuck = only.any(1, keepdim=True)
+        # Such a row must know no more than the forward that scores its first position.
+        read = (read & ~stuck) | (only & scored)
+    if bool((open_masks.any(1) & ~(read & open_masks).any(1)).any()):
+        name = type(owners["refresh"][0]).__name__
+        raise RuntimeError(
+            f"{name} computes positions that score no open mask of a row; its refresh must cover "
+            "one in every row"
+        )
+    return read

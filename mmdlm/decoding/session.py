@@ -9,14 +9,12 @@ from torch import Tensor
 
 from mmdlm.backbones.linear import active, packed, using
 from mmdlm.decoding import loop, preset, rows
-from mmdlm.decoding.compatibility import check_model
 from mmdlm.decoding.conversation import Turn, continued, resume, saved
-from mmdlm.decoding.dispatch import assign
+from mmdlm.decoding.loop import assign
 from mmdlm.decoding.memory import Memory
-from mmdlm.decoding.rng import Source
-from mmdlm.decoding.start import committable, start
+from mmdlm.decoding.start import Source, committable, start
 from mmdlm.decoding.state import State
-from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.strategy import Strategy, check_model
 from mmdlm.decoding.view import View
 from mmdlm.layout import Sequence
 from mmdlm.model import MultimodalDLM
@@ -240,11 +238,6 @@ class Session:
             whether any request is left.
         """
         self._events = []
-        with using(self._packs):
-            return self._advance(events)
-
-    def _advance(self, events: bool) -> bool:
-        """See `advance`."""
         self._join()
         state = self._state
         if state is not None and not self._planned:
@@ -253,7 +246,8 @@ class Session:
             self._drop_empty()
             return False
         stays = loop.lasts(state, self.owners)
-        loop.step(state, self.owners, on_commit=self._note if events else None)
+        with using(self._packs):
+            loop.step(state, self.owners, on_commit=self._note if events else None)
         self._planned = stays
         if not stays:
             self._done += self._leave(state, state.left.any(1))

@@ -1,4 +1,4 @@
-"""The rows of a request before their first step."""
+"""The rows of a request before their first step: prompt and canvas."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mmdlm.decoding.rng import Source, Streams
-from mmdlm.decoding.state import State
+from mmdlm.decoding.state import Source, State, Streams
 from mmdlm.layout import ANSWER, TOKEN, Sequence, from_tokens, levels
 from mmdlm.model import MultimodalDLM
 

@@ -1,4 +1,4 @@
-"""Base class of the decoding methods: hooks, and per-row memory that the loop maintains."""
+"""Base class of the decoding methods, and checks that they fit one another and the model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from mmdlm.model import MultimodalDLM
 
 if TYPE_CHECKING:
     from mmdlm.decoding.view import View
+from collections.abc import Sequence as Items
 
 NEW, EOS, GONE = -1, -2, -3
 """Entries of a resized answer that are not positions of the old one, see `Strategy.resize`."""
@@ -43,7 +44,7 @@ class Strategy(Checked):
         MANY: hooks that several strategies may decide.
         paper: where the method comes from, "name, arXiv 2505.22618"; empty for our own.
         exact: the answer a reader sees is that of the same decode without the strategy.
-        requires: names of `mmdlm.decoding.compatibility.PROPERTIES` that the decode must have.
+        requires: names of `PROPERTIES` that the decode must have.
         denies: properties that a decode with this strategy lacks. Deciding `edit`, `resize` or
             `stop` denies "final_tokens", "fixed_length" or "own_schedule" by itself.
         may_idle: `select` may commit nothing in a step (schedules with a fixed number of steps).
@@ -196,3 +197,60 @@ class Strategy(Checked):
         """Names of the hooks this strategy decides."""
         names = (*cls.ONE_OWNER, *cls.MANY)
         return tuple(n for n in names if getattr(cls, n) is not getattr(Strategy, n))
+
+
+PROPERTIES = {
+    "full_attention": "full attention",
+    "any_order": "an answer that can be filled in any order",
+    "all_scored": "all positions of the answer scored in each step",
+    "fixed_length": "an answer whose length stays",
+    "final_tokens": "committed tokens that do not change",
+    "own_schedule": "a schedule that no early exit cuts short",
+    "one_forward": "one forward per step",
+}
+"""Name of each property and what it means; see `Strategy.requires` and `Strategy.denies`."""
+
+BY_HOOK = {"edit": "final_tokens", "resize": "fixed_length", "stop": "own_schedule"}
+"""Properties that a decode lacks when a strategy decides the hook."""
+
+
+def denied(strategy: Strategy | type[Strategy]) -> frozenset[str]:
+    """Names of the properties that a decode with the strategy lacks."""
+    return strategy.denies | {BY_HOOK[hook] for hook in strategy.hooks() if hook in BY_HOOK}
+
+
+def check_together(strategies: Items[Strategy]) -> None:
+    """Checks that no strategy takes away what another one requires.
+
+    Raises:
+        ValueError: one does.
+    """
+    for one in strategies:
+        for other in strategies:
+            missing = one.requires & denied(other) if one is not other else ()
+            for name in sorted(missing):
+                a, b = type(one).__name__, type(other).__name__
+                raise ValueError(
+                    f"{a} cannot be combined with {b}: {a} requires {PROPERTIES[name]}, which {b} "
+                    "rules out; keep one"
+                )
+
+
+def check_model(strategy: Strategy, model: MultimodalDLM) -> None:
+    """Checks that the model's attention offers what a strategy requires.
+
+    Raises:
+        ValueError: it does not.
+    """
+    spec = model.spec
+    lacks = {"full_attention"} if spec.attention != "full" else set()
+    if spec.attention == "block_causal" or (spec.attention == "cascade" and spec.block_size):
+        lacks.add("any_order")
+    if spec.attention == "prefix" and spec.block_size:
+        lacks.add("any_order")
+    for name in sorted(strategy.requires & lacks):
+        detail = f" in blocks of {spec.block_size}" if name == "any_order" else ""
+        raise ValueError(
+            f"{type(strategy).__name__} requires {PROPERTIES[name]}, but this model has "
+            f"{spec.attention} attention{detail}; leave {type(strategy).__name__} out"
+        )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmdlm.decoding.rng import Source
+from mmdlm.decoding.state import Source
 from mmdlm.layout import Sequence
 from mmdlm.model import MultimodalDLM
 from mmdlm.speculative.accept import Kept, accept, accept_sampled

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from mmdlm.decoding.decode import Decoded, History
-from mmdlm.decoding.rng import Source, streams
 from mmdlm.decoding.start import start
-from mmdlm.decoding.state import State
+from mmdlm.decoding.state import Source, State, streams
 from mmdlm.layout import Sequence
 from mmdlm.model import MultimodalDLM
 from mmdlm.speculative.accept import Kept

@@ -37,7 +37,7 @@ from mmdlm.decoding.commits.dynamic import Dynamic
 from mmdlm.decoding.decode import Decoded, decode
 from mmdlm.decoding.memory import Entry, PerRequest
 from mmdlm.decoding.plans.sub_blocks import SubBlocks
-from mmdlm.decoding.recompute import span
+from mmdlm.decoding.positions import span
 from mmdlm.decoding.refresh import Refresh
 from mmdlm.decoding.scores.left_to_right import LeftToRight
 from mmdlm.decoding.strategy import Strategy

@@ -26,13 +26,12 @@ from mmdlm.decoding.caches.vicinity import VicinityCache
 from mmdlm.decoding.caches.window_diffusion import WindowDiffusion
 from mmdlm.decoding.commits.threshold import Threshold
 from mmdlm.decoding.commits.top_k import TopK
-from mmdlm.decoding.compatibility import denied
 from mmdlm.decoding.decode import decode
 from mmdlm.decoding.guidance.cfg import CFG
 from mmdlm.decoding.lengths.end_of_text import EndOfText
 from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.decoding.refresh import Refresh
-from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.strategy import Strategy, denied
 from mmdlm.decoding.view import View
 from mmdlm.model import MultimodalDLM
 

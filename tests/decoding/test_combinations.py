@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from mmdlm import discover
-from mmdlm.decoding.compatibility import BY_HOOK
 from mmdlm.decoding.decode import decode
-from mmdlm.decoding.dispatch import assign
-from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.loop import assign
+from mmdlm.decoding.strategy import BY_HOOK, Strategy
 from mmdlm.model import MultimodalDLM
 
 LENGTH, MASK = 6, 2

@@ -9,12 +9,11 @@ from mmdlm.decoding.caches.sub_block_cache import SubBlockCache
 from mmdlm.decoding.caches.window_diffusion import WindowDiffusion
 from mmdlm.decoding.commits.prophet import Prophet
 from mmdlm.decoding.commits.sched import SchED
-from mmdlm.decoding.compatibility import BY_HOOK, PROPERTIES, denied
 from mmdlm.decoding.decode import decode
 from mmdlm.decoding.lengths.daedal import DAEDAL
 from mmdlm.decoding.lengths.dystruct import Dystruct
 from mmdlm.decoding.lengths.end_cut import EndCut
-from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.strategy import BY_HOOK, PROPERTIES, Strategy, denied
 
 BLOCKS = {"attention": "block_causal", "block_size": 4}
 STRATEGIES = discover.classes("mmdlm.decoding", Strategy).values()

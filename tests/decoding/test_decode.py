@@ -14,9 +14,9 @@ from mmdlm.decoding.caches.prefix_lm import PrefixLM
 from mmdlm.decoding.commits.threshold import Threshold
 from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.decode import decode
-from mmdlm.decoding.dispatch import assign
 from mmdlm.decoding.guidance.cfg import CFG
 from mmdlm.decoding.lengths.end_of_text import EndOfText
+from mmdlm.decoding.loop import assign
 from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.decoding.refresh import Refresh
 from mmdlm.decoding.scores.gumbel import Gumbel

@@ -14,7 +14,7 @@ from torch import Tensor
 from mmdlm import discover
 from mmdlm.decoding.caches.exact import Exact
 from mmdlm.decoding.decode import Decoded, decode
-from mmdlm.decoding.dispatch import assign
+from mmdlm.decoding.loop import assign
 from mmdlm.decoding.refresh import Refresh
 from mmdlm.decoding.state import State
 from mmdlm.decoding.strategy import Strategy

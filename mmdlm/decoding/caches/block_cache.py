@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mmdlm.decoding.recompute import highest, needed, scoring
+from mmdlm.decoding.positions import highest, needed, scoring
 from mmdlm.decoding.refresh import Refresh
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View

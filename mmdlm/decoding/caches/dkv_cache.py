@@ -10,7 +10,7 @@ from torch import Tensor
 
 from encoders.checks import PositiveInt
 from mmdlm.decoding.memory import Entry, PerCanvas
-from mmdlm.decoding.recompute import highest, needed
+from mmdlm.decoding.positions import highest, needed
 from mmdlm.decoding.refresh import Refresh
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View

@@ -12,7 +12,7 @@ from encoders.checks import NonNegativeInt, PositiveInt
 from mmdlm.backbones.kv import take
 from mmdlm.decoding.memory import Entry, PerCanvas
 from mmdlm.decoding.numerics import rank
-from mmdlm.decoding.recompute import needed
+from mmdlm.decoding.positions import needed
 from mmdlm.decoding.refresh import Refresh
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View

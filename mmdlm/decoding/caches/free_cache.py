@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from encoders.checks import PositiveInt
-from mmdlm.decoding.recompute import between, needed, span
+from mmdlm.decoding.positions import between, needed, span
 from mmdlm.decoding.refresh import Refresh
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View

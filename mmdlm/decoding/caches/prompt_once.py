@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from mmdlm.decoding.recompute import between, needed, scoring, span
+from mmdlm.decoding.positions import between, needed, scoring, span
 from mmdlm.decoding.refresh import Refresh
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View

@@ -7,8 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from mmdlm.decoding.block_order import heads
-from mmdlm.decoding.recompute import scoring_masks
+from mmdlm.decoding.positions import heads, scoring_masks
 from mmdlm.decoding.refresh import Refresh
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View

@@ -11,7 +11,7 @@ from torch import Tensor
 from encoders.checks import PositiveInt
 from mmdlm.decoding.memory import Entry, PerCanvas, PerRow
 from mmdlm.decoding.numerics import first
-from mmdlm.decoding.recompute import needed
+from mmdlm.decoding.positions import needed
 from mmdlm.decoding.refresh import Refresh
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View

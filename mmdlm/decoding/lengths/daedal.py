@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from encoders.checks import AtLeast, PositiveInt, UnitFloat
-from mmdlm.decoding.block_order import fixed_blocks, full_size
 from mmdlm.decoding.memory import Entry, PerRow
 from mmdlm.decoding.numerics import odds_of, ragged
+from mmdlm.decoding.positions import fixed_blocks, full_size
 from mmdlm.decoding.resizing import lasting, longest
 from mmdlm.decoding.strategy import EOS, GONE, NEW, Strategy
 from mmdlm.decoding.view import View

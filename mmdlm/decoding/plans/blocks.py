@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from encoders.checks import PositiveInt
-from mmdlm.decoding.block_order import fixed_blocks, full_size
+from mmdlm.decoding.positions import fixed_blocks, full_size
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 

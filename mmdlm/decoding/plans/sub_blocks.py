@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from encoders.checks import PositiveInt
-from mmdlm.decoding.block_order import heads, numbered
+from mmdlm.decoding.positions import heads, numbered
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encoders.checks import PositiveInt
-from mmdlm.decoding.block_order import fixed_blocks, full_size
 from mmdlm.decoding.memory import Entry, PerAnswer
 from mmdlm.decoding.numerics import rank
-from mmdlm.decoding.recompute import span
+from mmdlm.decoding.positions import fixed_blocks, full_size, span
 from mmdlm.decoding.schedules import share
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from mmdlm.decoding.decode import decode
-from mmdlm.decoding.rng import Streams
 from mmdlm.decoding.scores.gumbel import Gumbel
+from mmdlm.decoding.state import Streams
 from mmdlm.decoding.view import View
 
 

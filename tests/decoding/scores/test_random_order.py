@@ -3,8 +3,8 @@ from collections.abc import Callable
 import torch
 
 from mmdlm.decoding.decode import decode
-from mmdlm.decoding.rng import Streams
 from mmdlm.decoding.scores.random_order import RandomOrder
+from mmdlm.decoding.state import Streams
 
 
 def test_every_order_comes_up_about_as_often(toy) -> None:
