@@ -91,8 +91,13 @@ PositiveInt = Annotated[int, AtLeast(1)]
 NonNegativeInt = Annotated[int, AtLeast(0)]
 PositiveFloat = Annotated[float, Above(0)]
 NonNegativeFloat = Annotated[float, AtLeast(0)]
+
 # A probability or a share.
 UnitFloat = Annotated[float, AtLeast(0), AtMost(1)]
+# Sizes and factors that files give; the bounds are far above those of any published model.
+Size = Annotated[int, AtLeast(1), AtMost(2**26)]
+SizeOrZero = Annotated[int, AtLeast(0), AtMost(2**26)]
+Factor = Annotated[float, Above(0), AtMost(1e9)]
 # A threshold that probabilities are compared with; above 1 no probability reaches it.
 Cutoff = Annotated[float, AtLeast(0), "a probability"]
 

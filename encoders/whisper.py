@@ -260,8 +260,9 @@ class _Block(nn.Module):
 
 def sinusoids(length: int, dim: int) -> Tensor:
     """Fixed position embeddings, float32 [length dim]: sines, then cosines (Whisper)."""
+    if torch.get_default_device().type == "meta":  # where arithmetic would import torch._dynamo
+        return torch.empty(length, dim)
     half = dim // 2
-    # On the CPU first: on the meta device these functions would import torch._dynamo.
-    speeds = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device="cpu"))
-    angles = torch.arange(length, device="cpu")[:, None] * speeds
-    return torch.cat([angles.sin(), angles.cos()], dim=1).to(torch.get_default_device())
+    speeds = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half))
+    angles = torch.arange(length)[:, None] * speeds
+    return torch.cat([angles.sin(), angles.cos()], dim=1)

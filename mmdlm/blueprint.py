@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from encoders.arguments import Recorded
 from mmdlm import recipe
@@ -32,6 +34,13 @@ PARTS = ("encoders", "adapters")
 STRATEGIES = ("mmdlm.decoding",)
 TASK_FIELDS = {"prompt", "length", "strategies", "tasks", "execute", "cameras", "placeholder"}
 TEMPLATE_FIELDS = {"chat", "media", "system", "first"}
+# Functions of torch that make tensors from sizes.
+FACTORIES = frozenset(
+    ("arange", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "normal", "ones")
+    + ("rand", "randint", "randn", "randperm", "range", "zeros")
+)
+# Parts may make tensors that no file holds: tables of positions, weights that are dropped again.
+TIMES, TENSORS, NUMBERS = 4, 1000, 2**22
 
 
 @dataclass(frozen=True)
@@ -130,7 +139,50 @@ def check_tasks(tasks: Mapping[str, Any]) -> None:
                 raise ValueError(f"task {task!r}: {error}") from error
 
 
-def build(blueprint: Blueprint, tokenizer: Tokenizer | None = None) -> MultimodalDLM:
+class Budget(TorchFunctionMode):
+    """Raises as soon as modules are larger than the tensors they will be filled from.
+
+    Sizes in a config.json of 500 bytes may ask for a billion layers. On the meta device these need
+    no memory for their weights, but time and memory for the modules; tables are computed for real.
+
+    Args:
+        tensors: number of tensors in the files.
+        numbers: their elements together.
+    Raises:
+        ValueError: inside the context, more is built.
+    """
+
+    def __init__(self, tensors: int, numbers: int) -> None:
+        super().__init__()
+        self.held = (tensors, numbers)
+        self.tensors, self.numbers = TIMES * tensors + TENSORS, TIMES * numbers + NUMBERS
+
+    @classmethod
+    def of(cls, shapes: Iterable[Iterable[int]]) -> Self:
+        """The budget of weight files whose tensors have these shapes."""
+        sizes = [torch.Size(shape).numel() for shape in shapes]
+        return cls(len(sizes), sum(sizes))
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The result of a function of torch, counted where it makes a tensor."""
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and getattr(func, "__name__", "") in FACTORIES:
+            self.tensors -= 1
+            self.numbers -= made.numel()
+            if self.tensors < 0 or self.numbers < 0:
+                count, size = self.held
+                raise ValueError(
+                    f"the sizes describe a much larger model than the weights, which are {count:,} "
+                    f"tensors of {size:,} numbers. Do config.json and the weights belong together?"
+                )
+        return made
+
+
+def build(
+    blueprint: Blueprint, tokenizer: Tokenizer | None = None, budget: Budget | None = None
+) -> MultimodalDLM:
     """The model of a blueprint, its weights on the meta device. Nothing is downloaded.
 
     An encoder or adapter that computes tensors which are not among its weights (non-persistent
@@ -139,18 +191,22 @@ def build(blueprint: Blueprint, tokenizer: Tokenizer | None = None) -> Multimoda
     Args:
         blueprint: what to build.
         tokenizer: None for token methods only.
+        budget: what the model may be built of, for a blueprint from a file; None for no limit.
 
     Raises:
-        ValueError: a recipe does not fit its class, or an encoder has no adapter.
+        ValueError: a recipe does not fit its class, an encoder has no adapter, or the budget is
+            exceeded.
         KeyError: an output lacks an entry.
     """
-    made = {kind: {n: _part(r) for n, r in getattr(blueprint, kind).items()} for kind in PARTS}
+    limit = nullcontext() if budget is None else budget
     robot = None
     if "actions" in blueprint.outputs:
         from adapters.robot import Robot
 
         robot = Robot.from_dict(blueprint.outputs["actions"])
-    with torch.device("meta"):
+    with limit:
+        made = {kind: {n: _part(r) for n, r in getattr(blueprint, kind).items()} for kind in PARTS}
+    with torch.device("meta"), limit:
         model = MultimodalDLM(
             blueprint.spec,
             made["encoders"],

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 
 from mmdlm.backbones.linear import pack as pack_weights
-from mmdlm.blueprint import build, describe
+from mmdlm.blueprint import Budget, build, describe
 from mmdlm.decoding import preset
+from mmdlm.files import blaming, read_json
 from mmdlm.loading import own, publish, published
 from mmdlm.loading.contents import Contents
 from mmdlm.loading.keymap import tensors
 from mmdlm.loading.overrides import check as check_overrides
 from mmdlm.loading.overrides import override
 from mmdlm.loading.placement import Device, devices, weight_type
-from mmdlm.loading.shards import read_json, write
+from mmdlm.loading.shards import write
 from mmdlm.loading.source import find
 from mmdlm.loading.weights import check_savable, file_types, fill
 from mmdlm.model import MultimodalDLM
@@ -85,15 +86,18 @@ def load(
         check_overrides(overrides, known)
     over = devices(device)
     folder = find(source)
-    contents = _read(folder, family, overrides.get("mask_id"), config)
+    with blaming(folder / "config.json"):
+        contents = _read(folder, family, overrides.get("mask_id"), config)
     blueprint = contents.blueprint
     if overrides:
         blueprint = replace(blueprint, spec=override(blueprint.spec, overrides))
     if blueprint.tasks:
         preset.check(blueprint.tasks, folder)
-    model = build(blueprint, contents.tokenizer)
-    _check_tokenizer(model, folder)
-    places, report = contents.resolve(model)
+    with blaming(folder / "config.json"):
+        budget = Budget.of(each.shape for each in contents.stored.values())
+        model = build(blueprint, contents.tokenizer, budget)
+        _check_tokenizer(model, folder)
+        places, report = contents.resolve(model)
     kept = published.kept(model.spec.family)
     fill(model, contents.stored, places, over, dtype, quantize, kept)
     model.report = report
@@ -121,11 +125,19 @@ def _read(
 
 def _check_tokenizer(model: MultimodalDLM, folder: Path) -> None:
     """Raises if the tokenizer has tokens without a row in the embedding."""
-    rows = model.spec.transformer.vocab
-    if model.tokenizer is not None and len(model.tokenizer) > rows:
+    if model.tokenizer is None:
+        return
+    rows, vocabulary = model.spec.transformer.vocab, model.tokenizer.backend.get_vocab()
+    if len(vocabulary) > rows:
         raise ValueError(
-            f"{folder}: tokenizer.json has {len(model.tokenizer)} tokens, the embedding {rows} "
+            f"{folder}: tokenizer.json has {len(vocabulary)} tokens, the embedding {rows} "
             "rows; they are of different checkpoints"
+        )
+    last = max(vocabulary, key=vocabulary.__getitem__, default="")
+    if vocabulary and vocabulary[last] >= rows:
+        raise ValueError(
+            f"{folder}: {last!r} has id {vocabulary[last]} in the tokenizer's files, but the "
+            f"embedding has {rows} rows; they are of different checkpoints"
         )
 
 

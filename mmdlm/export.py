@@ -8,9 +8,9 @@ from typing import Literal
 
 from mmdlm.checkpoint import load, save, save_published
 from mmdlm.decoding import preset
+from mmdlm.files import read_json
 from mmdlm.loading.ckpt import trained
 from mmdlm.loading.own import CARD, read_tasks
-from mmdlm.loading.shards import read_json
 from mmdlm.loading.source import find
 from mmdlm.model import MultimodalDLM
 

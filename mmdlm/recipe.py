@@ -20,6 +20,7 @@ from typing import Any
 
 from encoders.arguments import Recorded
 from mmdlm import discover
+from mmdlm.files import UNFIT
 
 Recipe = dict[str, Any]
 """`class_path`, the full dotted name of a class, and `init_args`, plain types or recipes."""
@@ -124,7 +125,7 @@ def build(
         raise ValueError(f"{cls.__name__} takes {takes}, not {sorted(arguments)}") from error
     try:
         return cls(**arguments)
-    except TypeError as error:
+    except (RuntimeError, *UNFIT) as error:
         raise ValueError(f"{cls.__name__} does not take {arguments}: {error}") from error
 
 

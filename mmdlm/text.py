@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmdlm.files import present, read_json, read_text
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -79,7 +81,7 @@ class Tokenizer:
                 belongs to a tokenizer of another kind.
         """
         whole, parts = folder / "tokenizer.json", folder / "vocab.json"
-        if not whole.exists() and not parts.exists():
+        if not present(whole) and not present(parts):
             return None
         config = {
             key: v
@@ -87,10 +89,8 @@ class Tokenizer:
             for key, v in _read(folder / name).items()
         }
         added = _added(folder, config)
-        if whole.exists():
-            from tokenizers import Tokenizer as Backend
-
-            backend = Backend.from_file(str(whole))
+        if present(whole):
+            backend = parse(read_text(whole), whole)
             # Only those with an id: new ids would exceed the embedding.
             added = {text: entry for text, entry in added.items() if entry["id"] is not None}
         else:
@@ -166,6 +166,27 @@ class Tokenizer:
             )
 
 
+def parse(text: str, source: Path | str) -> tokenizers.Tokenizer:
+    """The tokenizer that the text of a tokenizer.json describes.
+
+    Args:
+        text: JSON.
+        source: the file, for errors.
+
+    Raises:
+        ValueError: it does not describe a tokenizer.
+    """
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        return Backend.from_str(text)
+    except BaseException as error:  # a plain Exception, or a panic that derives from none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        what = f"is not a valid tokenizer.json ({error})" if text.strip() else "is empty"
+        raise ValueError(f"{source} {what}; download it again") from error
+
+
 def _is_word_level(backend: Any) -> bool:
     return type(backend.model).__name__ == "WordLevel"
 
@@ -182,7 +203,7 @@ def _byte_level(
             f"{folder}: vocab.json of {kind}, expected one of {', '.join(BYTE_LEVEL)}; add the "
             "tokenizer.json that transformers writes for this tokenizer"
         )
-    if not (folder / "merges.txt").exists():
+    if not present(folder / "merges.txt"):
         raise ValueError(f"{folder}: vocab.json without merges.txt; download the folder again")
     vocab = _read(folder / "vocab.json")
     taken = {number: text for text, number in vocab.items()}
@@ -196,7 +217,7 @@ def _byte_level(
             )
     # Ids in the vocabulary may have gaps; appended tokens would not.
     vocab |= given
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    lines = read_text(folder / "merges.txt").split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     wrong = next((pair for pair in merges if len(pair) != 2), None)
     if wrong is not None:
@@ -255,8 +276,8 @@ def _add(backend: tokenizers.Tokenizer, added: Mapping[str, dict[str, Any]], fol
 
 def _template(folder: Path, found: Any) -> str | None:
     """The chat template of a folder; of several the one named "default"."""
-    if (folder / CHAT).exists():
-        return (folder / CHAT).read_text(encoding="utf-8")
+    if present(folder / CHAT):
+        return read_text(folder / CHAT)
     if isinstance(found, list):
         named = {entry["name"]: entry["template"] for entry in found}
         if "default" not in named:
@@ -274,12 +295,4 @@ def _content(token: str | Mapping[str, Any]) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if the file does not exist."""
-    if not file.exists():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); download it again") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} contains a {type(found).__name__}, expected an object")
-    return found
+    return read_json(file) if present(file) else {}

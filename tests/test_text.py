@@ -206,7 +206,7 @@ def test_token_that_cannot_get_its_id_is_rejected(layouts) -> None:
     ("file", "text", "message"),
     [
         ("vocab.json", "{", "is not valid JSON"),
-        ("tokenizer_config.json", "[]", "contains a list"),
+        ("tokenizer_config.json", "[]", "holds a list, expected an object"),
         ("merges.txt", "#version: 0.2\na b c\n", "the line 'a b c'"),
         ("merges.txt", None, "without merges.txt"),
     ],

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from encoders.checks import Checked, NonNegativeInt, PositiveInt
+from encoders.checks import Above, AtLeast, AtMost, Checked, Factor, Size, SizeOrZero
 from mmdlm.backbones.moe import MoEConfig
+
+LAYERS = 10_000
+"""Maximum number of layers, far above any published model."""
 
 
 @dataclass(frozen=True)
@@ -38,27 +41,27 @@ class TransformerConfig(Checked):
         moe: mixture of experts instead of the MLP; None for a dense model.
     """
 
-    width: PositiveInt
-    layers: PositiveInt
-    heads: PositiveInt
-    inner: NonNegativeInt
-    vocab: NonNegativeInt = 0
-    kv_heads: PositiveInt | None = None
-    head_dim: PositiveInt | None = None
-    eps: float = 1e-6
-    theta: float = 10_000.0
-    theta_scale: float = 1.0
-    rotary: float = 1.0
+    width: Size
+    layers: Annotated[int, AtLeast(1), AtMost(LAYERS)]
+    heads: Size
+    inner: SizeOrZero
+    vocab: SizeOrZero = 0
+    kv_heads: Size | None = None
+    head_dim: Size | None = None
+    eps: Annotated[float, Above(0), AtMost(1)] = 1e-6
+    theta: Annotated[float, Above(0), AtMost(1e15)] = 10_000.0
+    theta_scale: Factor = 1.0
+    rotary: Annotated[float, Above(0), AtMost(1)] = 1.0
     rotary_float32: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     bias: bool = False
     norm_bias: bool = False
     qk_norm: Literal["none", "head", "whole"] = "none"
-    clip: float | None = None
+    clip: Factor | None = None
     tied: bool = False
-    embed_scale: float = 1.0
-    logit_scale: float = 1.0
+    embed_scale: Factor = 1.0
+    logit_scale: Factor = 1.0
     moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
@@ -67,6 +70,9 @@ class TransformerConfig(Checked):
             raise ValueError(f"{self.heads} query heads cannot share {self.keys_heads} key heads")
         if self.head_dim is None and self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
+        turned = (int(self.head_width * self.rotary) + 1) // 2 * 2
+        if turned > self.head_width:
+            raise ValueError(f"a head of width {self.head_width} cannot rotate {turned} channels")
         if not self.inner and not all(map(self.is_sparse, range(self.layers))):
             raise ValueError("TransformerConfig.inner is 0, expected at least 1 for an MLP layer")
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
+from encoders.checks import AtLeast, AtMost, Checked, Size
 from mmdlm.backbones.config import TransformerConfig
 
 Keys = dict[str, str | tuple[str, ...] | None]
@@ -18,7 +19,7 @@ that any model of the family has; the spec determines which of them a model need
 
 
 @dataclass(frozen=True)
-class Spec:
+class Spec(Checked):
     """Everything about a model that is not a weight.
 
     Args:
@@ -42,20 +43,23 @@ class Spec:
     pad_id: int
     stop_ids: tuple[int, ...] = ()
     shift: bool = False
-    attention: str = "full"
-    block_size: int | None = None
+    attention: Literal["full", "prefix", "cascade", "block_causal"] = "full"
+    block_size: Size | None = None
     template: str = "plain"
-    context: int | None = None
+    context: Annotated[int, AtLeast(1), AtMost(2**40)] | None = None
 
     def __post_init__(self) -> None:
         vocab = self.transformer.vocab
-        for name in ("mask_id", "eos_id", "pad_id"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or not 0 <= value < vocab:
+        ids = {name: getattr(self, name) for name in ("mask_id", "eos_id", "pad_id")}
+        ids |= {f"stop_ids[{i}]": value for i, value in enumerate(self.stop_ids)}
+        for name, value in ids.items():
+            is_id = isinstance(value, int) and not isinstance(value, bool)
+            if not is_id or not 0 <= value < vocab:
                 raise ValueError(
-                    f"{name} is {value}, expected an id below the {vocab} rows of the "
+                    f"{name} is {value!r}, expected an id below the {vocab} rows of the "
                     "embedding; correct it in config.json"
                 )
+        super().__post_init__()
 
     @property
     def reach(self) -> int | None:

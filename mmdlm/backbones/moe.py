@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoders.checks import Checked, NonNegativeInt, PositiveInt
+from encoders.checks import Checked, Factor, Size, SizeOrZero
 from mmdlm.backbones.linear import MLP
 
 
@@ -38,18 +38,18 @@ class MoEConfig(Checked):
         top_groups: groups per token; its experts are selected within them.
     """
 
-    experts: PositiveInt
-    top: PositiveInt
-    inner: PositiveInt
-    dense: tuple[NonNegativeInt, ...] = ()
-    shared: NonNegativeInt = 0
+    experts: Size
+    top: Size
+    inner: Size
+    dense: tuple[SizeOrZero, ...] = ()
+    shared: SizeOrZero = 0
     score: Literal["softmax", "sigmoid"] = "softmax"
     bias: bool = False
     bias_weighs: bool = False
     normalize: bool = False
-    scale: float = 1.0
-    groups: PositiveInt = 1
-    top_groups: PositiveInt = 1
+    scale: Factor = 1.0
+    groups: Size = 1
+    top_groups: Size = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

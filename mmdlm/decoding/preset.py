@@ -9,10 +9,9 @@ from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mmdlm import recipe
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.files import blaming, present, read_yaml
 
 PACKAGE = "mmdlm.decoding"
 Choice = str | Items[Strategy | Mapping[str, Any]] | None
@@ -34,12 +33,11 @@ def strategies(spec: Choice) -> list[Strategy]:
     """
     if isinstance(spec, str):
         path = find(spec)
-        try:
-            spec = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML ({error}); correct it") from error
+        spec = read_yaml(path)
         if not isinstance(spec, list):
             raise ValueError(f"{path} holds {type(spec).__name__}, expected a list of strategies")
+        with blaming(path):
+            return [strategy(item) for item in spec]
     if spec is None:
         return []
     if not isinstance(spec, Items):
@@ -72,10 +70,8 @@ def check(tasks: Mapping[str, Mapping[str, Any]], source: Path) -> None:
     """
     for task, entry in tasks.items():
         for each in entry.get("strategies") or ():
-            try:
+            with blaming(f"{source}: task {task!r}"):
                 strategy(each)
-            except ValueError as error:
-                raise ValueError(f"{source}: task {task!r}: {error}") from error
 
 
 def effective(spec: Choice, length: int) -> list[Strategy]:
@@ -114,7 +110,7 @@ def find(name: str) -> Path:
         FileNotFoundError: there is none.
     """
     if name.endswith(".yaml"):
-        if Path(name).is_file():
+        if present(Path(name)):
             return Path(name)
         raise FileNotFoundError(f"there is no file {name}; known presets: {', '.join(names())}")
     for folder in folders():

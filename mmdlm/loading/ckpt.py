@@ -5,15 +5,16 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mmdlm.blueprint import Blueprint, build, describe
+from mmdlm.blueprint import Blueprint, Budget, build, describe
+from mmdlm.files import POINTER, blaming, check_pointer, present, preview
 from mmdlm.loading.own import FIRST, first_edition
 from mmdlm.model import MultimodalDLM
-from mmdlm.text import Tokenizer
+from mmdlm.text import Tokenizer, parse
 
 ENTRY, PREFIX = "mmdlm", "model."
 
@@ -34,24 +35,25 @@ def entry(model: MultimodalDLM) -> dict[str, Any]:
     }
 
 
-def from_entry(saved: Mapping[str, Any], source: Path | str) -> MultimodalDLM:
+def from_entry(
+    saved: Mapping[str, Any], source: Path | str, budget: Budget | None = None
+) -> MultimodalDLM:
     """The model that `entry` described, its weights on the meta device; nothing is downloaded.
 
     Args:
         saved: the entry, of this edition or the first.
         source: the file, for errors.
+        budget: see `mmdlm.blueprint.build`.
 
     Raises:
-        ValueError: an entry is unknown or missing.
+        ValueError: an entry is unknown or missing, or the budget is exceeded.
     """
-    from tokenizers import Tokenizer as Backend
-
     plain = saved["blueprint"] if "blueprint" in saved else _first(saved)
     text = saved["tokenizer"]
     tokenizer = None
     if text is not None:
-        tokenizer = Tokenizer(Backend.from_str(text), saved.get("chat"), saved.get("names"))
-    return build(Blueprint.from_dict(plain, source), tokenizer)
+        tokenizer = Tokenizer(parse(text, source), saved.get("chat"), saved.get("names"))
+    return build(Blueprint.from_dict(plain, source), tokenizer, budget)
 
 
 def _first(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,31 +76,61 @@ def trained(checkpoint: str | Path) -> MultimodalDLM:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged or of another program.
     """
-    saved = read(checkpoint)
-    model = from_entry(saved[ENTRY], Path(checkpoint))
-    weights = {
-        name.removeprefix(PREFIX): tensor
-        for name, tensor in saved["state_dict"].items()
-        if name.startswith(PREFIX)
-    }
-    model.load_state_dict(weights, strict=True, assign=True)
+    path = Path(checkpoint)
+    saved = read(path)
+    with blaming(path):
+        weights = {
+            name.removeprefix(PREFIX): tensor
+            for name, tensor in saved["state_dict"].items()
+            if name.startswith(PREFIX)
+        }
+        budget = Budget.of(tensor.shape for tensor in weights.values())
+        model = from_entry(saved[ENTRY], path, budget)
+        try:
+            model.load_state_dict(weights, strict=True, assign=True)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the weights do not fit the description beside them: {error}"
+            ) from error
     return model.eval()
 
 
 def read(checkpoint: str | Path) -> dict[str, Any]:
     """The contents of a `.ckpt` file; see `trained` for the errors."""
     path = Path(checkpoint)
-    if not path.is_file():
+    if not present(path):
         raise FileNotFoundError(f"no checkpoint {path}; see runs/*/version_*/checkpoints")
+    with path.open("rb") as file:
+        check_pointer(file.read(len(POINTER)), path)
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is not a checkpoint of mmdlm fit, or it was cut short")
     try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [each.filename for each in archive.infolist() if each.compress_type]
+        if packed:  # torch.save stores; small compressed entries may unpack to any size
+            raise ValueError(f"it holds compressed entries ({preview(packed)})")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, UnpicklingError) as error:
+    except Exception as error:  # unpickling damaged or hostile bytes raises anything
         raise ValueError(
-            f"{path} is damaged, or holds more than tensors and plain types, which is not read; "
-            "expected a checkpoint of mmdlm fit"
+            f"{path} is damaged, or holds more than tensors and plain types, which is not read "
+            f"({_first_line(error)}); expected a checkpoint of mmdlm fit"
         ) from error
-    if not isinstance(saved, dict) or ENTRY not in saved:
+    if not isinstance(saved, dict) or not isinstance(saved.get(ENTRY), Mapping):
         raise ValueError(f"{path} holds no {ENTRY!r} entry; expected a checkpoint of mmdlm fit")
+    weights = saved.get("state_dict")
+    if not isinstance(weights, Mapping) or not all(map(_is_whole, weights.values())):
+        raise ValueError(
+            f"{path}: its state_dict is not a table of tensors; expected a checkpoint of mmdlm fit"
+        )
     return saved
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _is_whole(tensor: Any) -> bool:
+    """Whether it is a tensor with memory for each of its numbers."""
+    if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.is_sparse:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Keys
-from mmdlm.loading.shards import TYPES, Stored, preview
+from mmdlm.files import preview
+from mmdlm.loading.shards import TYPES, Stored
 
 Shapes = Mapping[str, tuple[int, ...]]
 Table = tuple[str, Keys]

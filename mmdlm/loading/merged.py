@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmdlm.loading.shards import index, read_json
+from mmdlm.loading.shards import index, weight_map
 from mmdlm.systems.system import Beside, Part
 
 
@@ -52,7 +52,7 @@ def find(folder: Path, config: Mapping[str, Any], parts: Iterable[Part]) -> tupl
 def _loose(folder: Path) -> list[Path]:
     """Safetensors files that are not shards; none where there is only one file."""
     files, indices = sorted(folder.glob("*.safetensors")), folder.glob("*.safetensors.index.json")
-    shards = {name for i in indices for name in read_json(i).get("weight_map", {}).values()}
+    shards = {name for i in indices for name in weight_map(i).values()}
     loose = [f for f in files if f.name not in shards and "-of-" not in f.stem]
     return loose if len(files) > 1 else []
 

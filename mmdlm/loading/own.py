@@ -17,8 +17,9 @@ from typing import Any
 import yaml
 
 from mmdlm.blueprint import FORMAT, Blueprint, check_tasks
+from mmdlm.files import blaming, present, read_json, read_yaml
 from mmdlm.loading.contents import Contents
-from mmdlm.loading.shards import index, read_json, write_json
+from mmdlm.loading.shards import index, write_json
 from mmdlm.text import CHAT, SIDECAR_FILES, Tokenizer
 
 CONFIG, STATISTICS, DECODING, CARD = (
@@ -60,11 +61,11 @@ def read_blueprint(folder: Path, config: Mapping[str, Any]) -> Blueprint:
     """
     config = dict(config)
     file = folder / STATISTICS
-    outputs = read_json(file) if file.exists() else {}
+    outputs = read_json(file) if present(file) else {}
     if config["format"] == FIRST:
         config = first_edition(config)
         outputs = {"actions": outputs} if outputs else {}
-    tasks = read_tasks(folder / DECODING) if (folder / DECODING).exists() else {}
+    tasks = read_tasks(folder / DECODING) if present(folder / DECODING) else {}
     return Blueprint.from_dict({**config, "outputs": outputs, "tasks": tasks}, folder / CONFIG)
 
 
@@ -80,16 +81,11 @@ def read_tasks(file: Path) -> dict[str, dict[str, Any]]:
         FileNotFoundError: there is no such file.
         ValueError: it is not valid YAML, or an entry is wrong, see `mmdlm.blueprint.check_tasks`.
     """
-    try:
-        tasks = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not valid YAML ({error}); correct it") from error
+    tasks = read_yaml(file)
     if not isinstance(tasks, dict):
         raise ValueError(f"{file}: expected an entry per task, found {type(tasks).__name__}")
-    try:
+    with blaming(file):
         check_tasks(tasks)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
     return tasks
 
 

@@ -13,10 +13,11 @@ from encoders.arguments import Recorded
 from mmdlm import discover, recipe
 from mmdlm.backbones.family import Family
 from mmdlm.blueprint import PARTS, Blueprint, describe
+from mmdlm.files import preview
 from mmdlm.loading.keymap import Places, Table, locate, shapes, views
 from mmdlm.loading.placement import weight_type
 from mmdlm.loading.published import FAMILIES, SYSTEMS, kept
-from mmdlm.loading.shards import TYPES, Stored, copy, preview, write_json
+from mmdlm.loading.shards import TYPES, Stored, copy, write_json
 from mmdlm.loading.shards import write as write_weights
 from mmdlm.loading.weights import file_types
 from mmdlm.model import MultimodalDLM

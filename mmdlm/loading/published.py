@@ -16,10 +16,11 @@ from typing import Any
 from mmdlm import discover
 from mmdlm.backbones.family import Family
 from mmdlm.blueprint import Blueprint
+from mmdlm.files import preview, read_json
 from mmdlm.loading import merged
 from mmdlm.loading.contents import Contents
 from mmdlm.loading.keymap import Table, prefix_of
-from mmdlm.loading.shards import Stored, index, preview, read_json
+from mmdlm.loading.shards import Stored, index
 from mmdlm.systems.system import Beside, System
 from mmdlm.text import Tokenizer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from mmdlm.files import POINTER, blaming, check_pointer, present, preview, read_json
 
 CONVERT = (
     "download those, or convert the pickle where you trust it: "
@@ -35,6 +37,7 @@ TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+MOST_MISSING = 100  # shards that an error still lists by name
 CHUNK = 2**22  # bytes held at once on their way to another type or device; fits into a CPU cache
 
 
@@ -89,29 +92,24 @@ def index(folder: Path) -> dict[str, Stored]:
 
 def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The weight files of a folder, and tensor names with their file where an index has them."""
-    if (folder / SINGLE).exists():
+    if present(folder / SINGLE):
         return [folder / SINGLE], {}
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if indices:
-        listed = read_json(indices[0]).get("weight_map", {})
+        listed = weight_map(indices[0])
         names = sorted(set(listed.values()))
-        outside = [name for name in names if Path(name).name != name]
-        if outside or not names:
-            raise ValueError(f"{indices[0]}: weight_map holds {outside}; expected file names")
     else:
         listed, names = {}, sorted(file.name for file in folder.glob("*.safetensors"))
         counts = [re.fullmatch(r"(.*)-\d+-of-(\d+)\.safetensors", name) for name in names]
         if counts and all(counts):
             stem, total = counts[0].groups()
-            names = [
-                f"{stem}-{i:0{len(total)}}-of-{total}.safetensors" for i in range(1, int(total) + 1)
-            ]
+            names = _numbered(folder, stem, total, names)
         elif len(names) > 1:
             raise ValueError(
                 f"{folder} holds {preview(names)} and no index; expected {SINGLE}, or shards with "
                 f"{INDEX}"
             )
-    missing = [name for name in names if not (folder / name).exists()]
+    missing = [name for name in names if not present(folder / name)]
     if missing:
         raise FileNotFoundError(
             f"{folder}: {len(missing)} of {len(names)} weight files are missing: "
@@ -125,24 +123,59 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     return [folder / name for name in names], listed
 
 
+def weight_map(file: Path) -> dict[str, str]:
+    """Tensor names with their file, as an index gives them.
+
+    Raises:
+        ValueError: the index is damaged, or its weight_map is not a table of file names.
+    """
+    listed = read_json(file).get("weight_map")
+    names = list(listed.values()) if isinstance(listed, dict) else []
+    wrong = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if wrong or not names:
+        raise ValueError(
+            f"{file}: weight_map {f'holds {preview(wrong)}' if wrong else 'is empty or absent'}; "
+            "expected file names by tensor, download the index again"
+        )
+    return listed
+
+
+def _numbered(folder: Path, stem: str, total: str, names: list[str]) -> list[str]:
+    """Names of all shards of which one says how many there are.
+
+    Raises:
+        FileNotFoundError: most are missing, so that the count itself may be wrong.
+    """
+    if int(total) > 2 * len(names) + MOST_MISSING:
+        raise FileNotFoundError(
+            f"{folder} holds {len(names)} of {total} weight files, such as {names[0]}; download "
+            "the others, or correct its name"
+        )
+    return [f"{stem}-{i:0{len(total)}}-of-{total}.safetensors" for i in range(1, int(total) + 1)]
+
+
 def _header(file: Path) -> dict[str, Stored]:
     """The tensors of one file."""
+    if not present(file):
+        raise FileNotFoundError(f"there is no file {file}; download it again")
     try:
+        with file.open("rb") as f:
+            check_pointer(f.read(len(POINTER)), file)
         with safe_open(file, framework="pt"):  # checks that table and length of the file agree
             pass
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{file}: {file.stat().st_size} bytes that are not a valid safetensors file "
-            f"({error}); download it again (a git-lfs pointer has about 130 bytes)"
+            f"({error}); download it again"
         ) from error
-    with file.open("rb") as f:
+    with blaming(file), file.open("rb") as f:
         size = int.from_bytes(f.read(8), "little")
         table = json.loads(f.read(size))
-    return {
-        name: Stored(file, tuple(e["shape"]), e["dtype"], 8 + size + e["data_offsets"][0])
-        for name, e in table.items()
-        if name != "__metadata__"
-    }
+        return {
+            name: Stored(file, tuple(e["shape"]), e["dtype"], 8 + size + e["data_offsets"][0])
+            for name, e in table.items()
+            if name != "__metadata__"
+        }
 
 
 def copy(stored: Mapping[str, Stored], targets: Mapping[str, Tensor]) -> None:
@@ -239,37 +272,6 @@ def write(
         write_json(folder / INDEX, table)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not a JSON object.
-    """
-    if not file.is_file():
-        beside = sorted(f.name for f in file.parent.iterdir()) if file.parent.is_dir() else []
-        raise FileNotFoundError(
-            f"{file.parent} holds no {file.name}, only {preview(beside) or 'nothing'}; "
-            "give the folder of a checkpoint"
-        )
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{file} is not valid JSON ({error}); download or export it again"
-        ) from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds a {type(value).__name__}, expected an object")
-    return value
-
-
 def write_json(file: Path, value: dict[str, Any]) -> None:
     """Writes an object as indented JSON."""
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def preview(names: Iterable[str]) -> str:
-    """The first few of many names."""
-    names = list(names)
-    more = f", ... {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more

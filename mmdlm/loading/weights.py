@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from mmdlm.backbones.transformer import Transformer
+from mmdlm.files import preview
 from mmdlm.loading.keymap import FLOATS, Places, allocate, shapes, views
 from mmdlm.loading.placement import parts, spread, weight_type
 from mmdlm.loading.quantize import check as check_quantize
 from mmdlm.loading.quantize import is_quantized
 from mmdlm.loading.quantize import quantize as quantize_block
-from mmdlm.loading.shards import Stored, copy, preview
+from mmdlm.loading.shards import Stored, copy
 from mmdlm.model import MultimodalDLM
 
 

@@ -30,7 +30,7 @@ def test_truncated_shard_is_named(keep: int, published: Callable[..., Path]) -> 
 def test_git_lfs_pointer_is_named(published: Callable[..., Path]) -> None:
     folder = published("dream")
     (folder / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    with pytest.raises(ValueError, match="git-lfs pointer"):
+    with pytest.raises(ValueError, match="is a Git LFS pointer.*git lfs pull"):
         load(folder)
 
 

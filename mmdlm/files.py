@@ -1,0 +1,235 @@
+"""Text, JSON and YAML files of a checkpoint, which may be damaged or hostile.
+
+Every reader here accepts regular files only (a pipe would block), limits what it builds, and raises
+one error that names the file and the next move.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+LARGEST, LARGEST_YAML = 2**27, 2**18  # bytes; the largest published tokenizer.json has 35 MB
+NODES = 100_000
+"""Most values in a YAML file, counting those behind an alias once per use."""
+LONGEST = 2000  # characters of an error
+POINTER = b"version https://git-lfs.github.com/spec/"
+KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+# What Python raises when a value read from a file has an unexpected type or size.
+UNFIT = (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError, MemoryError)
+
+
+def present(file: Path) -> bool:
+    """Whether a regular file exists; False if nothing has that name.
+
+    Raises:
+        ValueError: the name belongs to a folder, pipe, socket or device, or to a link without a
+            target; or the file may not be read.
+    """
+    try:
+        mode = file.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if not file.is_symlink():
+            return False
+        kind = "a link to a file that does not exist"
+    except (OSError, ValueError) as error:  # loops of links, permissions, names too long
+        kind = f"not readable ({getattr(error, 'strerror', None) or error})"
+    else:
+        if stat.S_ISREG(mode):
+            return True
+        kind = next((name for test, name in KINDS if test(mode)), "not a file")
+    raise ValueError(f"{file} is {kind}, expected a regular file; remove it or download it again")
+
+
+def read_bytes(file: Path, most: int = LARGEST) -> bytes:
+    """Contents of a regular file.
+
+    Args:
+        file: which.
+        most: maximum number of bytes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a regular file, is larger, is a Git LFS pointer, or may not be read.
+    """
+    if not present(file):
+        near = sorted(f.name for f in file.parent.iterdir()) if file.parent.is_dir() else []
+        raise FileNotFoundError(
+            f"{file.parent} holds no {file.name}, only {preview(near) or 'nothing'}; "
+            "give the folder of a checkpoint"
+        )
+    try:
+        with file.open("rb") as opened:
+            data = opened.read(most + 1)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror}); check its rights") from error
+    if len(data) > most:
+        raise ValueError(f"{file} has more than {most:,} bytes, expected a smaller file")
+    check_pointer(data, file)
+    return data
+
+
+def check_pointer(start: bytes, file: Path) -> None:
+    """Raises if a file is the placeholder that Git LFS leaves of it.
+
+    Args:
+        start: its first bytes.
+        file: for the error.
+
+    Raises:
+        ValueError: it is.
+    """
+    if start.startswith(POINTER):
+        raise ValueError(
+            f"{file} is a Git LFS pointer, not the file itself; fetch the file with git lfs pull"
+        )
+
+
+def read_text(file: Path, most: int = LARGEST) -> str:
+    """Contents of a UTF-8 file, see `read_bytes` for the errors."""
+    try:
+        return read_bytes(file, most).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not valid UTF-8 ({error}); download it again") from error
+
+
+def parse_json(text: str | bytes, source: Path | str) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        text: what a file holds.
+        source: that file, for errors.
+
+    Raises:
+        ValueError: it is empty, not valid, or nested too deeply.
+    """
+    if not text.strip():
+        raise ValueError(f"{source} is empty, expected JSON; download or export it again")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{source} is not valid JSON ({error}); download or export it again"
+        ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a JSON object, see also `read_bytes` and `parse_json`.
+    """
+    value = parse_json(read_text(file), file)
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def read_yaml(file: Path) -> Any:
+    """The value of a YAML file in plain types.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not valid YAML, or its aliases stand for more than `NODES` values.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Refuses merge keys that multiply."""
+
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            super().flatten_mapping(node)
+            if len(node.value) > NODES:
+                raise ValueError(f"merge keys give more than {NODES:,} entries")
+
+    text = read_text(file, LARGEST_YAML)
+    try:
+        value = yaml.load(text, Loader)
+        weigh(value, NODES)
+    except (yaml.YAMLError, ValueError, *UNFIT) as error:
+        place = " ".join(str(error).split())
+        raise ValueError(f"{file} is not valid YAML ({place}); correct it") from error
+    return value
+
+
+def weigh(value: Any, most: int, characters: bool = False) -> int:
+    """Number of values inside nested lists and tables; shared ones count once per use.
+
+    Written out, a value of few objects can be exponentially large: a list of two references to a
+    list of two references, and so on.
+
+    Args:
+        value: plain data, which may contain itself.
+        most: where to stop counting.
+        characters: count the characters of texts too.
+
+    Raises:
+        ValueError: there are more than `most`.
+    """
+    left, count = [value], 0
+    while left:
+        each = left.pop()
+        count += 1
+        if isinstance(each, str | bytes):
+            count += len(each) if characters else 0
+        elif isinstance(each, Mapping):
+            left += each.keys()
+            left += each.values()
+        elif isinstance(each, list | tuple | set | frozenset):
+            left += each
+        if count + len(left) > most:
+            raise ValueError(f"holds more than {most:,} values, expected fewer")
+    return count
+
+
+def _cut(error: Exception) -> str:
+    """The text of an error, shortened where it repeats a large value."""
+    text = str(error)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+
+
+@contextmanager
+def blaming(source: Path | str) -> Iterator[None]:
+    """Turns what goes wrong with the contents of a file into a ValueError that names it.
+
+    Args:
+        source: the file. Errors that name its folder stay as they are.
+
+    Raises:
+        ValueError: anything but FileNotFoundError and ImportError was raised inside.
+    """
+    try:
+        yield
+    except ValueError as error:
+        folder = source.parent if isinstance(source, Path) else source
+        if str(folder) in str(error):
+            raise
+        raise ValueError(f"{source}: {_cut(error)}") from error
+    except KeyError as error:
+        missing = error.args[0] if error.args else ""
+        said = missing if " " in str(missing) else f"lacks {missing!r}"
+        raise ValueError(f"{source}: {said}") from error
+    except UNFIT as error:
+        what = _cut(error) or type(error).__name__
+        raise ValueError(
+            f"{source}: a value is of an unexpected kind or size ({what}); compare it with the "
+            "published one"
+        ) from error
+
+
+def preview(names: Any) -> str:
+    """The first few of many names."""
+    names = list(map(str, names))
+    more = f", ... {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
