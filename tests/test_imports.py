@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("encoders", "adapters", "mmdlm")
 # Files and folders of mmdlm; each may import those in the lines above it, and itself.
 LEVELS = (
-    {"files"},
+    {"atomic", "files"},
     {"text", "discover", "media", "messages"},
     {"recipe", "jinja"},
     {"backbones", "chat"},
