@@ -96,11 +96,28 @@ def check_pointer(start: bytes, file: Path) -> None:
 
 
 def read_text(file: Path, most: int = LARGEST) -> str:
-    """Contents of a UTF-8 file, see `read_bytes` for the errors."""
+    """Contents of a UTF-8 file without byte order mark, its lines ended by a line feed.
+
+    See `read_bytes` for the errors.
+    """
+    return decoded(read_bytes(file, most), file)
+
+
+def decoded(data: bytes, source: Path | str) -> str:
+    """Text of UTF-8 bytes as `read_text` gives it.
+
+    Args:
+        data: contents of a file.
+        source: that file, for errors.
+
+    Raises:
+        ValueError: they are not UTF-8.
+    """
     try:
-        return read_bytes(file, most).decode("utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not valid UTF-8 ({error}); download it again") from error
+        raise ValueError(f"{source} is not valid UTF-8 ({error}); save it as UTF-8") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def parse_json(text: str | bytes, source: Path | str) -> Any:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
+import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmdlm.files import present, read_json, read_text
+from mmdlm.template_files import CHAT, MORE_CHATS, PROCESSOR_FILES, find
 
 if TYPE_CHECKING:
     import tokenizers
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 PAD, END, MASK = "<pad>", "<eos>", "<mask>"
 # Names of special tokens in chat templates.
 NAMES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+# Keys of tokenizer_config.json that do not outlive a change of the template or the names.
+ADAPTED = (*NAMES, "auto_map", "chat_template", "tokenizer_class")
 # Byte-level BPE with Qwen2's pre-tokenizer; Dream uses it under another name.
 # huggingface/transformers: models/qwen2/tokenization_qwen2.py
 BYTE_LEVEL = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "DreamTokenizer", "DreamTokenizerFast")
@@ -25,7 +29,6 @@ PRETOKENIZE = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SIDECAR_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-CHAT = "chat_template.jinja"
 # Guards `encode_special_tokens`, a mutable setting of the backend.
 _LOCK = threading.Lock()
 
@@ -37,6 +40,7 @@ class Tokenizer:
         backend: the loaded tokenizer.
         template: chat template of the checkpoint (Jinja), or None.
         names: special tokens by their names in templates, see `NAMES`.
+        files: texts of the files beside tokenizer.json that it was read from, by path.
     """
 
     def __init__(
@@ -44,10 +48,17 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         template: str | None = None,
         names: Mapping[str, str] | None = None,
+        files: Mapping[str, str] | None = None,
     ) -> None:
+        # Settings of the program that wrote the file: cut prompts, padding in them, random splits.
+        backend.no_truncation()
+        backend.no_padding()
+        if getattr(backend.model, "dropout", None):
+            backend.model.dropout = None
         self.backend = backend
         self.template = template
         self.names = dict(names or {})
+        self.files = dict(files or {})
         # A word-level vocabulary cannot encode unknown words, so they raise.
         self.words = backend.get_vocab() if _is_word_level(backend) else None
 
@@ -74,7 +85,8 @@ class Tokenizer:
         """Loads the tokenizer of a checkpoint folder; None if it has none.
 
         Reads `tokenizer.json`, else `vocab.json` with `merges.txt` (Qwen2 and Dream). Further
-        special tokens and the chat template come from `SIDECAR_FILES`. No code is executed.
+        special tokens come from `SIDECAR_FILES`, the chat template from `mmdlm.template_files`.
+        Stored truncation, padding and dropout are not used. No code is executed.
 
         Raises:
             ValueError: a file is damaged, the files contradict each other, or a `vocab.json`
@@ -83,11 +95,7 @@ class Tokenizer:
         whole, parts = folder / "tokenizer.json", folder / "vocab.json"
         if not present(whole) and not present(parts):
             return None
-        config = {
-            key: v
-            for name in reversed(SIDECAR_FILES[:2])
-            for key, v in _read(folder / name).items()
-        }
+        config, files = _config(folder), _files(folder)
         added = _added(folder, config)
         if present(whole):
             backend = parse(read_text(whole), whole)
@@ -96,21 +104,31 @@ class Tokenizer:
         else:
             backend = _byte_level(folder, config.get("tokenizer_class"), added)
         _add(backend, added, folder)
-        names = {name: _content(config[name]) for name in NAMES if config.get(name)}
-        return cls(backend, _template(folder, config.get("chat_template")), names)
+        if state := _state(backend):
+            config = state | config
+            files[SIDECAR_FILES[0]] = _written(state | _read(folder / SIDECAR_FILES[0]))
+        return cls(backend, _template(folder, config), _names(config), files)
 
     def save(self, folder: Path) -> None:
-        """Writes `tokenizer.json`, and `tokenizer_config.json` for template and names."""
+        """Writes `tokenizer.json`, and the files it was read with, in place of earlier ones.
+
+        Where the template or the names were changed since, and for a new tokenizer, they are
+        written to `tokenizer_config.json`.
+        """
+        remove(folder)
         self.backend.save(str(folder / "tokenizer.json"))
-        for name in (*SIDECAR_FILES, CHAT):  # of an earlier tokenizer
-            (folder / name).unlink(missing_ok=True)
-        config = dict(self.names)
+        for name, text in self.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8", newline="")
+        config = _config(folder)
+        if (_template(folder, config), _names(config)) == (self.template, self.names):
+            return
+        config = {key: value for key, value in config.items() if key not in ADAPTED}
+        config |= self.names | {"tokenizer_class": "PreTrainedTokenizerFast"}  # for transformers
         if self.template is not None:
             config["chat_template"] = self.template
-        if config:
-            config["tokenizer_class"] = "PreTrainedTokenizerFast"  # for transformers
-            text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
-            (folder / SIDECAR_FILES[0]).write_text(text + "\n", encoding="utf-8")
+        remove(folder, keep=("tokenizer.json", SIDECAR_FILES[2]))
+        (folder / SIDECAR_FILES[0]).write_text(_written(config), encoding="utf-8")
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
@@ -274,23 +292,57 @@ def _add(backend: tokenizers.Tokenizer, added: Mapping[str, dict[str, Any]], fol
             )
 
 
-def _template(folder: Path, found: Any) -> str | None:
-    """The chat template of a folder; of several the one named "default"."""
-    if present(folder / CHAT):
-        return read_text(folder / CHAT)
-    if isinstance(found, list):
-        named = {entry["name"]: entry["template"] for entry in found}
-        if "default" not in named:
-            raise ValueError(
-                f"{folder}: chat templates {sorted(named)}, none is named 'default'; write the one "
-                f"to use to {CHAT}"
-            )
-        return named["default"]
-    return found or None
+def _names(config: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens by their names in templates."""
+    return {name: _content(config[name]) for name in NAMES if config.get(name)}
 
 
 def _content(token: str | Mapping[str, Any]) -> str:
     return token if isinstance(token, str) else token["content"]
+
+
+def _state(backend: tokenizers.Tokenizer) -> dict[str, Any]:
+    """Keys of tokenizer_config.json that transformers takes from stored truncation and padding."""
+    state: dict[str, Any] = {}
+    if backend.truncation is not None:
+        state["truncation_side"] = backend.truncation["direction"]
+    if padding := backend.padding:
+        state["padding_side"] = padding["direction"]
+        state["pad_token"] = padding["pad_token"]
+        state["pad_token_type_id"] = padding["pad_type_id"]
+    return state
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """Texts of the files that describe a tokenizer beside its vocabulary, by path."""
+    names = (*SIDECAR_FILES, CHAT, PROCESSOR_FILES[0])
+    found = [folder / name for name in names if present(folder / name)]
+    found += sorted(folder.glob(f"{MORE_CHATS}/*.jinja"))
+    return {file.relative_to(folder).as_posix(): read_text(file) for file in found}
+
+
+def remove(folder: Path, keep: Sequence[str] = ()) -> None:
+    """Removes the files of a tokenizer from a folder, but those of some names."""
+    own = ("tokenizer.json", "vocab.json", "merges.txt", *SIDECAR_FILES, CHAT, PROCESSOR_FILES[0])
+    for name in own:
+        if name not in keep:
+            (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / MORE_CHATS, ignore_errors=True)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Entries of tokenizer_config.json, and those that only special_tokens_map.json has."""
+    return {k: v for name in reversed(SIDECAR_FILES[:2]) for k, v in _read(folder / name).items()}
+
+
+def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The chat template of a folder."""
+    return find(folder, config.get("chat_template"))
+
+
+def _written(config: Mapping[str, Any]) -> str:
+    """JSON text of a tokenizer_config.json."""
+    return json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def _read(file: Path) -> dict[str, Any]:

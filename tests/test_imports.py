@@ -18,6 +18,7 @@ PACKAGES = ("encoders", "adapters", "mmdlm")
 # Files and folders of mmdlm; each may import those in the lines above it, and itself.
 LEVELS = (
     {"atomic", "files"},
+    {"template_files"},
     {"text", "discover", "media", "messages"},
     {"recipe", "jinja"},
     {"backbones", "chat"},

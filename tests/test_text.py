@@ -284,3 +284,44 @@ def test_error_for_an_unknown_word_names_similar_words() -> None:
     assert tokenizer.decode(tokenizer.encode("Red circle")) == "red circle"
     with pytest.raises(ValueError, match="lacks 'circel' \\(near: circle\\)"):
         tokenizer.encode("red circel")
+
+
+STATES = {
+    "truncation": lambda b: b.enable_truncation(max_length=3, direction="left"),
+    "padding": lambda b: b.enable_padding(
+        length=64, pad_id=1, pad_token="<|im_end|>", direction="left"
+    ),
+    "dropout": lambda b: setattr(b.model, "dropout", 0.9),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_stored_state_changes_no_ids(layouts, tmp_path: Path, state: str) -> None:
+    from transformers import AutoTokenizer
+
+    whole, _, _ = layouts
+    wanted = [Tokenizer.from_folder(whole).encode(text) for text in TEXTS]
+    backend = Backend.from_file(str(whole / "tokenizer.json"))
+    STATES[state](backend)
+    backend.save(str(whole / "tokenizer.json"))
+    write(whole / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    tokenizer = Tokenizer.from_folder(whole)
+    assert [tokenizer.encode(text) for text in TEXTS] == wanted
+    assert [Tokenizer(backend).encode(text) for text in TEXTS] == wanted  # of a .ckpt file
+    (out := tmp_path / "out").mkdir()
+    tokenizer.save(out)
+    written = json.loads((out / "tokenizer.json").read_text())
+    assert [written["truncation"], written["padding"], written["model"]["dropout"]] == [None] * 3
+    # What transformers takes from the state beyond cutting and filling is kept.
+    first, second = (AutoTokenizer.from_pretrained(str(folder)) for folder in (whole, out))
+    for key in ("padding_side", "truncation_side", "pad_token", "pad_token_type_id"):
+        assert getattr(second, key) == getattr(first, key), key
+
+
+def test_slow_layout_written_by_windows_is_the_same(layouts) -> None:
+    _, parts, _ = layouts
+    wanted = [Tokenizer.from_folder(parts).encode(text) for text in TEXTS]
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        text = (parts / name).read_bytes().replace(b"\n", b"\r\n")
+        (parts / name).write_bytes(b"\xef\xbb\xbf" + text)
+    assert [Tokenizer.from_folder(parts).encode(text) for text in TEXTS] == wanted
