@@ -19,7 +19,7 @@ from mmdlm.blueprint import Budget, build, describe
 from mmdlm.decoding import preset
 from mmdlm.files import blaming, read_json
 from mmdlm.loading import own, publish, published
-from mmdlm.loading.contents import Contents
+from mmdlm.loading.contents import Contents, forget
 from mmdlm.loading.keymap import tensors
 from mmdlm.loading.overrides import check as check_overrides
 from mmdlm.loading.overrides import override
@@ -98,6 +98,7 @@ def load(
         model = build(blueprint, contents.tokenizer, budget)
         _check_tokenizer(model, folder)
         places, report = contents.resolve(model)
+    model.published = forget(contents.published, overrides)
     kept = published.kept(model.spec.family)
     fill(model, contents.stored, places, over, dtype, quantize, kept)
     model.report = report
@@ -167,7 +168,7 @@ def save(
     weights = tensors(model)
     fixed = {name for name in weights if name.endswith(published.kept(model.spec.family))}
     write(folder, weights, file_types(weights, kind, fixed))
-    own.write(folder, blueprint, model.tokenizer)
+    own.write(folder, blueprint, model.tokenizer, publish.beside(model))
     if card is not None:
         (folder / own.CARD).write_text(card, encoding="utf-8")
 

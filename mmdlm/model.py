@@ -68,6 +68,9 @@ class MultimodalDLM(nn.Module):
         """Default prompt, canvas length and strategies per task, from decoding.yaml."""
         self.system: str | None = None
         """Name of the published multimodal system it was loaded from."""
+        self.published: dict[str, dict[str, Any]] = {}
+        """JSON files of the published checkpoint it comes from, by name: config.json, and those
+        beside it that other programs read. They complete what is written for these."""
         self._processor: tuple[tuple[Any, ...], Processor] | None = None
 
     @property

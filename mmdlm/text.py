@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,8 @@ PRETOKENIZE = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SIDECAR_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# Files a tokenizer is read from, beside those in `MORE_CHATS`.
+TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", *SIDECAR_FILES, CHAT, PROCESSOR_FILES[0])
 # Guards `encode_special_tokens`, a mutable setting of the backend.
 _LOCK = threading.Lock()
 
@@ -41,6 +44,9 @@ class Tokenizer:
         template: chat template of the checkpoint (Jinja), or None.
         names: special tokens by their names in templates, see `NAMES`.
         files: texts of the files beside tokenizer.json that it was read from, by path.
+
+    Raises:
+        ValueError: one of the files is none of a tokenizer.
     """
 
     def __init__(
@@ -59,6 +65,8 @@ class Tokenizer:
         self.template = template
         self.names = dict(names or {})
         self.files = dict(files or {})
+        if wrong := [name for name, text in self.files.items() if not _is_file(name, text)]:
+            raise ValueError(f"{wrong[0]!r} is not the text of a file of a tokenizer")
         # A word-level vocabulary cannot encode unknown words, so they raise.
         self.words = backend.get_vocab() if _is_word_level(backend) else None
 
@@ -323,8 +331,7 @@ def _files(folder: Path) -> dict[str, str]:
 
 def remove(folder: Path, keep: Sequence[str] = ()) -> None:
     """Removes the files of a tokenizer from a folder, but those of some names."""
-    own = ("tokenizer.json", "vocab.json", "merges.txt", *SIDECAR_FILES, CHAT, PROCESSOR_FILES[0])
-    for name in own:
+    for name in TOKENIZER:
         if name not in keep:
             (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / MORE_CHATS, ignore_errors=True)
@@ -338,6 +345,13 @@ def _config(folder: Path) -> dict[str, Any]:
 def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """The chat template of a folder."""
     return find(folder, config.get("chat_template"))
+
+
+def _is_file(name: Any, text: Any) -> bool:
+    """Whether this may be an entry of `Tokenizer.files`, which `save` writes."""
+    if not isinstance(name, str) or not isinstance(text, str):
+        return False
+    return name in TOKENIZER or re.fullmatch(rf"{MORE_CHATS}/[^/\\]+\.jinja", name) is not None
 
 
 def _written(config: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmdlm.blueprint import Blueprint, Budget, build, describe
 from mmdlm.files import POINTER, blaming, check_pointer, present, preview
+from mmdlm.loading.contents import check_published
 from mmdlm.loading.own import FIRST, first_edition
 from mmdlm.model import MultimodalDLM
 from mmdlm.text import Tokenizer, parse
@@ -24,7 +25,8 @@ def entry(model: MultimodalDLM) -> dict[str, Any]:
 
     Returns:
         `Blueprint.to_dict()` under "blueprint", and the tokenizer: "tokenizer" (the text of
-        tokenizer.json, None without one), "chat" and "names", see `mmdlm.text.Tokenizer`.
+        tokenizer.json, None without one), "chat", "names" and "files", see
+        `mmdlm.text.Tokenizer`; "published", see `MultimodalDLM`.
     """
     tokenizer = model.tokenizer
     return {
@@ -32,6 +34,8 @@ def entry(model: MultimodalDLM) -> dict[str, Any]:
         "tokenizer": None if tokenizer is None else tokenizer.backend.to_str(),
         "chat": None if tokenizer is None else tokenizer.template,
         "names": {} if tokenizer is None else dict(tokenizer.names),
+        "files": {} if tokenizer is None else dict(tokenizer.files),
+        "published": model.published,
     }
 
 
@@ -52,8 +56,12 @@ def from_entry(
     text = saved["tokenizer"]
     tokenizer = None
     if text is not None:
-        tokenizer = Tokenizer(parse(text, source), saved.get("chat"), saved.get("names"))
-    return build(Blueprint.from_dict(plain, source), tokenizer, budget)
+        further = (saved.get(name) for name in ("chat", "names", "files"))
+        tokenizer = Tokenizer(parse(text, source), *further)
+    model = build(Blueprint.from_dict(plain, source), tokenizer, budget)
+    model.published = dict(saved.get("published") or {})
+    check_published(model.published)
+    return model
 
 
 def _first(saved: Mapping[str, Any]) -> dict[str, Any]:

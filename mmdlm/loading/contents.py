@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from mmdlm.blueprint import Blueprint
+from mmdlm.files import present, read_json
 from mmdlm.loading.keymap import Places, Report, Table, dropped, expand, locate, resolve, shapes
 from mmdlm.loading.shards import TYPES, Stored
 from mmdlm.model import MultimodalDLM
 from mmdlm.text import Tokenizer
 
+CONFIG, GENERATION = "config.json", "generation_config.json"
+# What other programs read beside config.json and the files of the tokenizer.
+BESIDE = (
+    GENERATION,
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+# Entries of config.json and generation_config.json by the override of `load` that replaces them.
+IDS = {
+    "mask_id": "mask_token_id",
+    "eos_id": "eos_token_id",
+    "stop_ids": "eos_token_id",
+    "pad_id": "pad_token_id",
+}
 TIED = "the head is tied to the embedding, which wins"
 
 
@@ -26,7 +44,7 @@ class Contents:
             the files are ours.
         prefix: a wrapper's prefix in front of the published names of a text model. Single tensors
             may lack it.
-        config: config.json and the files a system reads beside it, see `Report`.
+        published: see `MultimodalDLM.published`.
     """
 
     blueprint: Blueprint
@@ -34,7 +52,7 @@ class Contents:
     stored: dict[str, Stored]
     tables: dict[str, Table] | None = None
     prefix: str = ""
-    config: dict[str, Any] = field(default_factory=dict, repr=False)
+    published: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def resolve(self, model: MultimodalDLM) -> tuple[Places, Report]:
         """Where each stored tensor goes in the model built from the blueprint, and the report.
@@ -55,9 +73,39 @@ class Contents:
         tied = config.tied and isinstance(head, str)
         unused = {self._as_stored(f"{before}{head}"): TIED} if tied else {}
         report = resolve(self.stored, places, known, unused)
-        return places, replace(report, prefix=self.prefix, config=self.config)
+        return places, replace(report, prefix=self.prefix)
 
     def _as_stored(self, name: str) -> str:
         """A published name without the wrapper's prefix where only that is in the files."""
         bare = name.removeprefix(self.prefix)
         return bare if name not in self.stored and bare in self.stored else name
+
+
+def beside(folder: Path, files: Iterable[str] = ()) -> dict[str, Any]:
+    """The JSON files of a folder that only other programs read, and further ones, by name.
+
+    Raises:
+        ValueError: one is damaged.
+    """
+    names = dict.fromkeys((*BESIDE, *files))
+    return {name: read_json(folder / name) for name in names if present(folder / name)}
+
+
+def check_published(published: Mapping[str, Any]) -> None:
+    """Raises unless each file is a JSON object.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, found in published.items():
+        if not isinstance(found, Mapping):
+            raise ValueError(f"{name} is a {type(found).__name__}, expected a JSON object")
+
+
+def forget(published: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The published files without the special ids that the user replaces."""
+    replaced = {IDS[name] for name in overrides if name in IDS}
+    return {
+        file: {key: value for key, value in found.items() if key not in replaced}
+        for file, found in published.items()
+    }

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +55,6 @@ class Report:
         prefix: what stood in front of the published names of the language model.
         held: where the ignored tensors are, for writing them back.
         files: number of tensors that were read from each file.
-        config: config.json of a published system, and the files read beside it under their names,
-            for writing back what no part of the model repeats.
     """
 
     loaded: tuple[str, ...]
@@ -66,7 +63,6 @@ class Report:
     prefix: str = ""
     held: dict[str, Stored] = field(default_factory=dict, compare=False, repr=False)
     files: dict[Path, int] = field(default_factory=dict, compare=False, repr=False)
-    config: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 Places = Mapping[str, Place]

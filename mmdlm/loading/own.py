@@ -5,7 +5,10 @@ model.safetensors   every weight, under backbone., encoders. and adapters.
 tokenizer.json      when the model has a tokenizer
 statistics.json     codecs of other outputs than text: action ids and normalisation of a robot
 decoding.yaml       prompts, lengths and strategies by task, when it has some
+published.json      by name, the JSON files of the published checkpoint it comes from, if it does
 README.md           what it was trained on, and its scores
+
+Those of them that other programs read (`mmdlm.loading.contents.BESIDE`) keep their names instead.
 """
 
 from __future__ import annotations
@@ -18,20 +21,14 @@ import yaml
 
 from mmdlm.blueprint import FORMAT, Blueprint, check_tasks
 from mmdlm.files import blaming, present, read_json, read_yaml
-from mmdlm.loading.contents import Contents
+from mmdlm.loading.contents import BESIDE, CONFIG, Contents, beside, check_published
 from mmdlm.loading.shards import index, write_json
-from mmdlm.text import CHAT, SIDECAR_FILES, Tokenizer
+from mmdlm.text import Tokenizer, remove
 
-CONFIG, STATISTICS, DECODING, CARD = (
-    "config.json",
-    "statistics.json",
-    "decoding.yaml",
-    "README.md",
-)
+STATISTICS, DECODING, CARD = "statistics.json", "decoding.yaml", "README.md"
+PUBLISHED = "published.json"
 # The first edition's config.json had these entries, and statistics.json was the robot itself.
 FIRST, FIRST_FIELDS = "mmdlm-1", ("spec", "encoders", "adapters")
-# Files a tokenizer is read from, see `mmdlm.text`.
-TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", *SIDECAR_FILES, CHAT)
 
 
 def read(folder: Path, config: Mapping[str, Any], family: str | None) -> Contents:
@@ -50,7 +47,13 @@ def read(folder: Path, config: Mapping[str, Any], family: str | None) -> Content
         raise ValueError(
             f"family={family!r} has no effect on {folder}, which is in our own layout; leave it out"
         )
-    return Contents(read_blueprint(folder, config), Tokenizer.from_folder(folder), index(folder))
+    published = beside(folder, (PUBLISHED,))
+    published |= published.pop(PUBLISHED, {})
+    with blaming(folder / PUBLISHED):
+        check_published(published)
+    blueprint = read_blueprint(folder, config)
+    files = {"published": published}
+    return Contents(blueprint, Tokenizer.from_folder(folder), index(folder), **files)
 
 
 def read_blueprint(folder: Path, config: Mapping[str, Any]) -> Blueprint:
@@ -89,19 +92,30 @@ def read_tasks(file: Path) -> dict[str, dict[str, Any]]:
     return tasks
 
 
-def write(folder: Path, blueprint: Blueprint, tokenizer: Tokenizer | None) -> None:
+def write(
+    folder: Path,
+    blueprint: Blueprint,
+    tokenizer: Tokenizer | None,
+    published: Mapping[str, Any],
+) -> None:
     """Writes all files but weights and card; those of an earlier model are removed.
 
     Args:
         folder: existing folder.
         blueprint: what `read_blueprint` gives back.
         tokenizer: None when the model has none.
+        published: see `mmdlm.loading.publish.beside`.
     """
     plain = blueprint.to_dict()
     outputs, tasks = plain.pop("outputs"), plain.pop("tasks")
     write_json(folder / CONFIG, plain)
-    for name in (STATISTICS, DECODING):
+    for name in (STATISTICS, DECODING, PUBLISHED, *BESIDE):
         (folder / name).unlink(missing_ok=True)
+    files = {name: each for name, each in published.items() if name in BESIDE}
+    if rest := {name: each for name, each in published.items() if name not in BESIDE}:
+        files[PUBLISHED] = rest
+    for name, contents in files.items():
+        write_json(folder / name, contents)
     if outputs:
         write_json(folder / STATISTICS, outputs)
     if tasks:
@@ -112,7 +126,6 @@ def write(folder: Path, blueprint: Blueprint, tokenizer: Tokenizer | None) -> No
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer | None) -> None:
     """Writes a tokenizer in place of any other that is in the folder."""
-    for name in TOKENIZER:
-        (folder / name).unlink(missing_ok=True)
+    remove(folder)
     if tokenizer is not None:
         tokenizer.save(folder)

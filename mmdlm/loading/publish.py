@@ -12,8 +12,10 @@ from torch import Tensor
 from encoders.arguments import Recorded
 from mmdlm import discover, recipe
 from mmdlm.backbones.family import Family
-from mmdlm.blueprint import PARTS, Blueprint, describe
+from mmdlm.blueprint import PARTS, Blueprint, build, describe
 from mmdlm.files import preview
+from mmdlm.loading.carried import beside, merged
+from mmdlm.loading.contents import BESIDE, CONFIG
 from mmdlm.loading.keymap import Places, Table, locate, shapes, views
 from mmdlm.loading.placement import weight_type
 from mmdlm.loading.published import FAMILIES, SYSTEMS, kept
@@ -23,13 +25,15 @@ from mmdlm.loading.weights import file_types
 from mmdlm.model import MultimodalDLM
 from mmdlm.systems.system import Beside, System
 
+NAMED = ("architectures", "model_type")
+
 
 @dataclass(frozen=True)
 class Layout:
     """How a model is published.
 
     Args:
-        config: config.json.
+        config: config.json, with what the source says beyond the model.
         places: published names, and where each tensor is in the model.
         fixed: ends of our names that keep their type.
         files: further JSON files by path.
@@ -67,16 +71,21 @@ def write(
     fixed = {name for name, place in layout.places.items() if place.ours.endswith(layout.fixed)}
     types = file_types(tensors, kind, fixed)
     folder.mkdir(parents=True, exist_ok=True)
-    for beside in layout.weights:
-        apart = {n: inside for n in tensors if (inside := beside.inside(n)) is not None}
+    for place in layout.weights:
+        apart = {n: inside for n in tensors if (inside := place.inside(n)) is not None}
         if apart:
             kinds = {inside: types[n] for n, inside in apart.items()}
-            path = folder / beside.path
+            path = folder / place.path
             _write_beside(path, {inside: tensors.pop(n) for n, inside in apart.items()}, kinds)
     if tensors:
         write_weights(folder, tensors, types, shard_bytes)
-    config = layout.config | {"torch_dtype": str(kind or model.dtype).removeprefix("torch.")}
-    for path, contents in {**layout.files, "config.json": config}.items():
+    stored = [key for key in ("dtype", "torch_dtype") if key in layout.config] or ["torch_dtype"]
+    kinds = dict.fromkeys(stored, str(kind or model.dtype).removeprefix("torch."))
+    for name in BESIDE:  # of an earlier model
+        (folder / name).unlink(missing_ok=True)
+    config = layout.config | kinds
+    others = {name: each for name, each in beside(model, config).items() if name in BESIDE}
+    for path, contents in {**others, **layout.files, CONFIG: config}.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         write_json(folder / path, contents)
 
@@ -89,10 +98,20 @@ def _of_system(model: MultimodalDLM) -> Layout:
     report = getattr(model, "report", None)
     held = {n: s for n, s in report.held.items() if n not in places} if report else {}
     # Tensors of checkpoints that are merged into this layout are not part of it.
-    inside = [f"{beside.path}/" for beside in system.WEIGHTS]
+    inside = [f"{place.path}/" for place in system.WEIGHTS]
     held = {n: s for n, s in held.items() if "/" not in n or n.startswith(tuple(inside))}
-    config = (report.config if report else {}) | system.write(model)
-    again = replace(system.read(config, {*places, *held}), system=model.system)
+    names = {*places, *held}
+
+    def reread(config: dict[str, Any]) -> dict[str, Any]:
+        again = build(system.read(config, names), model.tokenizer)
+        again.published = model.published
+        return system.write(again)
+
+    config = system.write(model)
+    if CONFIG in model.published:
+        files = {f: model.published[f] for f in system.FILES if f in model.published}
+        config = merged(model.published[CONFIG] | files, config, reread)
+    again = replace(system.read(config, names), system=model.system)
     if differ := _differences(ours, again):
         raise ValueError(
             f"the published layout of {model.system} cannot express this model; it would be "
@@ -135,7 +154,13 @@ def _of_family(model: MultimodalDLM, family: str | None) -> Layout:
     config = chosen.write(model.spec)
     tables: dict[str, Table] = {"backbone": ("", chosen.KEYS)}
     places = locate(shapes(model), tables, model.spec.transformer)
-    again = chosen.read(config, set(places))
+    names = set(places)
+    if CONFIG in model.published and name == model.spec.family:
+        source = model.published[CONFIG]
+        config = merged(source, config, lambda config: chosen.write(chosen.read(config, names)))
+        if not chosen.matches(config, names):  # the user said what it is
+            config |= {key: said for key, said in chosen.write(model.spec).items() if key in NAMED}
+    again = chosen.read(config, names)
     if again.template != model.spec.template:
         raise ValueError(
             f"whoever reads the {name} layout takes the chat template {again.template!r}, this "

@@ -16,9 +16,10 @@ from typing import Any
 from mmdlm import discover
 from mmdlm.backbones.family import Family
 from mmdlm.blueprint import Blueprint
-from mmdlm.files import preview, read_json
+from mmdlm.files import preview
 from mmdlm.loading import merged
-from mmdlm.loading.contents import Contents
+from mmdlm.loading.contents import CONFIG, Contents
+from mmdlm.loading.contents import beside as beside_config
 from mmdlm.loading.keymap import Table, prefix_of
 from mmdlm.loading.shards import Stored, index
 from mmdlm.systems.system import Beside, System
@@ -166,7 +167,7 @@ def read(
     if system is None:
         return _read_family(folder, config, stored, name)
     stored |= _beside(folder, beside or _places(folder, config, system), stored)
-    files = {f: read_json(folder / f) for f in system.FILES if (folder / f).is_file()}
+    files = beside_config(folder, system.FILES)
     blueprint = system.read(config | files, set(stored))
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer is None:  # that of the language model, where it is a checkpoint of its own
@@ -177,7 +178,7 @@ def read(
         blueprint = system.with_tokenizer(blueprint, tokenizer)
     blueprint = replace(blueprint, system=_file(system))
     tables = system.keys(blueprint)
-    return Contents(blueprint, tokenizer, stored, tables, config=config | files)
+    return Contents(blueprint, tokenizer, stored, tables, published=files | {CONFIG: config})
 
 
 def _places(folder: Path, config: dict[str, Any], system: type[System]) -> tuple[Beside, ...]:
@@ -198,7 +199,10 @@ def _read_family(
     blueprint = Blueprint(family.read(config, set(stored)))
     prefix = prefix_of(stored, str(family.KEYS["embed.weight"]))
     tables: dict[str, Table] = {"backbone": (prefix, family.KEYS)}
-    return Contents(blueprint, Tokenizer.from_folder(folder), stored, tables, prefix)
+    # A system's config.json does not describe the language model alone.
+    own = {} if system_of(config, set(stored), None) else {CONFIG: config}
+    files = beside_config(folder) | own
+    return Contents(blueprint, Tokenizer.from_folder(folder), stored, tables, prefix, files)
 
 
 def _beside(folder: Path, places: Iterable[Beside], stored: dict[str, Stored]) -> dict[str, Stored]:

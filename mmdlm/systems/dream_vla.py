@@ -188,7 +188,7 @@ class DreamVLA(System):
             if robot["state"]["mode"] != "identity":
                 features["proprio"] = robot["state"]["statistics"]
         key = robot["dataset"] or "robot"
-        read = getattr(getattr(model, "report", None), "config", {})
+        read = model.published.get("config.json", {}) | model.published
         known = {**(read.get("norm_stats") or {}), **(read.get(STATISTICS) or {})}
         vision = read.get("vision_config") or {"hidden_act": "quick_gelu", "in_channels": 3}
         ids = IMAGE_IDS | {name: read[name] for name in IMAGE_IDS if name in read}

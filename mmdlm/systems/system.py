@@ -164,7 +164,7 @@ class System:
         """The published config.json of a model, and `FILES` under their names.
 
         `read` must take it back: the caller compares. Keys that are not given keep the value they
-        have in the folder the model was loaded from (`model.report.config`).
+        have in the folder the model was loaded from (`model.published`).
 
         Raises:
             ValueError: the published config cannot express the model.
