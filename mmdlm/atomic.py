@@ -80,7 +80,8 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         try:
             yield new
             for written in (*new.rglob("*"), new):
-                _flush(written)
+                if written.is_file() or written.is_dir():  # a pipe would wait for its other end
+                    _flush(written)
             if path.exists():
                 shutil.copymode(path, new)
                 _exchange(new, path)
