@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import codecs
+import os
 import shutil
+from collections.abc import Collection
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
+from mmdlm.atomic import replacing_folder
 from mmdlm.checkpoint import load, save, save_published
 from mmdlm.decoding import preset
-from mmdlm.files import read_json
+from mmdlm.files import read_json, read_text
 from mmdlm.loading.ckpt import trained
-from mmdlm.loading.own import CARD, read_tasks
+from mmdlm.loading.contents import BESIDE, CONFIG
+from mmdlm.loading.own import CARD, DECODING, PUBLISHED, STATISTICS, read_tasks
 from mmdlm.loading.source import find
 from mmdlm.model import MultimodalDLM
+from mmdlm.text import MORE_CHATS, TOKENIZER
 
-# Copied from folder to folder; other tools read other files of a tokenizer than we do.
-CARRIED = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json", CARD),
-    *("preprocessor_config.json", "processor_config.json"),
+# Copied from folder to folder, where other programs read other files of a vocabulary than we do.
+COPIED = ("vocab.json", "merges.txt", "tokenizer.model", CARD)
+# What an earlier export may have written, by pattern; other files of its folder stay.
+REPLACED = (
+    *("model.safetensors", "model-*-of-*.safetensors", "*.safetensors.index.json", "config.json"),
+    *(STATISTICS, DECODING, PUBLISHED, *BESIDE, *TOKENIZER, "tokenizer.model", MORE_CHATS),
 )
 
 
@@ -35,9 +43,12 @@ def export(
 ) -> MultimodalDLM:
     """A model written as a folder that `mmdlm.load` opens, from a training or from another folder.
 
+    An earlier export there is replaced at once when everything is written, or not at all. Files of
+    other kinds in the folder stay.
+
     Args:
         checkpoint: a `.ckpt` file of `mmdlm fit`; or a bundled name, folder or hub id, whose
-            layout is changed, with its tokenizer's files as they are.
+            layout is changed, with the files that other programs read.
         out: folder to write.
         dtype: type of the weights in the file, "bfloat16" halves float32; None for float32 from a
             `.ckpt`, and for the stored types from a folder.
@@ -49,33 +60,95 @@ def export(
         shard_bytes: most bytes per file of weights in the published layout.
     Raises:
         FileNotFoundError: there is no such checkpoint, decoding file or card.
-        ValueError: the checkpoint is damaged, the decoding file is wrong, or the layout has no
-            place for what the model is.
+        NotADirectoryError: `out` is a file.
+        ValueError: the checkpoint is damaged, the decoding file is wrong, the layout has no place
+            for what the model is, or `out` cannot be replaced.
     """
     tasks = None if decoding is None else read_tasks(Path(decoding))
     if tasks is not None:
         preset.check(tasks, Path(decoding))
-    text = None if card is None else Path(card).read_text(encoding="utf-8")
+    text = None if card is None else read_text(Path(card))
     if layout not in ("own", "published"):
         raise ValueError(f"layout={layout!r}, expected 'own' or 'published'")
     if layout == "published" and (tasks is not None or text is not None):
         raise ValueError("the published layout has no decoding.yaml and no README.md of ours")
+    out = replaceable(out)
     folder, written = None, family
     if Path(checkpoint).suffix == ".ckpt" or Path(checkpoint).is_file():
         model = trained(checkpoint)
     else:
-        model, folder, written = opened(checkpoint, Path(out), family)
-    if layout == "published":
-        save_published(model, out, dtype=dtype, shard_bytes=shard_bytes, family=written)
-    elif written is not None:
+        model, folder, written = opened(checkpoint, out, family)
+    if layout == "own" and written is not None:
         raise ValueError(f"family={family!r} has no effect on {checkpoint}; leave it out")
-    else:
-        model.preset = model.preset if tasks is None else tasks
-        save(model, out, dtype=dtype, card=text)
-    for name in CARRIED if folder else ():
-        if (folder / name).is_file() and not (name == CARD and text is not None):
-            shutil.copyfile(folder / name, Path(out) / name)
+    with replacing_folder(out) as new:
+        if layout == "published":
+            save_published(model, new, dtype=dtype, shard_bytes=shard_bytes, family=written)
+        else:
+            model.preset = model.preset if tasks is None else tasks
+            save(model, new, dtype=dtype, card=text)
+        if folder is not None:
+            copy_files(folder, new)
+        if out.is_dir():
+            keep_others(out, new)
     return model
+
+
+def replaceable(out: str | Path) -> Path:
+    """The real path of a folder that can be exchanged for another one.
+
+    Raises:
+        ValueError: it is the current folder or above it, or it is where a file system begins.
+    """
+    out = Path(os.path.realpath(out))
+    if Path.cwd().is_relative_to(out):
+        raise ValueError(f"{out} is the current folder or above it; give a new folder to write")
+    if out.is_mount():
+        raise ValueError(f"{out} is a mount point, which cannot be replaced; give a folder in it")
+    return out
+
+
+def copy_files(folder: Path, new: Path) -> None:
+    """Copies the source's vocabulary and card, and JSON files that say the same as the new ones.
+
+    A tokenizer.json that stores truncation, padding or dropout is not copied.
+    """
+    names = [name for name in COPIED if not (new / name).exists()]
+    names += [n for n in (CONFIG, *BESIDE) if (new / n).exists() and _same(folder / n, new / n)]
+    if (folder / "tokenizer.json").is_file():
+        said = read_json(folder / "tokenizer.json")
+        state = (said.get("truncation"), said.get("padding"), said["model"].get("dropout"))
+        names += [] if any(state) else ["tokenizer.json"]
+    for name in names:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, new / name)
+
+
+def _same(source: Path, written: Path) -> bool:
+    """Whether a file holds the same JSON, and no byte order mark before it."""
+    if not source.is_file() or source.read_bytes().startswith(codecs.BOM_UTF8):
+        return False
+    return read_json(source) == read_json(written)
+
+
+def keep_others(old: Path, new: Path) -> None:
+    """Puts what else lies in the folder to be replaced into the new one, as links where it can."""
+
+    def ignore(folder: str, names: Collection[str]) -> list[str]:
+        inside = new / Path(folder).relative_to(old)
+        replaced = REPLACED if inside == new else ()
+        return [
+            name
+            for name in names
+            if (inside / name).is_file() or any(fnmatch(name, pattern) for pattern in replaced)
+        ]
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except OSError:  # a file system without links
+            shutil.copy2(source, target, follow_symlinks=False)
+
+    shutil.copytree(old, new, symlinks=True, ignore=ignore, copy_function=link, dirs_exist_ok=True)
 
 
 def opened(
@@ -87,7 +160,7 @@ def opened(
         ValueError: it would be overwritten.
     """
     folder = find(source)
-    if folder.resolve() == out.resolve():
+    if folder.resolve() == out:
         raise ValueError(f"{out} is the checkpoint itself; give another folder to write")
     own = "format" in read_json(folder / "config.json")
     model = load(folder, device="cpu", dtype="stored", family=None if own else family)
