@@ -13,7 +13,7 @@ from typing import Literal
 from mmdlm.atomic import replacing_folder
 from mmdlm.checkpoint import load, save, save_published
 from mmdlm.decoding import preset
-from mmdlm.files import read_json, read_text
+from mmdlm.files import read_input, read_json
 from mmdlm.loading.ckpt import trained
 from mmdlm.loading.contents import BESIDE, CONFIG
 from mmdlm.loading.own import CARD, DECODING, PUBLISHED, STATISTICS, read_tasks
@@ -67,7 +67,7 @@ def export(
     tasks = None if decoding is None else read_tasks(Path(decoding))
     if tasks is not None:
         preset.check(tasks, Path(decoding))
-    text = None if card is None else read_text(Path(card))
+    text = None if card is None else read_input(Path(card))
     if layout not in ("own", "published"):
         raise ValueError(f"layout={layout!r}, expected 'own' or 'published'")
     if layout == "published" and (tasks is not None or text is not None):

@@ -120,6 +120,25 @@ def decoded(data: bytes, source: Path | str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
+def read_input(file: Path) -> str:
+    """Contents of a file that a user names, as `read_text` gives them; it may be a pipe, and large.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not UTF-8.
+    """
+    return decoded(file.read_bytes(), file)
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a file that a user names but for empty ones, see `read_input`.
+
+    Only a line feed ends a line; JSON texts may contain the other characters that `splitlines`
+    takes for one.
+    """
+    return [line for line in read_input(file).split("\n") if line.strip()]
+
+
 def parse_json(text: str | bytes, source: Path | str) -> Any:
     """The value of a JSON text.
 

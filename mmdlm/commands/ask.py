@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from mmdlm.commands.live import live
 from mmdlm.commands.shown import Ask, Run, plain, print_result
+from mmdlm.files import read_input
 
 
 def caption(files: list[str], run: Run, ask: Ask, out: Path | None = None) -> int:
@@ -124,7 +125,7 @@ def infill(
     named, asked, media = list(templates), list(templates), image
     if schema is not None:
         try:
-            wanted = json.loads(schema.read_text(encoding="utf-8"))
+            wanted = json.loads(read_input(schema))
         except ValueError as error:
             raise ValueError(f"{schema} is no JSON: {error}") from error
         media = [*named, *([image] if image else [])] or None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mmdlm.commands.shown import Run
+from mmdlm.files import read_lines
 
 
 def train(
@@ -34,7 +35,7 @@ def train(
     """
     from mmdlm.training.learn2pd import train_filter
 
-    lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = read_lines(prompts)
     model = run.load()
     asked = [model.prompt(line) for line in lines]
     batch_size = run.batch_size

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmdlm.commands.live import live
 from mmdlm.commands.shown import Run, plain, print_result
+from mmdlm.files import read_lines
 
 if TYPE_CHECKING:
     from mmdlm.model import MultimodalDLM
@@ -204,7 +205,7 @@ def _lines() -> Iterator[str]:
         print(HELP)
     while True:
         try:
-            line = input("> " if is_typed else "")
+            line = input("> " if is_typed else "").removeprefix("\ufeff")  # byte order mark
         except EOFError:
             return
         if line.strip():
@@ -217,7 +218,7 @@ def _read(file: Path) -> list[Any]:
     Raises:
         ValueError: a line holds neither a text nor messages.
     """
-    lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    lines = read_lines(file)
     if file.suffix != ".jsonl":
         return lines
     found = []

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import bisect
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
+
+from mmdlm.files import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -51,7 +52,7 @@ class LeRobot:
         path = self.root / "meta" / "info.json"
         if not path.is_file():
             raise FileNotFoundError(f"{self.root} is not a LeRobot data set: {path} is missing")
-        self.info = json.loads(path.read_text())
+        self.info = read_json(path)
         version = self.info.get("codebase_version")
         if version != "v3.0":
             raise ValueError(
@@ -75,7 +76,7 @@ class LeRobot:
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """meta/stats.json: per feature min, max, mean, std, count and quantiles, as lists."""
-        return json.loads((self.root / "meta" / "stats.json").read_text())
+        return read_json(self.root / "meta" / "stats.json")
 
     def column(self, key: str) -> np.ndarray:
         """A numeric feature of all frames, [frames ...]; a feature of shape [1] as [frames]."""

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from encoders.torchaudio_loader import import_torchaudio
 from mmdlm.data.dataset import Dataset, example
+from mmdlm.files import read_lines
 from mmdlm.messages import Example, Turn
 
 if TYPE_CHECKING:
@@ -322,7 +323,7 @@ class Speech(Dataset):
             raise FileNotFoundError(
                 f"Speech: {table} does not exist; write it with mmdlm.data.speech.make(root, count)"
             )
-        self.rows = [json.loads(line) for line in table.read_text().splitlines() if line.strip()]
+        self.rows = [json.loads(line) for line in read_lines(table)]
         self._cache: dict[int, tuple[np.ndarray, int]] | None = {} if cache else None
 
     def __len__(self) -> int:

@@ -79,6 +79,27 @@ def test_generate_reads_files(model, asked, tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_generate_reads_files_of_any_editor(model, asked, tmp_path, capsys, mark, end):
+    lines, table = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    lines.write_text(f"{mark}hi{end}why", encoding="utf-8", newline="")
+    rows = ["hi\u2028there", {"prompt": "why"}]
+    text = end.join(json.dumps(row, ensure_ascii=False) for row in rows)
+    table.write_text(mark + text, encoding="utf-8", newline="")
+    assert main(["generate", "--file", str(lines)]) == 0
+    assert asked.pop() == ["hi", "why"]
+    assert main(["generate", "--file", str(table)]) == 0
+    assert asked.pop() == ["hi\u2028there", "why"]
+    capsys.readouterr()
+
+
+def test_chat_reads_a_pipe_with_a_byte_order_mark(model, asked, monkeypatch, capsys):
+    assert talk(monkeypatch, "\ufeffhi\n") == 0
+    assert asked[0][0]["content"] == "hi"
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [("{", "line 1 is no JSON"), ("3", "no text and no"), ('{"text": "x"}', "no text and no")],
