@@ -19,7 +19,7 @@ from mmdlm.blueprint import Budget, build, describe
 from mmdlm.decoding import preset
 from mmdlm.files import blaming, read_json
 from mmdlm.loading import own, publish, published
-from mmdlm.loading.contents import Contents, forget
+from mmdlm.loading.contents import Contents, with_overrides
 from mmdlm.loading.keymap import tensors
 from mmdlm.loading.overrides import check as check_overrides
 from mmdlm.loading.overrides import override
@@ -98,7 +98,7 @@ def load(
         model = build(blueprint, contents.tokenizer, budget)
         _check_tokenizer(model, folder)
         places, report = contents.resolve(model)
-    model.published = forget(contents.published, overrides)
+    model.published = with_overrides(contents.published, model.spec, overrides)
     kept = published.kept(model.spec.family)
     fill(model, contents.stored, places, over, dtype, quantize, kept)
     model.report = report

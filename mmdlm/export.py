@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
+from mmdlm import discover
 from mmdlm.atomic import replacing_folder
 from mmdlm.checkpoint import load, save, save_published
 from mmdlm.decoding import preset
@@ -17,8 +18,10 @@ from mmdlm.files import read_input, read_json
 from mmdlm.loading.ckpt import trained
 from mmdlm.loading.contents import BESIDE, CONFIG
 from mmdlm.loading.own import CARD, DECODING, PUBLISHED, STATISTICS, read_tasks
+from mmdlm.loading.published import SYSTEMS
 from mmdlm.loading.source import find
 from mmdlm.model import MultimodalDLM
+from mmdlm.systems.system import System
 from mmdlm.text import MORE_CHATS, TOKENIZER
 
 # Copied from folder to folder, where other programs read other files of a vocabulary than we do.
@@ -65,8 +68,7 @@ def export(
             for what the model is, or `out` cannot be replaced.
     """
     tasks = None if decoding is None else read_tasks(Path(decoding))
-    if tasks is not None:
-        preset.check(tasks, Path(decoding))
+    preset.check(tasks or {}, Path(decoding or ""))
     text = None if card is None else read_input(Path(card))
     if layout not in ("own", "published"):
         raise ValueError(f"layout={layout!r}, expected 'own' or 'published'")
@@ -132,10 +134,12 @@ def _same(source: Path, written: Path) -> bool:
 
 def keep_others(old: Path, new: Path) -> None:
     """Puts what else lies in the folder to be replaced into the new one, as links where it can."""
+    systems = discover.classes(SYSTEMS, System).values()
+    patterns = (*REPLACED, *(place.path for system in systems for place in system.WEIGHTS))
 
     def ignore(folder: str, names: Collection[str]) -> list[str]:
         inside = new / Path(folder).relative_to(old)
-        replaced = REPLACED if inside == new else ()
+        replaced = patterns if inside.is_dir() else ()  # of folders that were written
         return [
             name
             for name in names

@@ -22,7 +22,7 @@ PLACES = {
     "processor": lambda f, t: put_json(f / "processor_config.json", chat_template=t),
 }
 OF_PROCESSORS = {"json", "processor"}
-SETS = [s for n in (1, 2, 3) for s in itertools.combinations(PLACES, n)]
+SETS = [s for n in (1, 2) for s in itertools.combinations(PLACES, n)]
 
 
 def put(file: Path, text: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mmdlm.backbones.family import Spec
 from mmdlm.blueprint import Blueprint
 from mmdlm.files import present, read_json
 from mmdlm.loading.keymap import Places, Report, Table, dropped, expand, locate, resolve, shapes
@@ -102,10 +103,24 @@ def check_published(published: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is a {type(found).__name__}, expected a JSON object")
 
 
-def forget(published: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The published files without the special ids that the user replaces."""
-    replaced = {IDS[name] for name in overrides if name in IDS}
+def with_overrides(
+    published: Mapping[str, Any], spec: Spec, overrides: Iterable[str]
+) -> dict[str, Any]:
+    """The published files with the special ids that the user gave.
+
+    Args:
+        published: see `MultimodalDLM.published`.
+        spec: with these ids.
+        overrides: names of what the user gave, see `mmdlm.loading.overrides`.
+    """
+    ends = [spec.eos_id, *spec.stop_ids]
+    values = {
+        "mask_token_id": spec.mask_id,
+        "eos_token_id": ends if len(ends) > 1 else spec.eos_id,
+        "pad_token_id": spec.pad_id,
+    }
+    given = {key: values[key] for key in {IDS[name] for name in overrides if name in IDS}}
     return {
-        file: {key: value for key, value in found.items() if key not in replaced}
+        file: {key: given.get(key, value) for key, value in found.items()}
         for file, found in published.items()
     }

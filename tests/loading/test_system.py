@@ -183,6 +183,26 @@ def test_folder_written_again_is_bit_equal(
     assert bits_equal(folder, tmp_path / "whole")
 
 
+@pytest.mark.parametrize("through", ["published", "own"])
+def test_what_the_source_says_beyond_the_model_stays(
+    folder: Path, tmp_path: Path, through: str
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"vocab_size": 31, "auto_map": {"AutoModel": "mine.Mine"}, "mm_extra": {"a": [1]}}
+    (folder / "config.json").write_text(json.dumps(config))
+    generation = {"eos_token_id": [1, 4], "temperature": 0.5}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    vision = json.loads((folder / "vision" / "config.json").read_text())
+    export(folder, tmp_path / "between", layout=through)
+    export(tmp_path / "between", tmp_path / "again", layout="published")
+    for name, wanted in {
+        "config.json": config,
+        "vision/config.json": vision,
+        "generation_config.json": generation,
+    }.items():
+        assert json.loads((tmp_path / "again" / name).read_text()) == wanted
+
+
 def test_unused_tensors_are_known_and_written_back(folder: Path, tmp_path: Path) -> None:
     file = folder / "vision" / SINGLE
     norm = {f"vision_model.post_layernorm.{n}": torch.randn(32) for n in ("weight", "bias")}
