@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Backend
 
 import mmdlm
-from mmdlm.checkpoint import save_published
+from mmdlm.checkpoint import save, save_published
 from mmdlm.export import export
 from mmdlm.loading import ckpt
+from mmdlm.text import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "backbones"
 FAMILIES = sorted(folder.name for folder in GOLDEN.iterdir())
@@ -188,7 +190,7 @@ def test_exported_folder_says_what_the_source_says(family: str, route: str, tmp_
         with torch.no_grad():
             assert torch.equal(two.logits(tokens), one.logits(tokens))
         if route == "own":
-            assert two.published == one.published
+            assert two.published["config.json"] == one.published["config.json"]
         else:
             assert ends(out) >= {one.spec.eos_id, *one.spec.stop_ids} | ends(folder)
             was, now = (json.loads((f / "config.json").read_text()) for f in (folder, out))
@@ -210,6 +212,38 @@ def test_ids_of_the_user_are_written_in_every_file(tmp_path: Path) -> None:
     assert generation["eos_token_id"] == [7, 8, 9]
     assert (generation["pad_token_id"], generation["temperature"]) == (10, 0.5)
     assert ends(tmp_path / "out") == {7, 8, 9}
+
+
+def test_ends_that_no_file_names_are_written_for_others(tmp_path: Path) -> None:
+    from transformers import GenerationConfig
+
+    model = mmdlm.load(GOLDEN / "sdar", device="cpu")
+    model.spec = replace(model.spec, stop_ids=(9,))  # as the family or the chat template knows
+    eos = model.spec.eos_id
+    for save_as in (save_published, save):
+        save_as(model, tmp_path / save_as.__name__)
+        found = GenerationConfig.from_pretrained(str(tmp_path / save_as.__name__))
+        assert (found.eos_token_id, found.pad_token_id) == ([eos, 9], model.spec.pad_id)
+    config = json.loads((tmp_path / "save_published" / "config.json").read_text())
+    assert config["eos_token_id"] == eos  # as in the source
+
+
+@pytest.mark.parametrize("name", ["../out.json", "additional_chat_templates/../x.jinja", "a.py"])
+def test_checkpoints_write_no_files_of_other_names(tmp_path: Path, name: str) -> None:
+    model = mmdlm.load(GOLDEN / "dream", device="cpu")
+    model.tokenizer = Tokenizer.from_words(["a"])
+    entry = ckpt.entry(model)
+    with pytest.raises(ValueError, match="is not the text of a file of a tokenizer"):
+        ckpt.from_entry(entry | {"files": {name: "x"}}, "x.ckpt")
+    with pytest.raises(ValueError, match=r"config\.json is a int, expected a JSON object"):
+        ckpt.from_entry(entry | {"published": {"config.json": 3}}, "x.ckpt")
+    model.published[name] = {"a": 1}
+    save(model, tmp_path / "own")
+    save_published(mmdlm.load(tmp_path / "own", device="cpu"), tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"own", "out"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("config.json", "model.safetensors", "tokenizer.json")
+    }
 
 
 # The folder is replaced at once, or not at all

@@ -21,6 +21,8 @@ def export(
     mmdlm export runs/tiny/version_0/checkpoints/last.ckpt --out my-model --dtype bfloat16
     mmdlm export my-llada --out llada-for-others --layout published
 
+    An earlier export is replaced when everything is written; other files of its folder stay.
+
     Args:
         checkpoint: a .ckpt file of mmdlm fit; or a bundled name, folder or hub id.
         out: folder to write.

@@ -25,7 +25,7 @@ def merged(source: Config, written: Config, reread: Callable[[Config], Config]) 
         written: config.json that describes the model; it wins.
         reread: reads a config.json and writes it again, in the terms of `written`.
     """
-    ids = {key: written[key] for key in SPECIAL if key in written}
+    ids = {key: written[key] for key in SPECIAL if written.get(key) is not None}
     try:
         before = reread(source | ids)
         kept = _replaced(source, before, written) | ids
@@ -77,7 +77,9 @@ def beside(model: MultimodalDLM, config: Mapping[str, Any] | None = None) -> dic
     inner = [table for table in config.values() if isinstance(table, dict)]  # of a language model
     said = {i for table in (generation, config, *inner) for i in listed(table.get(END))}
     if not said.issuperset(ends):
-        others = {k: config[k] for k in ("bos_token_id", "pad_token_id") if k in config}
+        # A new file takes the place of all that transformers would read from config.json.
+        others = {key: config[key] for key in ("bos_token_id",) if key in config}
+        others["pad_token_id"] = model.spec.pad_id
         files[GENERATION] = (generation or others) | {END: ends}
     return files
 
