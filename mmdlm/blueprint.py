@@ -23,6 +23,7 @@ from mmdlm import recipe
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
 from mmdlm.backbones.moe import MoEConfig
+from mmdlm.backbones.rope import RopeScaling
 from mmdlm.chat import Template
 from mmdlm.model import MultimodalDLM
 from mmdlm.recipe import Recipe
@@ -289,6 +290,8 @@ def _spec(given: Any) -> Spec:
     sizes = dict(given.get("transformer", {}))
     if sizes.get("moe") is not None:
         sizes["moe"] = _dataclass(MoEConfig, sizes["moe"])
+    if sizes.get("rope") is not None:
+        sizes["rope"] = _dataclass(RopeScaling, sizes["rope"])
     return _dataclass(Spec, {**given, "transformer": _dataclass(TransformerConfig, sizes)})
 
 

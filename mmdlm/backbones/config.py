@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from encoders.checks import Above, AtLeast, AtMost, Checked, Factor, Size, SizeOrZero
 from mmdlm.backbones.moe import MoEConfig
+from mmdlm.backbones.rope import RopeScaling
 
 LAYERS = 10_000
 """Maximum number of layers, far above any published model."""
@@ -28,6 +29,7 @@ class TransformerConfig(Checked):
         theta: rotary base.
         theta_scale: factor on the base for longer contexts than trained (LongLLaDA, NTK).
         rotary: fraction of each head that is rotated.
+        rope: scaling of the rotary frequencies in config.json; None for none.
         rotary_float32: rotate in float32 (LLaDA) instead of in the activations' dtype (Qwen).
         qkv_bias: biases on queries, keys and values.
         o_bias: a bias on the attention's output.
@@ -52,6 +54,7 @@ class TransformerConfig(Checked):
     theta: Annotated[float, Above(0), AtMost(1e15)] = 10_000.0
     theta_scale: Factor = 1.0
     rotary: Annotated[float, Above(0), AtMost(1)] = 1.0
+    rope: RopeScaling | None = None
     rotary_float32: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
@@ -75,6 +78,8 @@ class TransformerConfig(Checked):
             raise ValueError(f"a head of width {self.head_width} cannot rotate {turned} channels")
         if not self.inner and not all(map(self.is_sparse, range(self.layers))):
             raise ValueError("TransformerConfig.inner is 0, expected at least 1 for an MLP layer")
+        if self.rope is not None:
+            self._check_rope(self.rope)
 
     @property
     def keys_heads(self) -> int:
@@ -85,6 +90,29 @@ class TransformerConfig(Checked):
     def head_width(self) -> int:
         """Width of one head."""
         return self.head_dim or self.width // self.heads
+
+    @property
+    def rotary_width(self) -> int:
+        """Channels of a head that are rotated."""
+        return int(self.head_width * self.rotary)
+
+    def _check_rope(self, rope: RopeScaling) -> None:
+        """Raises unless the scaling fits the other sizes."""
+        base, width = self.theta * self.theta_scale, self.rotary_width
+        if base <= 1 or width < 4:
+            raise ValueError(
+                f"rotary scaling {rope.rope_type!r} with base {base} and {width} rotated channels, "
+                "expected a base above 1 and at least 4 channels"
+            )
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(rope, name)
+            if factors is not None and len(factors) != width // 2:
+                raise ValueError(f"{name} has {len(factors)} numbers, expected {width // 2}")
+        if rope.constant_up_to is not None and self.theta_scale != 1:
+            raise ValueError(
+                f"theta_scale is {self.theta_scale}, expected 1 with rotary scaling "
+                f"{rope.rope_type!r}, whose frequencies depend on the length"
+            )
 
     def is_sparse(self, layer: int) -> bool:
         """Whether a layer is a mixture of experts."""

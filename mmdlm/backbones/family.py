@@ -49,6 +49,13 @@ class Spec(Checked):
     context: Annotated[int, AtLeast(1), AtMost(2**40)] | None = None
 
     def __post_init__(self) -> None:
+        bound = self.transformer.rope and self.transformer.rope.constant_up_to
+        if bound and (self.context is None or self.context > bound):
+            raise ValueError(
+                f"context is {self.context}, expected at most {bound}: beyond it the rotary "
+                f"frequencies depend on the length ({self.transformer.rope.rope_type}), and cached "
+                "keys would have other ones"
+            )
         vocab = self.transformer.vocab
         ids = {name: getattr(self, name) for name in ("mask_id", "eos_id", "pad_id")}
         ids |= {f"stop_ids[{i}]": value for i, value in enumerate(self.stop_ids)}
@@ -92,7 +99,7 @@ class Spec(Checked):
 
     @property
     def _power(self) -> float:
-        width = int(self.transformer.head_width * self.transformer.rotary)
+        width = self.transformer.rotary_width
         return (width - 2) / width if width > 2 else 1.0
 
 
@@ -161,26 +168,6 @@ def special(config: dict[str, Any], key: str, published: int, vocab: int) -> Any
     if config.get(key) is not None:
         return config[key]
     return published if published < vocab else vocab - 1
-
-
-def rotary_base(config: dict[str, Any], default: float) -> float:
-    """The rotary base; transformers 5 saves it as `rope_parameters["rope_theta"]`.
-
-    Raises:
-        ValueError: the config uses rotary scaling, which is not supported.
-    """
-    inside = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or {}
-    for table in (inside, scaling):
-        kind = table.get("rope_type", table.get("type", "default"))
-        if kind != "default":
-            raise ValueError(
-                f"config.json: rotary scaling {kind!r} is not supported, expected none; "
-                "set TransformerConfig.theta_scale for longer contexts"
-            )
-    theta = config.get("rope_theta")
-    theta = inside.get("rope_theta") if theta is None else theta
-    return float(default if theta is None else theta)
 
 
 def require(family: str, config: dict[str, Any], expected: dict[str, tuple[Any, ...]]) -> None:

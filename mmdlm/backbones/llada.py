@@ -18,8 +18,8 @@ from mmdlm.backbones.family import (
     end_ids,
     expressible,
     require,
-    rotary_base,
 )
+from mmdlm.backbones.rope import read_rope
 
 # Defaults of absent keys in configuration_llada.py: an older architecture, not LLaDA-8B.
 DEFAULTS: dict[str, Any] = {
@@ -54,7 +54,6 @@ DEFAULTS: dict[str, Any] = {
     "vocab_size": 50257,
     "weight_tying": True,
 }
-ROPE_THETA = 10_000.0
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "block_type": ("llama",),
     "layer_norm_type": ("rms",),
@@ -130,7 +129,7 @@ class LLaDA(Family):
             kv_heads=_kv_heads(c),
             inner=c["mlp_hidden_size"] or int(c["mlp_ratio"] * width),
             eps=c["rms_norm_eps"],
-            theta=rotary_base(config, ROPE_THETA),
+            theta=_theta(config),
             rotary_float32=c["rope_full_precision"],
             qkv_bias=bool(c["include_qkv_bias"] or c["include_bias"]),
             bias=c["include_bias"],
@@ -160,6 +159,7 @@ class LLaDA(Family):
             "LLaDA",
             {
                 "rotary": (t.rotary, 1.0),
+                "rope": (t.rope, None),
                 "qk_norm": (t.qk_norm == "head", False),
                 "head_dim": (t.head_width * t.heads, t.width),
                 "embed_scale": (t.embed_scale in (1.0, root), True),
@@ -195,6 +195,17 @@ class LLaDA(Family):
             "vocab_size": t.vocab,
             "weight_tying": t.tied,
         }
+
+
+def _theta(config: dict[str, Any]) -> float:
+    """The rotary base; the published code has no scaling of it."""
+    rope = read_rope(config)
+    if rope["rope"] is not None:
+        raise ValueError(
+            f"LLaDA: config.json has rotary scaling {rope['rope'].rope_type!r}, which is not in "
+            "the published code; remove it, or give load(theta_scale=...) for longer contexts"
+        )
+    return rope["theta"]
 
 
 def _kv_heads(config: dict[str, Any]) -> int:

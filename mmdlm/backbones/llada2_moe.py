@@ -95,12 +95,10 @@ class LLaDA2MoE(Family):
         """
         c = DEFAULTS | config
         require("LLaDA2MoE", c, SUPPORTED)
-        inside = config.get("rope_parameters") or {}
         switches = {
             "qkv_bias": bool(c["use_qkv_bias"]),
             "o_bias": bool(c["use_bias"]),
             "qk_norm": "head" if c["use_qk_norm"] else "none",
-            "rotary": c.get("partial_rotary_factor", inside.get("partial_rotary_factor", ROTARY)),
             "moe": _experts(c, names),
         }
         sizes = {
@@ -113,6 +111,7 @@ class LLaDA2MoE(Family):
             DEFAULTS,
             IDS,
             switches,
+            ROTARY,
             attention="block_causal",
             block_size=c.get("block_size") or c.get("block_length") or BLOCK_SIZE,
             template="llada_moe",

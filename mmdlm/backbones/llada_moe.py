@@ -83,7 +83,7 @@ class LLaDAMoE(Family):
         in config.json it is the published one, or the last id of a smaller vocabulary.
         """
         c = DEFAULTS | config
-        inside = config.get("rope_parameters") or {}
+        inside = config.get("rope_scaling") or config.get("rope_parameters") or {}
         _need({**inside, **config}, SIZES)
         layers, frequency = c["num_hidden_layers"], c["moe_layer_freq"]
         if not isinstance(frequency, list) or len(frequency) < layers:
@@ -95,11 +95,10 @@ class LLaDAMoE(Family):
         switches = {
             "qk_norm": "head" if c["qk_layernorm"] else "none",
             "clip": c["clip_qkv"],
-            "rotary": c.get("partial_rotary_factor", inside.get("partial_rotary_factor", 1.0)),
             "moe": None if len(dense) == layers else _experts(c, dense),
         }
         sizes = {"intermediate_size": c["dense_intermediate_size"] or 0}
-        return read_config(cls, config | sizes, DEFAULTS, IDS, switches, template="llada_moe")
+        return read_config(cls, config | sizes, DEFAULTS, IDS, switches, 1.0, template="llada_moe")
 
     @classmethod
     def write(cls, spec: Spec) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from mmdlm.backbones.family import (
     end_ids,
     expressible,
     require,
-    rotary_base,
     special,
 )
+from mmdlm.backbones.rope import read_rope
 
 # Defaults of absent keys, by the configuration class in transformers that a family derives from.
 QWEN2: dict[str, Any] = {
@@ -44,7 +44,6 @@ LLAMA: dict[str, Any] = QWEN2 | {
     "num_key_value_heads": None,
     "vocab_size": 32000,
 }
-ROPE_THETA = 10_000.0
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "mlp_bias": (False, None),
@@ -101,6 +100,7 @@ def read_config(
     defaults: dict[str, Any],
     ids: Ids,
     switches: dict[str, Any] | None = None,
+    rotary: float | None = None,
     **conventions: Any,
 ) -> Spec:
     """Converts a config.json to a spec.
@@ -114,6 +114,7 @@ def read_config(
         defaults: values of absent keys, one of the tables above.
         ids: special ids of the family.
         switches: fields of TransformerConfig that no key of config.json determines.
+        rotary: default of `partial_rotary_factor`; None if the family has no such key.
         **conventions: further fields of Spec.
 
     Raises:
@@ -122,6 +123,9 @@ def read_config(
     c = defaults | config
     require(family.__name__, c, SUPPORTED)
     heads, kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
+    rope, context = read_rope(c, rotary=rotary), c["max_position_embeddings"]
+    if rope["rope"] is not None and rope["rope"].constant_up_to is not None:
+        context = min(context, rope["rope"].constant_up_to)
     bias = "attention_bias" in defaults and bool(c["attention_bias"])
     transformer = TransformerConfig(
         vocab=c["vocab_size"],
@@ -132,7 +136,7 @@ def read_config(
         head_dim=c.get("head_dim"),
         inner=c["intermediate_size"],
         eps=c["rms_norm_eps"],
-        theta=rotary_base(c, ROPE_THETA),
+        **rope,
         tied=c["tie_word_embeddings"],
         **{"qkv_bias": bias, "o_bias": bias} | (switches or {}),
     )
@@ -140,7 +144,7 @@ def read_config(
         family=family.__module__.rpartition(".")[2],
         transformer=transformer,
         **ids.read(c, transformer.vocab),
-        context=c["max_position_embeddings"],
+        context=context,
         **conventions,
     )
 
@@ -179,6 +183,9 @@ def write_config(
         config["attention_bias"] = t.o_bias
     if "head_dim" in defaults or t.head_dim is not None:
         config["head_dim"] = t.head_dim
+    if t.rope is not None:
+        config["rope_scaling"] = t.rope.settings()
+        config["max_position_embeddings"] = t.rope.max_position_embeddings or spec.reach
     config |= own
     wanted, written = _facts(spec), _facts(family.read(config, set()))
     expressible(family.__name__, {name: (wanted[name], written[name]) for name in wanted})

@@ -47,9 +47,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed = embedding(config.vocab, config.width)
-        self.rotary = Rotary(
-            int(config.head_width * config.rotary), config.theta * config.theta_scale
-        )
+        self.rotary = Rotary(config.rotary_width, config.theta * config.theta_scale, config.rope)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
         self.norm = RMSNorm(config.width, config.eps, config.norm_bias)
         self.out = None if config.tied else Linear(config.width, config.vocab, bias=config.bias)

@@ -348,12 +348,12 @@ def test_family_saved_again_by_transformers_5_is_the_same(
     assert same(again, checkpoint.model)
 
 
-def test_family_with_scaled_rotary_positions_is_rejected(
+def test_family_with_an_unknown_rotary_scaling_is_rejected(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    scaling = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
-    folder = checkpoint.changed(tmp_path / "yarn", config=lambda c: c | scaling)
-    with pytest.raises(ValueError, match="rotary scaling 'yarn' is not supported"):
+    scaling = {"rope_scaling": {"rope_type": "mrope", "factor": 4.0}}
+    folder = checkpoint.changed(tmp_path / "mrope", config=lambda c: c | scaling)
+    with pytest.raises(ValueError, match="rotary scaling 'mrope' in rope_scaling is not"):
         checkpoint.load(folder)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mmdlm.backbones.a2d import A2D
-from mmdlm.backbones.llama_config import LLAMA, QWEN2, QWEN3, ROPE_THETA, Ids
+from mmdlm.backbones.llama_config import LLAMA, QWEN2, QWEN3, Ids
+from mmdlm.backbones.rope import THETA
 from mmdlm.backbones.sdar import SDAR
 from mmdlm.checkpoint import load
 
@@ -107,7 +108,7 @@ def test_absent_keys_have_the_defaults_of_transformers(kind: str) -> None:
         if key == "num_key_value_heads" and value is None:
             value = config.num_attention_heads
         assert default == value, key
-    assert config.rope_parameters["rope_theta"] == ROPE_THETA
+    assert config.rope_parameters["rope_theta"] == THETA
     assert A2D.read({"model_type": f"a2d-{kind}"}, set()).transformer.head_width == 128
 
 
