@@ -30,7 +30,7 @@ IDS = {
     "stop_ids": "eos_token_id",
     "pad_id": "pad_token_id",
 }
-TIED = "the head is tied to the embedding, which wins"
+TIED = "the head is tied to the embedding, and equal to it"
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,21 @@ class Contents:
         places = {self._as_stored(name): place for name, place in found.items()}
         known = dropped(self.tables)
         known += [pattern.removeprefix(self.prefix) for pattern in known]
-        before, keys = self.tables["backbone"]
-        head = keys.get("out.weight")
-        tied = config.tied and isinstance(head, str)
-        unused = {self._as_stored(f"{before}{head}"): TIED} if tied else {}
+        unused = {}
+        embedding, head = self.published_name("embed.weight"), self.published_name("out.weight")
+        if config.tied and head is not None:
+            if head in self.stored and embedding not in self.stored:
+                places[head] = places.pop(embedding)  # the one tensor that is both
+            else:
+                unused[head] = TIED
         report = resolve(self.stored, places, known, unused)
         return places, replace(report, prefix=self.prefix)
+
+    def published_name(self, ours: str) -> str | None:
+        """The name in the files of a tensor of the backbone; None if it has no single one."""
+        before, keys = ("", {}) if self.tables is None else self.tables["backbone"]
+        name = keys.get(ours)
+        return self._as_stored(f"{before}{name}") if isinstance(name, str) else None
 
     def _as_stored(self, name: str) -> str:
         """A published name without the wrapper's prefix where only that is in the files."""

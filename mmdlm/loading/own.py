@@ -13,13 +13,13 @@ Those of them that other programs read (`mmdlm.loading.contents.BESIDE`) keep th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mmdlm.blueprint import FORMAT, Blueprint, check_tasks
+from mmdlm.blueprint import FORMAT, PARTS, Blueprint, check_tasks
 from mmdlm.files import blaming, present, read_json, read_yaml
 from mmdlm.loading.contents import BESIDE, CONFIG, Contents, beside, check_published
 from mmdlm.loading.shards import index, write_json
@@ -63,6 +63,7 @@ def read_blueprint(folder: Path, config: Mapping[str, Any]) -> Blueprint:
         ValueError: an entry is unknown, missing or wrong, or a file is damaged.
     """
     config = dict(config)
+    _check_offline({name: config.get(name) for name in PARTS}, folder / CONFIG)
     file = folder / STATISTICS
     outputs = read_json(file) if present(file) else {}
     if config["format"] == FIRST:
@@ -70,6 +71,24 @@ def read_blueprint(folder: Path, config: Mapping[str, Any]) -> Blueprint:
         outputs = {"actions": outputs} if outputs else {}
     tasks = read_tasks(folder / DECODING) if present(folder / DECODING) else {}
     return Blueprint.from_dict({**config, "outputs": outputs, "tasks": tasks}, folder / CONFIG)
+
+
+def _check_offline(part: Any, file: Path) -> None:
+    """Raises if a recipe, or one inside it, wants weights from the network.
+
+    Raises:
+        ValueError: an entry "pretrained" is true.
+    """
+    if isinstance(part, Mapping):
+        if part.get("pretrained"):
+            raise ValueError(
+                f"{file}: pretrained is {part['pretrained']!r}, expected false: the weights are in "
+                f"model.safetensors and nothing is downloaded; correct it"
+            )
+        part = part.values()
+    if not isinstance(part, str) and isinstance(part, Iterable):
+        for each in part:
+            _check_offline(each, file)
 
 
 def first_edition(config: Mapping[str, Any]) -> dict[str, Any]:

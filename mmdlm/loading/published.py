@@ -22,6 +22,7 @@ from mmdlm.loading.contents import CONFIG, Contents
 from mmdlm.loading.contents import beside as beside_config
 from mmdlm.loading.keymap import Table, prefix_of
 from mmdlm.loading.shards import Stored, index
+from mmdlm.loading.tied import untie
 from mmdlm.systems.system import Beside, System
 from mmdlm.text import Tokenizer
 
@@ -178,7 +179,8 @@ def read(
         blueprint = system.with_tokenizer(blueprint, tokenizer)
     blueprint = replace(blueprint, system=_file(system))
     tables = system.keys(blueprint)
-    return Contents(blueprint, tokenizer, stored, tables, published=files | {CONFIG: config})
+    files |= {CONFIG: config}
+    return untie(Contents(blueprint, tokenizer, stored, tables, published=files))
 
 
 def _places(folder: Path, config: dict[str, Any], system: type[System]) -> tuple[Beside, ...]:
@@ -202,7 +204,8 @@ def _read_family(
     # A system's config.json does not describe the language model alone.
     own = {} if system_of(config, set(stored), None) else {CONFIG: config}
     files = beside_config(folder) | own
-    return Contents(blueprint, Tokenizer.from_folder(folder), stored, tables, prefix, files)
+    found = (blueprint, Tokenizer.from_folder(folder), stored, tables, prefix, files)
+    return untie(Contents(*found))
 
 
 def _beside(folder: Path, places: Iterable[Beside], stored: dict[str, Stored]) -> dict[str, Stored]:

@@ -38,6 +38,8 @@ TYPES = {
     "BOOL": torch.bool,
 }
 MOST_MISSING = 100  # shards that an error still lists by name
+# Published names of the head. A tied one need not be stored; loading reports any other that is not.
+HEADS = ("lm_head.weight", "model.transformer.ff_out.weight")
 CHUNK = 2**22  # bytes held at once on their way to another type or device; fits into a CPU cache
 
 
@@ -68,7 +70,7 @@ def index(folder: Path) -> dict[str, Stored]:
     Raises:
         FileNotFoundError: no weights, or a shard is missing.
         ValueError: a file is truncated or not a safetensors file, the index names tensors its
-            shards do not hold, or two shards hold the same tensor.
+            shards do not hold (other than a head, which may be tied), or two shards hold the same tensor.
     """
     files, listed = ([folder], {}) if folder.is_file() else _files(folder)
     stored: dict[str, Stored] = {}
@@ -81,7 +83,8 @@ def index(folder: Path) -> dict[str, Stored]:
                 "expected it once, download the folder again"
             )
         stored |= held
-    absent = [n for n, file in listed.items() if n not in stored or stored[n].file.name != file]
+    needed = {n: f for n, f in listed.items() if n in stored or not n.endswith(HEADS)}
+    absent = [n for n, f in needed.items() if n not in stored or stored[n].file.name != f]
     if absent:
         raise ValueError(
             f"{folder}: the index names {preview(absent)}, which {listed[absent[0]]} does not "

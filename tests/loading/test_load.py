@@ -143,25 +143,37 @@ def test_rotary_tables_of_resaved_files_are_ignored(
     ],
 )
 @torch.inference_mode()
-def test_tied_embedding_wins_over_a_stored_head(
+def test_tied_head_that_is_stored_as_well(
     family: str,
     flag: str,
     head: str,
     embedding: str,
+    tmp_path: Path,
     published: Callable[..., Path],
     rewrite: Callable[..., Path],
     configure: Callable[..., Path],
 ) -> None:
-    folder = configure(rewrite(published(family)), **{flag: True})
-    both = load(folder)
-    assert "wins" in both.report.ignored[head]
+    ids = torch.arange(12)[None]
+    expected = load(published(family)).logits(ids)
+    folder = configure(rewrite(tmp_path / family), **{flag: True})
+    with pytest.warns(UserWarning, match=f"{head} and {embedding} have different values"):
+        both = load(folder)
+    assert not both.spec.transformer.tied
+    assert torch.equal(both.logits(ids), expected)
+    again = json.loads((folder / "config.json").read_text())
+    save_published(both, tmp_path / "out")
+    assert again[flag] is True
+    assert json.loads((tmp_path / "out" / "config.json").read_text())[flag] is False
+
+    equal = load(rewrite(folder, lambda w: w | {head: w[embedding].clone()}))
+    assert "equal" in equal.report.ignored[head]
     without = load(rewrite(folder, lambda w: {k: v for k, v in w.items() if k != head}))
     assert without.report.ignored == {}
-    copied = rewrite(folder, lambda w: w | {head: w[embedding].clone()})
-    untied = load(configure(copied, **{flag: False}))
-    ids = torch.arange(12)[None]
-    assert torch.equal(both.logits(ids), without.logits(ids))
-    assert torch.equal(both.logits(ids), untied.logits(ids))
+    only = load(rewrite(folder, lambda w: {head if k == embedding else k: w[k] for k in w}))
+    assert torch.equal(equal.logits(ids), without.logits(ids))
+    assert torch.equal(only.logits(ids), without.logits(ids))
+    assert equal.spec.transformer.tied
+    assert without.spec.transformer.tied
 
 
 def test_bfloat16_checkpoint_is_read_exactly(

@@ -166,3 +166,19 @@ def test_family_override_of_our_layout_is_refused(
     save(multimodal(), tmp_path)
     with pytest.raises(ValueError, match="family='llada' has no effect"):
         load(tmp_path, family="llada")
+
+
+@pytest.mark.parametrize("place", ["encoders", "adapters", "nested"])
+def test_own_recipe_that_wants_a_download_is_rejected(
+    place: str, tmp_path: Path, multimodal: Callable[[], MultimodalDLM]
+) -> None:
+    save(multimodal(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    part = config["encoders" if place == "nested" else place]["image"]
+    if place == "nested":
+        part["init_args"] = {"encoder": {"class_path": part["class_path"], "init_args": {}}}
+        part = part["init_args"]["encoder"]
+    part["init_args"]["pretrained"] = True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config.json: pretrained is True, .* nothing is downloa"):
+        load(tmp_path)
