@@ -70,7 +70,8 @@ def index(folder: Path) -> dict[str, Stored]:
     Raises:
         FileNotFoundError: no weights, or a shard is missing.
         ValueError: a file is truncated or not a safetensors file, the index names tensors its
-            shards do not hold (other than a head, which may be tied), or two shards hold the same tensor.
+            shards do not hold (other than a head, which may be tied), or two shards hold the same
+            tensor.
     """
     files, listed = ([folder], {}) if folder.is_file() else _files(folder)
     stored: dict[str, Stored] = {}
