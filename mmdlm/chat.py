@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,6 +62,7 @@ TEMPLATES = {
 VARIABLES = {"a2d": {"enable_thinking": False}}
 MARKERS = re.compile(r"<\|\w+\|>|</?role>")
 NOTHING = r"(?!)"  # matches nothing
+ANSWER = "0f3c9a"  # occurs in no template
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,13 @@ def find(tokenizer: Tokenizer | None, name: str) -> str | None:
 
     Args:
         tokenizer: tokenizer of the checkpoint.
-        name: name of the family's template, a key of `TEMPLATES`, or "plain".
+        name: name of the family's template, a key of `TEMPLATES`, or "plain"; or Jinja text,
+            which takes precedence.
     Raises:
         ValueError: the name is unknown.
     """
+    if "{" in name:
+        return name
     if name not in (*TEMPLATES, PLAIN):
         raise ValueError(
             f"chat template {name!r} is unknown; expected {', '.join(TEMPLATES)} or {PLAIN}, or a "
@@ -124,6 +129,31 @@ def find(tokenizer: Tokenizer | None, name: str) -> str | None:
         return None
     template = TEMPLATES[name]
     return template if all(tokenizer.id(m) is not None for m in MARKERS.findall(template)) else None
+
+
+def turn_end(tokenizer: Tokenizer, jinja: str | None, family: str = "") -> int | None:
+    """Id of the control token that a template writes right after an answer; None for none.
+
+    Args:
+        tokenizer: tokenizer of the checkpoint.
+        jinja: see `find`.
+        family: name of the model's family.
+    """
+    if jinja is None:
+        return None
+    question, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": ANSWER}
+    names = tokenizer.names | VARIABLES.get(family, {}) | {"add_generation_prompt": False}
+    try:
+        pieces = render([question, answer], jinja, tokenizer.added, **names)
+    except Exception:  # what is wrong with a template is reported where it is used
+        return None
+    tokens = [text for text, is_token in pieces if is_token]
+    for (text, _), (token, is_token) in pairwise(pieces):
+        _, is_there, after = text.rpartition(ANSWER)
+        # A template without an end goes on with the start of the next turn.
+        if is_there and not after.strip() and is_token and token != tokens[0]:
+            return tokenizer.id(token)
+    return None
 
 
 def encode(

@@ -22,7 +22,7 @@ from mmdlm.loading import own, publish, published
 from mmdlm.loading.contents import Contents, with_overrides
 from mmdlm.loading.keymap import tensors
 from mmdlm.loading.overrides import check as check_overrides
-from mmdlm.loading.overrides import override
+from mmdlm.loading.overrides import override, replaced
 from mmdlm.loading.placement import Device, devices, weight_type
 from mmdlm.loading.shards import write
 from mmdlm.loading.source import find
@@ -87,7 +87,7 @@ def load(
     over = devices(device)
     folder = find(source)
     with blaming(folder / "config.json"):
-        contents = _read(folder, family, overrides.get("mask_id"), config)
+        contents = _read(folder, family, overrides, config)
     blueprint = contents.blueprint
     if overrides:
         blueprint = replace(blueprint, spec=override(blueprint.spec, overrides))
@@ -111,17 +111,20 @@ def load(
 
 
 def _read(
-    folder: Path, family: str | None, mask_id: int | None, given: Mapping[str, Any] | None
+    folder: Path,
+    family: str | None,
+    overrides: Mapping[str, Any],
+    given: Mapping[str, Any] | None,
 ) -> Contents:
     """What a folder holds, in whichever layout it is."""
     config = read_json(folder / "config.json")
     if "format" not in config:
-        return published.read(folder, config | dict(given or {}), family, mask_id)
+        return published.read(folder, config | dict(given or {}), family, overrides)
     if given:
         raise ValueError(
             f"config={dict(given)} has no effect on {folder}, which is in our own layout"
         )
-    return own.read(folder, config, family)
+    return own.read(folder, replaced(config, overrides), family)
 
 
 def _check_tokenizer(model: MultimodalDLM, folder: Path) -> None:

@@ -29,9 +29,8 @@ def rendered(template: str, messages: Items[Mapping[str, str]], **variables: Any
         ValueError: the template is not valid Jinja, or rejects these messages.
     """
     try:
-        return compiled(template).render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=True, **variables
-        )
+        usual = {"tools": None, "documents": None, "add_generation_prompt": True}
+        return compiled(template).render(messages=messages, **usual | variables)
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template rejects this conversation: {error}") from error
 

@@ -205,8 +205,7 @@ class Processor:
     @property
     def jinja(self) -> str | None:
         """Chat template (Jinja text); None if prompts are encoded without one."""
-        chat = self.template.chat or self.spec.template
-        return chat if "{" in chat else find(self.tokenizer, chat)
+        return find(self.tokenizer, self.template.chat or self.spec.template)
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -249,7 +248,7 @@ class Processor:
         if not length:
             raise ValueError(f"a slot for {part.output} has no length, expected at least 1")
         if part.value is None:
-            return torch.full((length,), self.spec.mask_id)
+            return torch.full((length,), self.spec.mask)
         if codec is None:
             ids = torch.tensor(self._tokenizer().encode(part.value), dtype=torch.long)
         else:

@@ -25,7 +25,8 @@ class Spec(Checked):
     Args:
         family: name of the family file.
         transformer: sizes and switches.
-        mask_id: id of the mask token.
+        mask_id: id of the mask token; None where nothing says which it is. Such a model has logits,
+            and whatever fills in masks asks for it, see `mask`.
         eos_id: id that ends an answer; it also fills the positions after it.
         pad_id: id of padding.
         stop_ids: further ids that end an answer.
@@ -38,7 +39,7 @@ class Spec(Checked):
 
     family: str
     transformer: TransformerConfig
-    mask_id: int
+    mask_id: int | None
     eos_id: int
     pad_id: int
     stop_ids: tuple[int, ...] = ()
@@ -58,15 +59,33 @@ class Spec(Checked):
             )
         vocab = self.transformer.vocab
         ids = {name: getattr(self, name) for name in ("mask_id", "eos_id", "pad_id")}
-        ids |= {f"stop_ids[{i}]": value for i, value in enumerate(self.stop_ids)}
-        for name, value in ids.items():
-            is_id = isinstance(value, int) and not isinstance(value, bool)
-            if not is_id or not 0 <= value < vocab:
-                raise ValueError(
-                    f"{name} is {value!r}, expected an id below the {vocab} rows of the "
-                    "embedding; correct it in config.json"
-                )
+        wrong = [name for name, i in ids.items() if not is_id(i, vocab)]
+        for name in wrong if self.mask_id is not None else wrong[1:]:
+            raise ValueError(
+                f"{name} is {ids[name]}, expected an id below the {vocab} rows of the "
+                f"embedding; correct it in config.json, or give load({name}=...)"
+            )
+        if unknown := [i for i in self.stop_ids if not is_id(i, vocab)]:
+            raise ValueError(
+                f"stop_ids has {unknown}, expected ids below the {vocab} rows of the embedding; "
+                "correct eos_token_id in config.json, or give load(stop_ids=...)"
+            )
         super().__post_init__()
+
+    @property
+    def mask(self) -> int:
+        """Id of the mask token.
+
+        Raises:
+            ValueError: nothing says which it is.
+        """
+        if self.mask_id is None:
+            raise ValueError(
+                "this model fills in masks, and no file of its folder gives the id of the mask "
+                "token (mask_token_id in config.json, or mask_token of a tokenizer); give "
+                "load(mask_id=...)"
+            )
+        return self.mask_id
 
     @property
     def reach(self) -> int | None:
@@ -145,29 +164,34 @@ class Family:
         )
 
 
+def is_id(value: Any, vocab: int) -> bool:
+    """Whether a value is a token id of a vocabulary."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab
+
+
 def architecture(config: dict[str, Any]) -> str:
     """First entry of "architectures" in config.json, or ""."""
     return (config.get("architectures") or [""])[0]
 
 
-def end_ids(value: int | list[int]) -> tuple[int, tuple[int, ...]]:
-    """Splits an `eos_token_id` into the end id and further stop ids."""
-    first, *rest = value if isinstance(value, list) else [value]
+def end_ids(value: int | list[int] | None) -> tuple[int | None, tuple[int, ...]]:
+    """Splits an `eos_token_id` into the end id and further stop ids; None where it is empty."""
+    first, *rest = (value or [None]) if isinstance(value, list) else [value]
     return first, tuple(rest)
 
 
 def special(config: dict[str, Any], key: str, published: int, vocab: int) -> Any:
-    """The id in config.json, else the published one, else the last id of a smaller vocabulary.
+    """The id in config.json, else the published one; None where the vocabulary is smaller.
 
     Args:
         config: config.json.
-        key: for example "mask_token_id"; null counts as absent.
+        key: for example "mask_token_id"; null and an empty list count as absent.
         published: id in the published tokenizer.
         vocab: rows of the embedding.
     """
-    if config.get(key) is not None:
+    if config.get(key) not in (None, []):
         return config[key]
-    return published if published < vocab else vocab - 1
+    return published if published < vocab else None
 
 
 def require(family: str, config: dict[str, Any], expected: dict[str, tuple[Any, ...]]) -> None:

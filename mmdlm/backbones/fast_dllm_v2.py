@@ -12,8 +12,8 @@ from mmdlm.backbones.llama_config import QWEN2, Ids, read_config, write_config
 from mmdlm.backbones.llama_keys import LLAMA_KEYS
 
 BLOCK_SIZE = 32
-# "|<MASK>|", in no config.json, and <|im_end|> of the published tokenizer.
-IDS = Ids(mask=151665, eos=151645, pad=151645)
+# "|<MASK>|", in no config.json, <|im_end|> and <|endoftext|> of the published tokenizer.
+IDS = Ids(mask=151665, eos=151645, pad=151645, stops=(151643,))
 
 
 class FastDLLMv2(Family):

@@ -18,6 +18,7 @@ from mmdlm.backbones.family import (
     end_ids,
     expressible,
     require,
+    special,
 )
 from mmdlm.backbones.rope import read_rope
 
@@ -65,6 +66,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 # <|endoftext|> and <|eot_id|> of the published tokenizer; Instruct ends a turn with the latter.
 END_OF_TEXT, END_OF_TURN = 126081, 126348
+MASK = 126336  # <|mdm_mask|>
 
 
 class LLaDA(Family):
@@ -119,8 +121,7 @@ class LLaDA(Family):
         width, norm_bias = c["d_model"], c["bias_for_layer_norm"]
         vocab = c["embedding_size"] or c["vocab_size"]
         eos, stops = end_ids(c["eos_token_id"])
-        if eos == END_OF_TEXT and vocab > END_OF_TURN:
-            stops = tuple(dict.fromkeys((*stops, END_OF_TURN)))
+        stops = tuple(dict.fromkeys((*stops, *_implied(eos, vocab))))
         transformer = TransformerConfig(
             vocab=vocab,
             width=width,
@@ -168,7 +169,8 @@ class LLaDA(Family):
                 "attention": (spec.attention, "full"),
             },
         )
-        stops = [i for i in spec.stop_ids if i != END_OF_TURN]
+        implied = _implied(spec.eos_id, t.vocab)
+        stops = [i for i in spec.stop_ids if i not in implied]
         return DEFAULTS | {
             "architectures": ["LLaDAModelLM"],
             "model_type": "llada",
@@ -195,6 +197,28 @@ class LLaDA(Family):
             "vocab_size": t.vocab,
             "weight_tying": t.tied,
         }
+
+
+def published_ids(config: dict[str, Any], vocab: int) -> dict[str, Any]:
+    """Special ids of a config.json, absent ones as in the published tokenizer.
+
+    Args:
+        config: config.json of a descendant of LLaDA-8B.
+        vocab: rows of the embedding.
+    """
+    eos = special(config, "eos_token_id", END_OF_TEXT, vocab)
+    pad = special(config, "pad_token_id", END_OF_TEXT, vocab)
+    return {
+        "mask_token_id": special(config, "mask_token_id", MASK, vocab),
+        "eos_token_id": eos,
+        "pad_token_id": end_ids(eos)[0] if pad is None else pad,
+    }
+
+
+def _implied(eos: int | None, vocab: int) -> tuple[int, ...]:
+    """The other end of the published tokenizer, which config.json need not list."""
+    other = {END_OF_TEXT: END_OF_TURN, END_OF_TURN: END_OF_TEXT}.get(eos)
+    return () if other is None or other >= vocab else (other,)
 
 
 def _theta(config: dict[str, Any]) -> float:

@@ -91,7 +91,7 @@ class LLaDA2MoE(Family):
 
         Like the published code, it ignores `norm_topk_prob`: weights are normalized if a token is
         routed to more than one expert. Without a mask id in config.json it is the published one,
-        or the last id of a smaller vocabulary.
+        or unknown in a smaller vocabulary.
         """
         c = DEFAULTS | config
         require("LLaDA2MoE", c, SUPPORTED)

@@ -80,7 +80,7 @@ class LLaDAMoE(Family):
 
         Like the published code, it ignores `norm_topk_prob`, `routed_scaling_factor`,
         `moe_router_score_function`, `router_num_group` and `router_topk_group`. Without a mask id
-        in config.json it is the published one, or the last id of a smaller vocabulary.
+        in config.json it is the published one, or unknown in a smaller vocabulary.
         """
         c = DEFAULTS | config
         inside = config.get("rope_scaling") or config.get("rope_parameters") or {}

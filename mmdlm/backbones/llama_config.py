@@ -71,11 +71,11 @@ class Ids:
         """Special ids of a config.json as fields of `Spec`; absent ones are taken from here."""
         eos, others = end_ids(special(config, "eos_token_id", self.eos, vocab))
         stops = (*others, *self.implied(eos))
-        pad = self.pad if self.pad < vocab else eos
+        pad = special(config, "pad_token_id", self.pad, vocab)
         return {
             "mask_id": special(config, "mask_token_id", self.mask, vocab),
             "eos_id": eos,
-            "pad_id": special(config, "pad_token_id", pad, vocab),
+            "pad_id": eos if pad is None else pad,
             "stop_ids": tuple(dict.fromkeys(i for i in stops if i != eos and i < vocab)),
         }
 
@@ -91,7 +91,8 @@ class Ids:
 
     def implied(self, eos: int) -> tuple[int, ...]:
         """Stop ids a config.json need not list; only valid for the published tokenizer."""
-        return self.stops if eos in (self.eos, *self.stops) else ()
+        ends = (self.eos, *self.stops)
+        return tuple(i for i in ends if i != eos) if eos in ends else ()
 
 
 def read_config(

@@ -12,10 +12,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-from mmdlm.backbones.family import Spec, architecture, special
-from mmdlm.backbones.llada import END_OF_TEXT, LLaDA
+from mmdlm.backbones.family import Spec, architecture
+from mmdlm.backbones.llada import LLaDA, published_ids
 
-MASK = 126336
 # Vocabulary keys in the config.json of MMaDA-8B besides the number of rows.
 VOCABULARY = {
     "codebook_size": 8192,
@@ -44,13 +43,7 @@ class MMaDA(LLaDA):
         rows = next((config[key] for key in keys if config.get(key)), None)
         if rows is None:
             raise ValueError(f"MMaDA: config.json has none of {', '.join(keys)}; expected one")
-        eos = special(config, "eos_token_id", END_OF_TEXT, rows)
-        given = {
-            "embedding_size": rows,
-            "eos_token_id": eos,
-            "mask_token_id": special(config, "mask_token_id", MASK, rows),
-            "pad_token_id": special(config, "pad_token_id", END_OF_TEXT, rows),
-        }
+        given = {"embedding_size": rows, **published_ids(config, rows)}
         spec = super().read(config | given, names)
         return dataclasses.replace(spec, family="mmada", template="mmada")
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from mmdlm.backbones.config import TransformerConfig
-    from mmdlm.backbones.family import Spec
     from mmdlm.model import MultimodalDLM
 
 PACKAGES = {
@@ -174,7 +173,7 @@ def facts(model: MultimodalDLM) -> dict[str, str]:
         "context": reach,
         "attention": f"{spec.attention}{blocks}",
         "rows score": "the next token (undone inside)" if spec.shift else "their own token",
-        "special ids": ", ".join(f"{role} {_token(model, i)}" for role, i in _specials(spec)),
+        "special ids": ", ".join(_specials(model)),
         "chat template": _template(model),
         "takes": ", ".join(["text", *model.encoders]),
     }
@@ -228,13 +227,33 @@ def _cache(model: MultimodalDLM) -> str:
     return f"per token {4 * one:,} bytes in float32, {2 * one:,} in bfloat16{full}"
 
 
-def _specials(spec: Spec) -> list[tuple[str, int]]:
-    fixed = [("mask", spec.mask_id), ("end", spec.eos_id), ("padding", spec.pad_id)]
-    return fixed + [("also end", number) for number in spec.stop_ids]
+def _specials(model: MultimodalDLM) -> list[str]:
+    """The special ids, each with the files that give it, where it was read from a published one."""
+    spec, report = model.spec, getattr(model, "report", None)
+    sources = None if report is None else report.sources
+    ids = [
+        ("mask", "mask_id", spec.mask_id),
+        ("end", "eos_id", spec.eos_id),
+        ("padding", "pad_id", spec.pad_id),
+        *(("also end", "eos_id", number) for number in spec.stop_ids),
+    ]
+    if sources is None:
+        return [f"{role} {_token(model, number)}" for role, _, number in ids]
+    usual = f"not in these files, published for {spec.family}"
+    same = {("pad_id", spec.eos_id): "not in these files, the end is used"}
+    found = same | sources
+    return [
+        f"{role} {_token(model, number)} ({found.get((name, number), usual)})"
+        if number is not None
+        else f"{role} unknown (not in these files, give load({name}=...))"
+        for role, name, number in ids
+    ]
 
 
-def _token(model: MultimodalDLM, number: int) -> str:
+def _token(model: MultimodalDLM, number: int | None) -> str:
     """An id with its text, where there is a tokenizer."""
+    if number is None:
+        return "unknown"
     if model.tokenizer is None:
         return str(number)
     return f"{number} {model.tokenizer.backend.id_to_token(number) or 'without a text'}"

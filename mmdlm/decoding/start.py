@@ -49,7 +49,7 @@ def start(
     batch, size = prompt.tokens.shape
     if batch == 0 or size == 0:
         raise ValueError("the prompt is empty; give at least one row with one token")
-    answer = torch.full((batch, length), spec.mask_id, device=model.device)
+    answer = torch.full((batch, length), spec.mask, device=model.device)
     if canvas is not None:
         if canvas.shape != answer.shape:
             raise ValueError(f"canvas is {list(canvas.shape)}, expected {[batch, length]}")
@@ -101,6 +101,6 @@ def committable(columns: slice | None, model: MultimodalDLM) -> slice | None:
     if columns is None:
         return None
     start, stop, step = columns.indices(model.spec.transformer.vocab)
-    if step != 1 or start >= stop or (start, stop) == (model.spec.mask_id, model.spec.mask_id + 1):
+    if step != 1 or start >= stop or (start, stop) == (model.spec.mask, model.spec.mask + 1):
         raise ValueError(f"columns is {columns}, expected a range of ids besides the mask id")
     return slice(start, stop)

@@ -46,6 +46,7 @@ class Contents:
         prefix: a wrapper's prefix in front of the published names of a text model. Single tensors
             may lack it.
         published: see `MultimodalDLM.published`.
+        sources: files that give the special ids, see `Report`.
     """
 
     blueprint: Blueprint
@@ -54,6 +55,7 @@ class Contents:
     tables: dict[str, Table] | None = None
     prefix: str = ""
     published: dict[str, Any] = field(default_factory=dict, repr=False)
+    sources: dict[tuple[str, int], str] | None = None
 
     def resolve(self, model: MultimodalDLM) -> tuple[Places, Report]:
         """Where each stored tensor goes in the model built from the blueprint, and the report.
@@ -77,7 +79,7 @@ class Contents:
             else:
                 unused[head] = TIED
         report = resolve(self.stored, places, known, unused)
-        return places, replace(report, prefix=self.prefix)
+        return places, replace(report, prefix=self.prefix, sources=self.sources)
 
     def published_name(self, ours: str) -> str | None:
         """The name in the files of a tensor of the backbone; None if it has no single one."""

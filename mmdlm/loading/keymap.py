@@ -55,6 +55,8 @@ class Report:
         prefix: what stood in front of the published names of the language model.
         held: where the ignored tensors are, for writing them back.
         files: number of tensors that were read from each file.
+        sources: by field of `Spec` and id, the files that give a special id ("load": the caller
+            did); an id without an entry is the published one of the family. None for our layout.
     """
 
     loaded: tuple[str, ...]
@@ -63,6 +65,7 @@ class Report:
     prefix: str = ""
     held: dict[str, Stored] = field(default_factory=dict, compare=False, repr=False)
     files: dict[Path, int] = field(default_factory=dict, compare=False, repr=False)
+    sources: dict[tuple[str, int], str] | None = field(default=None, compare=False, repr=False)
 
 
 Places = Mapping[str, Place]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from mmdlm.backbones.family import Spec
@@ -58,6 +59,21 @@ def override(spec: Spec, given: dict[str, Any]) -> Spec:
     if changed.attention == "block_causal" and changed.block_size is None:
         raise ValueError("attention='block_causal' needs block_size=, the tokens per block")
     return changed
+
+
+def replaced(config: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """A config.json in our own layout with the overrides in place, before its values are checked.
+
+    Args:
+        config: what the file holds.
+        given: values by name, see `check`.
+    """
+    spec = config.get("spec")
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("transformer"), Mapping):
+        return dict(config)
+    inner = {name: value for name, value in given.items() if name in TRANSFORMER}
+    outer = {name: value for name, value in given.items() if name in SPEC}
+    return {**config, "spec": {**spec, **outer, "transformer": {**spec["transformer"], **inner}}}
 
 
 def _wanted(name: str, value: Any) -> str | None:

@@ -16,12 +16,14 @@ from typing import Any
 from mmdlm import discover
 from mmdlm.backbones.family import Family
 from mmdlm.blueprint import Blueprint
+from mmdlm.chat import find as find_template
 from mmdlm.files import preview
 from mmdlm.loading import merged
 from mmdlm.loading.contents import CONFIG, Contents
 from mmdlm.loading.contents import beside as beside_config
 from mmdlm.loading.keymap import Table, prefix_of
 from mmdlm.loading.shards import Stored, index
+from mmdlm.loading.special_ids import Sources, SpecialIds, gather
 from mmdlm.loading.tied import untie
 from mmdlm.systems.system import Beside, System
 from mmdlm.text import Tokenizer
@@ -141,7 +143,7 @@ def kept(family: str) -> tuple[str, ...]:
 
 
 def read(
-    folder: Path, config: dict[str, Any], name: str | None, mask_id: int | None = None
+    folder: Path, config: dict[str, Any], name: str | None, given: Mapping[str, Any] | None = None
 ) -> Contents:
     """What a published folder holds.
 
@@ -150,7 +152,7 @@ def read(
         config: its config.json.
         name: the user's choice, family or system; None to find it. A family reads the language
             model alone.
-        mask_id: id of the mask token where the config names none.
+        given: overrides of `mmdlm.load`; the values they replace are not looked at.
 
     Raises:
         FileNotFoundError: there are no weights.
@@ -158,19 +160,19 @@ def read(
     """
     if config.get("quantization_config"):
         raise ValueError("quantized checkpoints are not read; use the bfloat16 one")
-    if mask_id is not None:
-        config = config | {"mask_token_id": mask_id}
+    tokenizer = Tokenizer.from_folder(folder)
+    ids = gather(folder, config, tokenizer, given)
     system = system_of(config, set(), name)
     beside = () if system is None else _places(folder, config, system)
     own = {file.name for file in folder.glob("*.safetensors*")}
     stored = {} if beside and own <= {each.path for each in beside} else index(folder)
     system = system or system_of(config, set(stored), name)
     if system is None:
-        return _read_family(folder, config, stored, name)
+        return _read_family(ids, config, stored, name)
     stored |= _beside(folder, beside or _places(folder, config, system), stored)
     files = beside_config(folder, system.FILES)
-    blueprint = system.read(config | files, set(stored))
-    tokenizer = Tokenizer.from_folder(folder)
+    blueprint = system.read(ids.complete(config) | files, set(stored))
+    blueprint, sources = _settled(blueprint, ids)
     if tokenizer is None:  # that of the language model, where it is a checkpoint of its own
         prefix, _ = system.keys(blueprint)["backbone"]
         inside = [folder / each.path for each in beside if each.prefix.startswith(prefix or "/")]
@@ -179,8 +181,8 @@ def read(
         blueprint = system.with_tokenizer(blueprint, tokenizer)
     blueprint = replace(blueprint, system=_file(system))
     tables = system.keys(blueprint)
-    files |= {CONFIG: config}
-    return untie(Contents(blueprint, tokenizer, stored, tables, published=files))
+    found = {"published": files | {CONFIG: config}, "sources": sources}
+    return untie(Contents(blueprint, tokenizer, stored, tables, **found))
 
 
 def _places(folder: Path, config: dict[str, Any], system: type[System]) -> tuple[Beside, ...]:
@@ -194,18 +196,26 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _read_family(
-    folder: Path, config: dict[str, Any], stored: dict[str, Stored], name: str | None
+    ids: SpecialIds, config: dict[str, Any], stored: dict[str, Stored], name: str | None
 ) -> Contents:
     """A text model: its family's spec in a blueprint without encoders."""
     family = family_of(config, set(stored), name)
-    blueprint = Blueprint(family.read(config, set(stored)))
+    blueprint = Blueprint(family.read(ids.complete(config), set(stored)))
+    blueprint, sources = _settled(blueprint, ids)
     prefix = prefix_of(stored, str(family.KEYS["embed.weight"]))
     tables: dict[str, Table] = {"backbone": (prefix, family.KEYS)}
     # A system's config.json does not describe the language model alone.
     own = {} if system_of(config, set(stored), None) else {CONFIG: config}
-    files = beside_config(folder) | own
-    found = (blueprint, Tokenizer.from_folder(folder), stored, tables, prefix, files)
-    return untie(Contents(*found))
+    found = {"published": beside_config(ids.folder) | own, "sources": sources}
+    return untie(Contents(blueprint, ids.tokenizer, stored, tables, prefix, **found))
+
+
+def _settled(blueprint: Blueprint, ids: SpecialIds) -> tuple[Blueprint, Sources]:
+    """The blueprint with the special ids of all files, and where each is from."""
+    name = ids.given.get("template", blueprint.spec.template)
+    jinja = find_template(ids.tokenizer, blueprint.template.get("chat") or name)
+    spec, sources = ids.settle(blueprint.spec, jinja)
+    return replace(blueprint, spec=spec), sources
 
 
 def _beside(folder: Path, places: Iterable[Beside], stored: dict[str, Stored]) -> dict[str, Stored]:

@@ -14,14 +14,13 @@ import re
 from pathlib import PurePath
 from typing import Any
 
-from mmdlm.backbones.family import Keys, Spec, require, special
-from mmdlm.backbones.llada import END_OF_TEXT, LLaDA
+from mmdlm.backbones.family import Keys, Spec, require
+from mmdlm.backbones.llada import LLaDA, published_ids
 from mmdlm.blueprint import Blueprint, describe
 from mmdlm.model import MultimodalDLM
 from mmdlm.recipe import Recipe
 from mmdlm.systems.system import System, backbone, table
 
-MASK = 126336
 TOWER = "model.vision_tower.vision_tower."
 # config.json names a public tower and does not repeat its sizes.
 SO400M: dict[str, Any] = {
@@ -167,12 +166,7 @@ def _spec(config: dict[str, Any], names: set[str]) -> Spec:
     vocab = config.get("embedding_size") or config.get("vocab_size")
     if not vocab:
         raise ValueError("LaViDa: config.json has no vocab_size; it must say the vocabulary's size")
-    ids = {
-        "mask_token_id": special(config, "mask_token_id", MASK, vocab),
-        "eos_token_id": special(config, "eos_token_id", END_OF_TEXT, vocab),
-        "pad_token_id": special(config, "pad_token_id", END_OF_TEXT, vocab),
-    }
-    spec = LLaDA.read(config | ids, names)
+    spec = LLaDA.read(config | published_ids(config, vocab), names)
     longest = config.get("tokenizer_model_max_length") or 0
     return dataclasses.replace(spec, context=max(spec.context, longest))
 

@@ -313,7 +313,7 @@ def words(
 
 def masked_canvas(model: MultimodalDLM, length: int) -> Tensor:
     """Canvas of mask tokens, int64 [length]."""
-    return torch.full((length,), model.spec.mask_id)
+    return torch.full((length,), model.spec.mask)
 
 
 def end_ids(model: MultimodalDLM) -> set[int]:

@@ -27,7 +27,7 @@ def test_fast_dllm_v2_absent_keys_have_the_defaults_of_the_class() -> None:
     assert (t.eps, t.theta, t.tied, t.qk_norm) == (1e-6, 1e4, False, "none")
     assert (t.qkv_bias, t.o_bias, t.bias) == (True, False, False)
     assert (spec.mask_id, spec.eos_id, spec.pad_id) == (151665, 151645, 151645)
-    assert (spec.stop_ids, spec.shift, spec.template) == ((), True, "chatml_system")
+    assert (spec.stop_ids, spec.shift, spec.template) == ((151643,), True, "chatml_system")
     assert (spec.attention, spec.block_size) == ("block_causal", 32)
 
 

@@ -356,8 +356,8 @@ def test_llada2_moe_block_size_of_the_config_is_used() -> None:
     assert LLaDA2MoE.read(sizes | {"block_length": 8}, set()).block_size == 8
 
 
-def test_llada2_moe_small_vocabulary_uses_its_last_id_as_mask() -> None:
-    assert LLaDA2MoE.read(SMALL, set()).mask_id == 31
+def test_llada2_moe_mask_of_a_small_vocabulary_is_unknown_unless_the_config_has_it() -> None:
+    assert LLaDA2MoE.read(SMALL, set()).mask_id is None
     assert LLaDA2MoE.read(SMALL | {"mask_token_id": 7}, set()).mask_id == 7
     with pytest.raises(ValueError, match="mask_id is 156895, expected an id below the 32 rows"):
         LLaDA2MoE.read(SMALL | {"mask_token_id": 156895}, set())

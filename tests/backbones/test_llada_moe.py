@@ -306,8 +306,8 @@ def test_llada_moe_rejects_absent_keys_without_a_default(key: str) -> None:
         LLaDAMoE.read({k: v for k, v in SMALL.items() if k != key}, set())
 
 
-def test_llada_moe_small_vocabulary_uses_its_last_id_as_mask() -> None:
-    assert LLaDAMoE.read(SMALL, set()).mask_id == 31
+def test_llada_moe_mask_of_a_small_vocabulary_is_unknown_unless_the_config_has_it() -> None:
+    assert LLaDAMoE.read(SMALL, set()).mask_id is None
     assert LLaDAMoE.read(SMALL | {"mask_token_id": 7}, set()).mask_id == 7
     with pytest.raises(ValueError, match="mask_id is 156895, expected an id below the 32 rows"):
         LLaDAMoE.read(SMALL | {"mask_token_id": 156895}, set())

@@ -30,7 +30,7 @@ def test_llada_v_absent_keys_have_the_defaults_of_the_class() -> None:
     assert (t.width, t.inner, t.layers, t.heads, t.keys_heads) == (4096, 11008, 32, 32, 32)
     assert (t.eps, t.theta, t.tied, t.qk_norm) == (1e-6, 1e4, False, "none")
     assert (t.qkv_bias, t.o_bias, t.rotary_float32) == (False, False, False)
-    assert LLaDAV.read({}, set()).transformer.vocab == 32000
+    assert LLaDAV.read({"eos_token_id": 2}, set()).transformer.vocab == 32000
     assert (spec.mask_id, spec.eos_id, spec.pad_id) == (126336, 126081, 126081)
     assert (spec.stop_ids, spec.shift, spec.attention) == ((126348,), False, "full")
     assert (spec.template, spec.context) == ("llada", 2048)
@@ -38,7 +38,7 @@ def test_llada_v_absent_keys_have_the_defaults_of_the_class() -> None:
 
 def test_llada_v_ignores_the_bos_id() -> None:
     spec = LLaDAV.read(SMALL, set())
-    assert (spec.mask_id, spec.eos_id, spec.pad_id) == (31, 30, 30)
+    assert (spec.mask_id, spec.eos_id, spec.pad_id) == (None, 30, 30)
     assert "bos_token_id" not in LLaDAV.write(spec)
 
 

@@ -109,7 +109,10 @@ def test_absent_keys_have_the_defaults_of_transformers(kind: str) -> None:
             value = config.num_attention_heads
         assert default == value, key
     assert config.rope_parameters["rope_theta"] == THETA
-    assert A2D.read({"model_type": f"a2d-{kind}"}, set()).transformer.head_width == 128
+    assert (
+        A2D.read({"model_type": f"a2d-{kind}", "eos_token_id": 2}, set()).transformer.head_width
+        == 128
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,18 +130,25 @@ IDS = Ids(mask=20, eos=10, pad=11, stops=(12, 13))
     ("config", "vocab", "mask", "eos", "pad", "stops"),
     [
         ({}, 30, 20, 10, 11, (12, 13)),
-        ({"mask_token_id": 4, "eos_token_id": 12, "pad_token_id": 5}, 30, 4, 12, 5, (13,)),
+        ({"mask_token_id": 4, "eos_token_id": 12, "pad_token_id": 5}, 30, 4, 12, 5, (10, 13)),
         ({"mask_token_id": None, "eos_token_id": None, "pad_token_id": None}, 30, 20, 10, 11, None),
         ({"eos_token_id": [12, 10]}, 30, 20, 12, 11, (10, 13)),
         ({"eos_token_id": [10, 3]}, 30, 20, 10, 11, (3, 12, 13)),
         ({"eos_token_id": 3}, 30, 20, 3, 11, ()),
-        ({}, 13, 12, 10, 11, (12,)),
-        ({"eos_token_id": 3}, 8, 7, 3, 3, ()),
-        ({"eos_token_id": [3, 9]}, 8, 7, 3, 3, ()),
+        ({}, 13, None, 10, 11, (12,)),
+        ({"eos_token_id": 3}, 8, None, 3, 3, ()),
+        ({"eos_token_id": [3, 9]}, 8, None, 3, 3, ()),
+        ({"eos_token_id": []}, 30, 20, 10, 11, (12, 13)),
+        ({}, 8, None, None, None, ()),
     ],
 )
 def test_special_ids_are_the_configs_then_the_published_ones(
-    config: dict[str, Any], vocab: int, mask: int, eos: int, pad: int, stops: tuple[int, ...] | None
+    config: dict[str, Any],
+    vocab: int,
+    mask: int | None,
+    eos: int,
+    pad: int,
+    stops: tuple[int, ...] | None,
 ) -> None:
     read = IDS.read(config, vocab)
     assert (read["mask_id"], read["eos_id"], read["pad_id"]) == (mask, eos, pad)

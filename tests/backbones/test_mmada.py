@@ -23,6 +23,7 @@ SMALL = {
     "embedding_size": 40,
     "vocab_size": 40,
     "weight_tying": False,
+    "eos_token_id": 31,
 }
 RELEASED = {
     "embedding_size": 134656,
@@ -66,10 +67,13 @@ def test_mmada_without_any_vocabulary_is_rejected() -> None:
 
 
 def test_mmada_absent_ids_are_the_published_ones() -> None:
-    spec = MMaDA.read(SMALL | {"embedding_size": 134656}, set())
+    published = {"embedding_size": 134656, "eos_token_id": None}
+    spec = MMaDA.read(SMALL | published, set())
     assert (spec.mask_id, spec.eos_id, spec.pad_id) == (126336, 126081, 126081)
     spec = MMaDA.read(SMALL, set())
-    assert (spec.mask_id, spec.eos_id, spec.pad_id, spec.stop_ids) == (39, 39, 39, ())
+    assert (spec.mask_id, spec.eos_id, spec.pad_id, spec.stop_ids) == (None, 31, 31, ())
+    with pytest.raises(ValueError, match=r"eos_id is None, .* or give load\(eos_id=...\)"):
+        MMaDA.read(SMALL | {"eos_token_id": None}, set())
 
 
 @pytest.mark.parametrize("variant", [{}, {"n_kv_heads": 2, "include_bias": True}, RELEASED])

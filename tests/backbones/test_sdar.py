@@ -32,7 +32,7 @@ def test_sdar_absent_keys_have_the_defaults_of_the_class() -> None:
 
 def test_sdar_stop_ids_are_rows_of_the_embedding() -> None:
     spec = SDAR.read(SMALL, set())
-    assert (spec.eos_id, spec.mask_id, spec.pad_id, spec.stop_ids) == (30, 31, 30, ())
+    assert (spec.eos_id, spec.mask_id, spec.pad_id, spec.stop_ids) == (30, None, 30, ())
     generation = SDAR.read({"eos_token_id": [151645, 151643]}, set())
     assert (generation.eos_id, generation.stop_ids) == (151645, (151643,))
 

@@ -253,7 +253,8 @@ def test_info_of_a_text_model(speller, given, told, monkeypatch):
 
 def test_info_without_a_tokenizer_names_ids_only(golden):
     found = facts(checkpoint.load(golden / "backbones" / "llada", device="meta"))
-    assert found["special ids"] == "mask 150, end 149, padding 149"
+    files = "mask 150 (config.json), end 149 (config.json), padding 149 (config.json)"
+    assert found["special ids"] == files
     assert "no use without a tokenizer" in found["chat template"]
     assert found["context"] == "256 tokens of prompt and answer"
 

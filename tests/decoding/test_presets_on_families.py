@@ -52,7 +52,10 @@ def family(golden: Path) -> Family:
 
     def load(name: str) -> MultimodalDLM:
         if name not in loaded:
-            loaded[name] = mmdlm.load(golden / "backbones" / name, device="cpu")
+            folder = golden / "backbones" / name
+            unknown = mmdlm.load(folder, device="meta").spec
+            mask = {"mask_id": unknown.transformer.vocab - 1} if unknown.mask_id is None else {}
+            loaded[name] = mmdlm.load(folder, device="cpu", **mask)
         return loaded[name]
 
     return load
