@@ -112,6 +112,8 @@ def _of_system(model: MultimodalDLM) -> Layout:
         files = {f: model.published[f] for f in system.FILES if f in model.published}
         config = merged(model.published[CONFIG] | files, config, reread)
     again = replace(system.read(config, names), system=model.system)
+    # Ends that config.json does not name are in other files, see `beside`.
+    again = replace(again, spec=replace(again.spec, stop_ids=model.spec.stop_ids))
     if differ := _differences(ours, again):
         raise ValueError(
             f"the published layout of {model.system} cannot express this model; it would be "
