@@ -207,7 +207,7 @@ def _match_constraints(base: Any, metadata: tuple[Any, ...], value: Any) -> Matc
     """Compares with the type first, then with every constraint."""
     match = _match(base, value)
     constraints = [item for item in metadata if isinstance(item, Constraint)]
-    if not match.expected and all(constraint(match.value) for constraint in constraints):
+    if not match.expected and all([constraint(match.value) for constraint in constraints]):
         return match
     quantity = [item for item in metadata if isinstance(item, str)]
     words = " and ".join(map(repr, constraints))

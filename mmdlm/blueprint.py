@@ -23,7 +23,7 @@ from mmdlm import recipe
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
 from mmdlm.backbones.moe import MoEConfig
-from mmdlm.backbones.rope import RopeScaling
+from mmdlm.backbones.rotary import RopeScaling
 from mmdlm.chat import Template
 from mmdlm.model import MultimodalDLM
 from mmdlm.recipe import Recipe

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,7 +62,7 @@ TEMPLATES = {
 VARIABLES = {"a2d": {"enable_thinking": False}}
 MARKERS = re.compile(r"<\|\w+\|>|</?role>")
 NOTHING = r"(?!)"  # matches nothing
-ANSWER = "0f3c9a"  # occurs in no template
+QUESTION, ANSWER = "7b1d02", "0f3c9a"  # occur in no template
 
 
 @dataclass(frozen=True)
@@ -141,17 +141,19 @@ def turn_end(tokenizer: Tokenizer, jinja: str | None, family: str = "") -> int |
     """
     if jinja is None:
         return None
-    question, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": ANSWER}
+    said = {"user": QUESTION, "assistant": ANSWER}
+    messages = [{"role": role, "content": text} for role, text in said.items()]
     names = tokenizer.names | VARIABLES.get(family, {}) | {"add_generation_prompt": False}
     try:
-        pieces = render([question, answer], jinja, tokenizer.added, **names)
+        pieces = render(messages, jinja, tokenizer.added, **names)
     except Exception:  # what is wrong with a template is reported where it is used
         return None
-    tokens = [text for text, is_token in pieces if is_token]
+    before = takewhile(lambda piece: QUESTION not in piece[0], pieces)
+    start = next((text for text, is_token in before if is_token), None)
     for (text, _), (token, is_token) in pairwise(pieces):
         _, is_there, after = text.rpartition(ANSWER)
         # A template without an end goes on with the start of the next turn.
-        if is_there and not after.strip() and is_token and token != tokens[0]:
+        if is_there and not after.strip() and is_token and token != start:
             return tokenizer.id(token)
     return None
 

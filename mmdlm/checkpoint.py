@@ -17,16 +17,14 @@ import torch
 from mmdlm.backbones.linear import pack as pack_weights
 from mmdlm.blueprint import Budget, build, describe
 from mmdlm.decoding import preset
-from mmdlm.files import blaming, read_json
+from mmdlm.files import blaming, find, read_json
 from mmdlm.loading import own, publish, published
 from mmdlm.loading.contents import Contents, with_overrides
 from mmdlm.loading.keymap import tensors
 from mmdlm.loading.overrides import check as check_overrides
 from mmdlm.loading.overrides import override, replaced
-from mmdlm.loading.placement import Device, devices, weight_type
 from mmdlm.loading.shards import write
-from mmdlm.loading.source import find
-from mmdlm.loading.weights import check_savable, file_types, fill
+from mmdlm.loading.weights import Device, check_savable, devices, file_types, fill, weight_type
 from mmdlm.model import MultimodalDLM
 
 PACKED_BYTES = 2**31

@@ -14,12 +14,11 @@ from mmdlm import discover
 from mmdlm.atomic import replacing_folder
 from mmdlm.checkpoint import load, save, save_published
 from mmdlm.decoding import preset
-from mmdlm.files import read_input, read_json
+from mmdlm.files import find, read_input, read_json
 from mmdlm.loading.ckpt import trained
 from mmdlm.loading.contents import BESIDE, CONFIG
 from mmdlm.loading.own import CARD, DECODING, PUBLISHED, STATISTICS, read_tasks
 from mmdlm.loading.published import SYSTEMS
-from mmdlm.loading.source import find
 from mmdlm.model import MultimodalDLM
 from mmdlm.systems.system import System
 from mmdlm.text import MORE_CHATS, TOKENIZER

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from encoders.checks import Above, AtLeast, AtMost, Checked, Factor, Size, SizeOrZero
 from mmdlm.backbones.moe import MoEConfig
-from mmdlm.backbones.rope import RopeScaling
+from mmdlm.backbones.rotary import RopeScaling
 
 LAYERS = 10_000
 """Maximum number of layers, far above any published model."""

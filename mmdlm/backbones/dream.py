@@ -50,7 +50,8 @@ class Dream(Family):
             )
         require("Dream", config, {"use_mrope": (None, False)})
         # The class defines no end token; the published tokenizers use theirs as padding.
-        c = {"eos_token_id": config.get("pad_token_id")} | config
+        end = config.get("eos_token_id")
+        c = config | {"eos_token_id": config.get("pad_token_id") if end in (None, []) else end}
         return read_config(
             cls, c, QWEN2, IDS, {"qkv_bias": True}, shift=True, template="chatml_system"
         )

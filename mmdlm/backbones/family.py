@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 from encoders.checks import AtLeast, AtMost, Checked, Size
@@ -72,7 +73,7 @@ class Spec(Checked):
             )
         super().__post_init__()
 
-    @property
+    @cached_property
     def mask(self) -> int:
         """Id of the mask token.
 

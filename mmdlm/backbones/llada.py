@@ -20,7 +20,7 @@ from mmdlm.backbones.family import (
     require,
     special,
 )
-from mmdlm.backbones.rope import read_rope
+from mmdlm.backbones.rotary import read_rope
 
 # Defaults of absent keys in configuration_llada.py: an older architecture, not LLaDA-8B.
 DEFAULTS: dict[str, Any] = {
@@ -145,7 +145,7 @@ class LLaDA(Family):
             transformer=transformer,
             mask_id=c["mask_token_id"],
             eos_id=eos,
-            pad_id=c["pad_token_id"],
+            pad_id=eos if c["pad_token_id"] is None else c["pad_token_id"],
             stop_ids=stops,
             template="llada",
             context=c["max_sequence_length"],

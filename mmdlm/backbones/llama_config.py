@@ -19,7 +19,7 @@ from mmdlm.backbones.family import (
     require,
     special,
 )
-from mmdlm.backbones.rope import read_rope
+from mmdlm.backbones.rotary import read_rope
 
 # Defaults of absent keys, by the configuration class in transformers that a family derives from.
 QWEN2: dict[str, Any] = {

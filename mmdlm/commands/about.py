@@ -116,7 +116,7 @@ def names(kind: str) -> list[tuple[str, str]]:
 
         return [(path, _docstring(path)) for path in discover.paths(PACKAGES[kind]).values()]
     if kind == "models":
-        from mmdlm.loading.source import MODELS, bundled
+        from mmdlm.files import MODELS, bundled
 
         return [(name, _first(MODELS / name / "README.md")) for name in bundled()]
     if kind == "simulators":

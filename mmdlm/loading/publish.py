@@ -17,11 +17,10 @@ from mmdlm.files import preview
 from mmdlm.loading.carried import beside, merged
 from mmdlm.loading.contents import BESIDE, CONFIG
 from mmdlm.loading.keymap import Places, Table, locate, shapes, views
-from mmdlm.loading.placement import weight_type
 from mmdlm.loading.published import FAMILIES, SYSTEMS, kept
 from mmdlm.loading.shards import TYPES, Stored, copy, write_json
 from mmdlm.loading.shards import write as write_weights
-from mmdlm.loading.weights import file_types
+from mmdlm.loading.weights import file_types, weight_type
 from mmdlm.model import MultimodalDLM
 from mmdlm.systems.system import Beside, System
 

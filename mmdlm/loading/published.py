@@ -182,7 +182,7 @@ def read(
     blueprint = replace(blueprint, system=_file(system))
     tables = system.keys(blueprint)
     found = {"published": files | {CONFIG: config}, "sources": sources}
-    return untie(Contents(blueprint, tokenizer, stored, tables, **found))
+    return _untied(Contents(blueprint, tokenizer, stored, tables, **found))
 
 
 def _places(folder: Path, config: dict[str, Any], system: type[System]) -> tuple[Beside, ...]:
@@ -207,13 +207,21 @@ def _read_family(
     # A system's config.json does not describe the language model alone.
     own = {} if system_of(config, set(stored), None) else {CONFIG: config}
     found = {"published": beside_config(ids.folder) | own, "sources": sources}
-    return untie(Contents(blueprint, ids.tokenizer, stored, tables, prefix, **found))
+    return _untied(Contents(blueprint, ids.tokenizer, stored, tables, prefix, **found))
+
+
+def _untied(contents: Contents) -> Contents:
+    """The contents, with a separate head where it is stored and differs from the embedding."""
+    is_tied = contents.blueprint.spec.transformer.tied
+    is_stored = is_tied and contents.published_name("out.weight") in contents.stored
+    return untie(contents) if is_stored else contents
 
 
 def _settled(blueprint: Blueprint, ids: SpecialIds) -> tuple[Blueprint, Sources]:
     """The blueprint with the special ids of all files, and where each is from."""
     name = ids.given.get("template", blueprint.spec.template)
-    jinja = find_template(ids.tokenizer, blueprint.template.get("chat") or name)
+    chat, tokenizer = blueprint.template.get("chat") or name, ids.tokenizer
+    jinja = None if tokenizer is None else find_template(tokenizer, chat)
     spec, sources = ids.settle(blueprint.spec, jinja)
     return replace(blueprint, spec=spec), sources
 

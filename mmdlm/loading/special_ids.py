@@ -7,6 +7,7 @@ settle.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdlm.backbones.family import Spec, is_id
-from mmdlm.backbones.rope import with_theta
+from mmdlm.backbones.rotary import with_theta
 from mmdlm.chat import turn_end
 from mmdlm.files import read_json
 from mmdlm.text import SIDECAR_FILES, Tokenizer
@@ -24,8 +25,9 @@ LANGUAGE = "llm_config"  # config.json of the language model in that of DIFFA
 # Fields of `Spec`, and the names of their tokens in the files of a tokenizer; with "_id" those in
 # config.json and generation_config.json.
 TOKENS = {"mask_id": "mask_token", "eos_id": "eos_token", "pad_id": "pad_token"}
-# Texts of mask tokens in published tokenizers that do not declare one.
-MASKS = ("<|mask|>", "|<MASK>|", "<MASK>", "<|mdm_mask|>", "[MASK]", "<mask>")
+# Letters of mask tokens in published tokenizers, most of which declare none: <|mask|>, |<MASK>|,
+# [MASK], <|mdm_mask|>; but [gMASK] is another token.
+MASKS = ("mask", "mdmmask")
 TEMPLATE = "the chat template"
 
 Sources = dict[tuple[str, int], str]
@@ -50,13 +52,18 @@ class SpecialIds:
     tokenizer: Tokenizer | None
 
     def complete(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """config.json with the overrides, and with the ids that only other files give."""
-        told = {}
+        """config.json with the overrides, and with the ids that only other files give.
+
+        Where there is a tokenizer, ids that no file gives are null: a default of the published
+        code need not be a token of it.
+        """
+        told: dict[str, Any] = {}
+        is_text = self.tokenizer is not None
         for name, token in TOKENS.items():
             if name in self.given:
                 told[f"{token}_id"] = self.given[name]
-            elif config.get(f"{token}_id") in (None, []) and self.found[name]:
-                told[f"{token}_id"] = next(iter(self.found[name]))
+            elif config.get(f"{token}_id") in (None, []) and (is_text or self.found[name]):
+                told[f"{token}_id"] = next(iter(self.found[name]), None)
         changed = {**config, **told}
         if isinstance(config.get(LANGUAGE), Mapping):
             over = {f"{token}_id": self.given[n] for n, token in TOKENS.items() if n in self.given}
@@ -172,10 +179,10 @@ def gather(
         if tokenizer is not None:
             for file, number in _named(folder, tokenizer, name):
                 found[name].setdefault(number, []).append(file)
-    if tokenizer is not None and "mask_id" not in given and not found["mask_id"]:
-        texts = [text for text in MASKS if text in tokenizer.added]
-        found["mask_id"] = {tokenizer.id(text): [f"added token {text}"] for text in texts}
     masks = found["mask_id"]
+    if tokenizer is not None and "mask_id" not in given and not masks:
+        texts = [text for text in tokenizer.added if re.sub("[^a-z]", "", text.lower()) in MASKS]
+        masks |= {tokenizer.id(text): [f"tokenizer.json ({text})"] for text in texts}
     if len(masks) > 1:
         told = " and ".join(f"{', '.join(files)} {number}" for number, files in masks.items())
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 
 from mmdlm.backbones.a2d import A2D
 from mmdlm.backbones.llama_config import LLAMA, QWEN2, QWEN3, Ids
-from mmdlm.backbones.rope import THETA
+from mmdlm.backbones.rotary import THETA
 from mmdlm.backbones.sdar import SDAR
 from mmdlm.checkpoint import load
 

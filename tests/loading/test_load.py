@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import mmdlm
-import mmdlm.loading.source
+import mmdlm.files
 from mmdlm.backbones.family import Family
 from mmdlm.checkpoint import load, save, save_published
 from mmdlm.loading.keymap import Report

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 import mmdlm
-import mmdlm.loading.source
+import mmdlm.files
 from mmdlm.checkpoint import load, save
 from mmdlm.model import MultimodalDLM
 
@@ -15,7 +15,7 @@ def test_unknown_source_names_what_is_near(tmp_path: Path, monkeypatch: pytest.M
     for name in ("tiny", "small"):
         (tmp_path / "models" / name).mkdir(parents=True)
         (tmp_path / "models" / name / "config.json").write_text("{}")
-    monkeypatch.setattr(mmdlm.loading.source, "MODELS", tmp_path / "models")
+    monkeypatch.setattr(mmdlm.files, "MODELS", tmp_path / "models")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"'tinny'; did you mean tiny\?.*\(small, tiny\)"):
         load("tinny")
@@ -35,9 +35,9 @@ def test_bundled_name_comes_before_a_folder(
     model = multimodal()
     save(model, tmp_path / "models" / "tiny")
     (tmp_path / "here" / "tiny").mkdir(parents=True)
-    monkeypatch.setattr(mmdlm.loading.source, "MODELS", tmp_path / "models")
+    monkeypatch.setattr(mmdlm.files, "MODELS", tmp_path / "models")
     monkeypatch.chdir(tmp_path / "here")
-    assert mmdlm.loading.source.bundled() == ["tiny"]
+    assert mmdlm.files.bundled() == ["tiny"]
     assert same(load("tiny"), model)
     with pytest.raises(FileNotFoundError, match="no config.json"):
         load("./tiny")

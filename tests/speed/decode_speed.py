@@ -16,7 +16,7 @@ from rich.table import Table
 import mmdlm
 from encoders.checks import Checked, NonNegativeInt, PositiveInt
 from mmdlm.benchmarks.report import machine
-from mmdlm.loading.placement import devices
+from mmdlm.loading.weights import devices
 from tests.speed.shapes import CHUNK, Shape
 from tests.speed.systems import APPROXIMATE, MODES, OURS, PLAIN, Answer, agreement, passes
 from tests.speed.worker import Worker

@@ -12,7 +12,7 @@ from mmdlm.checkpoint import load
 from mmdlm.decoding.caches.prefix_cache import PrefixCache
 from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.plans.blocks import Blocks
-from mmdlm.loading.placement import devices, spread
+from mmdlm.loading.weights import devices, spread
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 GPUS = [torch.device(f"cuda:{i}") for i in range(4)]

@@ -13,8 +13,7 @@ from mmdlm.backbones.a2d import A2D
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.llada import LLaDA
 from mmdlm.backbones.llada2_moe import LLaDA2MoE
-from mmdlm.backbones.rope import RopeScaling, read_rope
-from mmdlm.backbones.rotary import Rotary
+from mmdlm.backbones.rotary import RopeScaling, Rotary, read_rope
 from mmdlm.blueprint import Blueprint
 from mmdlm.checkpoint import load, save, save_published
 
