@@ -13,6 +13,7 @@ Rules that concern several fields go into `__post_init__`, after `super().__post
 from __future__ import annotations
 
 import functools
+import math
 import numbers
 import operator
 import types
@@ -50,7 +51,7 @@ class Constraint:
 
     def __repr__(self) -> str:
         """The constraint in words."""
-        return f"{self.WORDS} {self.bound}"
+        return "finite" if self.bound == math.inf else f"{self.WORDS} {self.bound}"
 
 
 class AtLeast(Constraint):
@@ -72,7 +73,7 @@ class Above(Constraint):
 
 
 class Below(Constraint):
-    """The value is less than `bound`; `Below(math.inf)` means finite."""
+    """The value is less than `bound`; `Below(math.inf)` reads "finite"."""
 
     WORDS, COMPARE = "below", operator.lt
 
@@ -89,9 +90,10 @@ class LengthAtLeast(Constraint):
 
 PositiveInt = Annotated[int, AtLeast(1)]
 NonNegativeInt = Annotated[int, AtLeast(0)]
-PositiveFloat = Annotated[float, Above(0)]
-NonNegativeFloat = Annotated[float, AtLeast(0)]
-
+PositiveFloat = Annotated[float, Above(0), Below(math.inf)]
+NonNegativeFloat = Annotated[float, AtLeast(0), Below(math.inf)]
+# A threshold on a number without an upper bound; nothing reaches infinity.
+Limit = Annotated[float, AtLeast(0)]
 # A probability or a share.
 UnitFloat = Annotated[float, AtLeast(0), AtMost(1)]
 # Sizes and factors that files give; the bounds are far above those of any published model.
@@ -134,10 +136,11 @@ class Checked:
 def check(instance: Any) -> None:
     """Compares each field of a dataclass instance with its annotation.
 
-    Checked are bool, int, float and str, `Literal`, `Annotated` with the constraints of this
-    module, unions of these (also with None) and tuples of these. Other annotations accept any
-    value. A list or a range is replaced by a tuple where the annotation is a tuple, since YAML has
-    only lists. A string in `Annotated` names the quantity in the error ("a probability").
+    Checked are bool, int, float (NaN is refused) and str, `Literal`, `Annotated` with the
+    constraints of this module, unions of these (also with None) and tuples of these. Other
+    annotations accept any value. A list or a range is replaced by a tuple where the annotation is
+    a tuple, since YAML has only lists. A string in `Annotated` names the quantity in the error
+    ("a probability").
 
     Args:
         instance: the dataclass instance; replaced lists are written to it even if it is frozen.
@@ -184,6 +187,8 @@ def _match(hint: Any, value: Any) -> Match:
     if hint in KINDS:
         words, kind = KINDS[hint]
         fits = isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
+        if fits and hint is float and math.isnan(value):
+            return Match(value, words)
         return Match(value) if fits else Match(value, words, TypeError)
     return Match(value)
 
@@ -207,11 +212,16 @@ def _match_constraints(base: Any, metadata: tuple[Any, ...], value: Any) -> Matc
     """Compares with the type first, then with every constraint."""
     match = _match(base, value)
     constraints = [item for item in metadata if isinstance(item, Constraint)]
-    if not match.expected and all([constraint(match.value) for constraint in constraints]):
-        return match
+    if not match.expected:
+        for constraint in constraints:
+            if not constraint(match.value):
+                break
+        else:
+            return match
     quantity = [item for item in metadata if isinstance(item, str)]
     words = " and ".join(map(repr, constraints))
-    if match.expected:
+    is_nan = base is float and match.error is ValueError  # the constraints say what is expected
+    if match.expected and not is_nan:
         return match._replace(expected=", ".join([*(quantity or [match.expected]), words]))
     return Match(value, ", ".join([*quantity, words]))
 

@@ -74,6 +74,13 @@ class Row:
         parts = (*self.parts, *(part for turn in self.turns for part in turn.parts))
         return [part for part in parts if isinstance(part, Prepared)]
 
+    @property
+    def ids(self) -> list[Tensor]:
+        """Token ids of the row, in order, those of the answers included."""
+        turns = (part for turn in self.turns for part in (*turn.parts, turn.answer))
+        parts = (*self.parts, *turns)
+        return [p for p in parts if isinstance(p, Tensor) and not p.is_floating_point()]
+
     def map(self, change: Callable[[Prepared], Tensor]) -> Row:
         """The row with every preprocessed item replaced by its embeddings.
 
@@ -237,7 +244,7 @@ def levels(
 def arrange(
     rows: Items[Row], *, pad: int, attention: Attention = "full", block_size: int | None = None
 ) -> Sequence:
-    """Left-padded batch of rows of any lengths.
+    """Left-padded batch of rows of any lengths; rows without parts are padding only.
 
     Args:
         rows: at least one row.
@@ -245,7 +252,7 @@ def arrange(
         attention: see `Attention`.
         block_size: tokens per block; None without blocks.
     Raises:
-        ValueError: there are no rows, a row is empty, or turns share parts they must not share.
+        ValueError: there are no rows, or turns share parts they must not share.
     """
     if not rows:
         raise ValueError("arrange: got no rows, expected at least one")
@@ -254,8 +261,6 @@ def arrange(
     media = [part for row in rows for part in _embeddings(row)]
     tables = [_lay(row, pad) for row in rows]
     length = max(row.shape[1] for row in tables)
-    if min(row.shape[1] for row in tables) == 0:
-        raise ValueError("arrange: a row has neither media nor text, expected a prompt")
     table = torch.zeros(len(rows), 7, length, dtype=torch.long)
     for i, row in enumerate(tables):
         table[i, :, length - row.shape[1] :] = row
@@ -323,6 +328,31 @@ def _lay(row: Row, pad: int) -> Tensor:
             at = span(part, PROMPT, at, j)
         span(turn.answer, ANSWER, at, j)
     return torch.cat(spans, 1) if spans else torch.zeros(7, 0, dtype=torch.long)
+
+
+def check_ids(ids: Tensor, vocab: int, name: str) -> None:
+    """Checks that token ids are rows of the embedding, before they reach it.
+
+    On a GPU an id outside of the embedding ends the process.
+
+    Args:
+        ids: integers of any shape.
+        vocab: rows of the embedding.
+        name: what holds the ids, for the error.
+    Raises:
+        TypeError: the ids are not integers.
+        ValueError: an id is negative or too large; the error names it and its position.
+    """
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"{name} holds {ids.dtype}, expected token ids (int64)")
+    outside = (ids < 0) | (ids >= vocab)
+    if bool(outside.any()):
+        at = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name} holds the id {int(ids[tuple(at)])} at position {at}, expected 0 to "
+            f"{vocab - 1}, the rows of this model's embedding; encode the text with the tokenizer "
+            "of this checkpoint (-100 marks labels, it is not a token)"
+        )
 
 
 def from_tokens(

@@ -18,7 +18,7 @@ from mmdlm.backbones.family import Spec
 from mmdlm.backbones.kv import KV, Rows, count, indices, take
 from mmdlm.backbones.transformer import Transformer
 from mmdlm.chat import Template
-from mmdlm.layout import Attention, Row, Sequence, arrange, from_tokens, visible
+from mmdlm.layout import Attention, Row, Sequence, arrange, check_ids, from_tokens, visible
 from mmdlm.processor import Processor
 from mmdlm.text import Tokenizer
 
@@ -124,6 +124,9 @@ class MultimodalDLM(nn.Module):
     def arrange(self, rows: Items[Row]) -> Sequence:
         """Sequence of rows with this model's attention and pad id, on its device."""
         spec = self.spec
+        for i, row in enumerate(rows):
+            for part in row.ids:
+                check_ids(part, spec.transformer.vocab, f"row {i} of the batch")
         return arrange(
             rows, pad=spec.pad_id, attention=spec.attention, block_size=spec.block_size
         ).to(self.device)
@@ -182,8 +185,12 @@ class MultimodalDLM(nn.Module):
             [B L V] float32; position i scores token i. The logits of shifted families are aligned;
             the first real position uses its unshifted logits, as published samplers do.
         Raises:
-            ValueError: shapes disagree or the attention is unknown.
+            ValueError: shapes disagree, an id is not in the vocabulary, or the attention is
+                unknown.
         """
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens is {list(tokens.shape)}, expected token ids [B L]")
+        check_ids(tokens, self.spec.transformer.vocab, "tokens")
         padding = mask if mask is not None and mask.ndim == 2 else None
         kind = attention or self.spec.attention
         sequence = from_tokens(tokens, padding, kind, block_size or self.spec.block_size)

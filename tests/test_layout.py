@@ -165,8 +165,6 @@ def test_invalid_layouts_are_rejected() -> None:
     tokens = torch.zeros(1, 3, dtype=torch.long)
     with pytest.raises(ValueError, match="got no rows, expected at least one"):
         arrange([], pad=PAD)
-    with pytest.raises(ValueError, match="neither media nor text"):
-        arrange([Row((ids(1),)), Row(())], pad=PAD)
     with pytest.raises(ValueError, match=r"mask is \[1, 2\], tokens are \[1, 3\]"):
         from_tokens(tokens, torch.ones(1, 2), "full", None)
     with pytest.raises(ValueError, match="block_causal attention needs"):

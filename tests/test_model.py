@@ -55,6 +55,21 @@ def encode(model: MultimodalDLM, *seeds: int) -> list[Tensor]:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("bad", [12, -1, -100])
+def test_ids_outside_the_vocabulary_are_refused(bad: int) -> None:
+    """On a GPU the embedding would end the process, so this is checked before."""
+    model = build()
+    with pytest.raises(ValueError, match=rf"tokens holds the id {bad} at position \[0, 2\]"):
+        model.logits(torch.tensor([[3, 4, bad]]))
+    rows = [Row((torch.tensor([3]),)), Row((), (Turn(torch.tensor([4, bad]), ids(2)),))]
+    with pytest.raises(ValueError, match=rf"row 1 of the batch holds the id {bad} at position \[1"):
+        model.embed(rows)
+    with pytest.raises(TypeError, match="tokens holds torch.float32, expected token ids"):
+        model.logits(torch.ones(1, 3))
+    with pytest.raises(ValueError, match=r"tokens is \[3\], expected token ids \[B L\]"):
+        model.logits(torch.tensor([3, 4, 5]))
+
+
 def test_logits_with_a_mask_of_ones_equal_those_without() -> None:
     model, tokens = build(), ids(2, 6)
     plain = model.logits(tokens)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmdlm.decoding.state import State
-from mmdlm.layout import MEDIUM, PROMPT, TOKEN, Sequence, chosen, levels
+from mmdlm.layout import MEDIUM, PROMPT, TOKEN, Sequence, check_ids, chosen, levels
 from mmdlm.model import MultimodalDLM
 
 
@@ -53,8 +53,14 @@ def continued(model: MultimodalDLM, turn: Turn, ids: Tensor) -> Sequence:
     """The conversation so far and the ids [n] that follow, as a prompt of one row.
 
     The answer counts up to its first end token.
+
+    Raises:
+        ValueError: an id is not in the vocabulary, or there is more than one row of them.
     """
     spec, was = model.spec, turn.sequence
+    if ids.ndim != 1:
+        raise ValueError(f"prompt is {list(ids.shape)}, expected token ids [n]")
+    check_ids(ids, spec.transformer.vocab, "prompt")
     ends = torch.tensor([spec.eos_id, *spec.stop_ids], device=was.tokens.device)
     ended = torch.isin(was.tokens, ends) & was.is_answer
     size = int(ended[0].int().argmax()) + 1 if bool(ended.any()) else was.tokens.shape[1]

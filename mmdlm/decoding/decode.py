@@ -71,7 +71,7 @@ def decode(
 
     Args:
         model: the model.
-        prompt: token ids [B P] or a laid-out Sequence.
+        prompt: token ids [B P] or a laid-out Sequence; P may be 0, to write without a prompt.
         length: positions G to fill; the initial number of them for strategies that change it.
         strategies: instances, or the name of a preset, see `preset.strategies`; their order
             matters for guide, observe, stop, revise and end only.
@@ -83,9 +83,11 @@ def decode(
         on_step: called before the first step and after each, with the session (the keys of its
             requests are the rows) and the answers that are complete by key.
     Raises:
-        ValueError: two strategies decide the same one-owner hook or do not fit together, the length
-            is not positive, the prompt is empty, both are longer than the context of the model, or
-            nothing could be written because the model gave NaN.
+        TypeError: the token ids are not integers.
+        ValueError: two strategies decide the same one-owner hook or do not fit together, an id is
+            not in the vocabulary, the length is not positive, the prompt has no token and the model
+            predicts the next one, both are longer than the context of the model, or nothing could
+            be written because the model gave NaN.
     """
     session = Session(model, strategies, columns=columns)
     keys = session.add_rows(prompt, length, mask=mask, generator=generator, canvas=canvas)

@@ -328,13 +328,14 @@ class Session:
             the same key.
         Raises:
             KeyError: the request is not finished, or was added without `keep=True`.
+            ValueError: see `mmdlm.decode`; another prompt can still extend the conversation.
         """
         if key not in self._turns:
             raise KeyError(
                 f"request {key} cannot be extended; it must be finished, and added with keep=True"
             )
         prompt, length, canvas = self._unpacked(prompt, length, canvas)
-        turn = self._turns.pop(key)
+        turn = self._turns[key]
         if isinstance(prompt, Tensor):
             prompt = continued(self.model, turn, prompt)
         state = start(self.model, prompt, length, None, generator, self.columns, canvas, key)
@@ -342,6 +343,7 @@ class Session:
             state.set_levels(strategy.layout(View(state)))
         if type(self.owners["refresh"][0]).cache is Strategy.cache:
             resume(state, turn)
+        del self._turns[key]  # only now, so that a refused prompt leaves the conversation as it was
         self._enter(state)
         return key
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
+from mmdlm.backbones.family import Spec
+from mmdlm.decoding.rows import pad
 from mmdlm.decoding.state import Source, State, Streams
-from mmdlm.layout import ANSWER, TOKEN, Sequence, from_tokens, levels
+from mmdlm.layout import ANSWER, TOKEN, Sequence, check_ids, from_tokens, levels
 from mmdlm.model import MultimodalDLM
 
 
@@ -37,22 +40,23 @@ def start(
         ValueError: see `mmdlm.decode`.
     """
     spec = model.spec
-    if length < 1:
-        raise ValueError(f"length is {length}, expected at least one position to fill")
+    if isinstance(length, bool) or not isinstance(length, Integral) or length < 1:
+        raise ValueError(f"length is {length!r}, expected a number of positions, at least 1")
     if isinstance(prompt, Tensor):
         if prompt.ndim != 2:
             raise ValueError(f"prompt is {list(prompt.shape)}, expected token ids [B P]")
         prompt = from_tokens(prompt, mask, spec.attention, spec.block_size)
     elif mask is not None:
         raise ValueError("mask is for token ids; a Sequence brings its own")
-    prompt = prompt.to(model.device)
+    vocab = spec.transformer.vocab
+    check_ids(prompt.tokens, vocab, "prompt")  # before it is moved: on the host nothing waits
+    prompt = _opened(prompt, spec).to(model.device)
     batch, size = prompt.tokens.shape
-    if batch == 0 or size == 0:
-        raise ValueError("the prompt is empty; give at least one row with one token")
     answer = torch.full((batch, length), spec.mask, device=model.device)
     if canvas is not None:
         if canvas.shape != answer.shape:
             raise ValueError(f"canvas is {list(canvas.shape)}, expected {[batch, length]}")
+        check_ids(canvas, vocab, "canvas")
         answer = canvas.to(answer)
     made = Streams(generator, batch, model.device)
     keys = list(range(first_key, first_key + batch))
@@ -61,8 +65,25 @@ def start(
     return State(model, sequence, size, keys, draws, committable(columns, model))
 
 
+def _opened(prompt: Sequence, spec: Spec) -> Sequence:
+    """The prompt; one without positions gets a position of padding, which changes no result.
+
+    Raises:
+        ValueError: there are no rows, or a row has no token and the model needs one.
+    """
+    batch, size = prompt.tokens.shape
+    if batch == 0:
+        raise ValueError("the prompt has no rows, expected at least one")
+    if spec.shift and not bool(prompt.mask.any(1).all()):
+        raise ValueError(
+            "the prompt is empty, but each position of this model predicts the next token; give at "
+            "least one token, such as the one that begins a text (BOS)"
+        )
+    return prompt if size else pad(prompt, 1, 0, spec.pad_id, spec.eos_id)
+
+
 def append_answer(model: MultimodalDLM, prompt: Sequence, answer: Tensor) -> Sequence:
-    """A prompt followed by answer slots, whose positions count on from each row's last.
+    """A prompt followed by answer slots, whose positions continue after the last of each row.
 
     Args:
         model: the model.
@@ -75,10 +96,10 @@ def append_answer(model: MultimodalDLM, prompt: Sequence, answer: Tensor) -> Seq
     batch, length = answer.shape
     order = torch.arange(length, device=model.device).expand(batch, -1)
     role, source = torch.full_like(order, ANSWER), torch.full_like(order, TOKEN)
-    last = (prompt.positions * prompt.mask).amax(1, keepdim=True)
+    begin = ((prompt.positions + 1) * prompt.mask).amax(1, keepdim=True)
     if spec.context is not None:
-        spec.fits(int(last.max()) + 1 + length)
-    positions = last + 1 + order
+        spec.fits(int(begin.max()) + length)
+    positions = begin + order
     level = levels(role, source, positions, order, spec.attention, spec.block_size)
     return replace(
         prompt,

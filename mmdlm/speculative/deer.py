@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -84,8 +85,8 @@ def deer(
     verifier = as_verifier(verifier)
     if block < 1:
         raise ValueError(f"block is {block}, expected at least 1 token per draft")
-    if not temperature >= 0:
-        raise ValueError(f"temperature is {temperature}, expected at least 0")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}, expected at least 0 and finite")
 
     def drafter(row: list[int], source: torch.Generator) -> _Block:
         return _Block(model, verifier.vocab, row, block, temperature, source)

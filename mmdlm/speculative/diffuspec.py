@@ -283,8 +283,8 @@ def diffuspec(
             f"most is {most}, beam is {beam}, mass is {mass}, weight is {weight}; expected "
             "at least 1 for most and beam, and 0 to 1 for mass and weight"
         )
-    if not temperature >= 0:
-        raise ValueError(f"temperature is {temperature}, expected at least 0")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}, expected at least 0 and finite")
     ends = frozenset({model.spec.eos_id, *model.spec.stop_ids, *verifier.ends})
     given = {"most": most, "mass": mass, "beam": beam, "weight": weight}
 

@@ -128,6 +128,8 @@ def _check_prompt(state: State, verifier: Scorer) -> None:
     if state.sequence.media is not None:
         raise ValueError("the prompt holds media, which the verifier cannot see; give token ids")
     real = state.sequence.mask[:, : state.prompt]
+    if not bool(real.any(1).all()):
+        raise ValueError("the prompt is empty; give at least one token, which the verifier reads")
     highest = int((state.tokens[:, : state.prompt] * real).max())
     if highest >= verifier.vocab:
         raise ValueError(

@@ -322,9 +322,9 @@ def end_ids(model: MultimodalDLM) -> set[int]:
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Raises ValueError unless the batch size is positive."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+    """Raises ValueError unless the batch size is a positive integer."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}, expected an integer, at least 1")
 
 
 def as_list(item: Any) -> list[Any]:

@@ -288,8 +288,14 @@ def test_columns_that_leave_nothing_are_refused(columns: slice, toy: Toy) -> Non
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"length": 0}, "length is 0, expected at least one"),
-        ({"prompt": torch.zeros(1, 0, dtype=torch.long)}, "the prompt is empty"),
+        ({"length": 0}, "length is 0, expected a number of positions"),
+        ({"length": -1}, "length is -1"),
+        ({"length": 2.5}, "length is 2.5"),
+        ({"length": float("nan")}, "length is nan"),
+        ({"prompt": torch.zeros(0, 3, dtype=torch.long)}, "the prompt has no rows"),
+        ({"prompt": torch.tensor([[3, 50]])}, r"prompt holds the id 50 at position \[0, 1\]"),
+        ({"prompt": torch.tensor([[-100, 3]])}, r"prompt holds the id -100 at position \[0, 0\]"),
+        ({"canvas": torch.tensor([[3, MASK, 99, 4]])}, r"canvas holds the id 99 at .* \[0, 2\]"),
         ({"prompt": torch.zeros(3, dtype=torch.long)}, r"prompt is \[3\], expected token ids"),
         ({"canvas": torch.zeros(2, 4)}, r"canvas is \[2, 4\], expected \[1, 4\]"),
         ({"mask": torch.ones(1, 2)}, r"mask is \[1, 2\], tokens are \[1, 3\]"),
@@ -299,6 +305,34 @@ def test_bad_arguments_are_named(given: dict, message: str, toy: Toy) -> None:
     call = {"prompt": torch.tensor([[3, 4, 5]]), "length": 4, **given}
     with pytest.raises(ValueError, match=message):
         decode(toy(), **call)
+
+
+def test_ids_are_integers(toy: Toy) -> None:
+    for prompt in (torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool)):
+        with pytest.raises(TypeError, match="prompt holds torch.*expected token ids"):
+            decode(toy(), prompt, 2)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_prompt_may_be_empty(kind: str, toy: Toy) -> None:
+    """Alone, or in a batch with a longer one; equal to the logits of the canvas alone."""
+    model, empty = toy(**MODELS[kind]), torch.zeros(1, 0, dtype=torch.long)
+    canvas = torch.tensor([[7, MASK, 9, MASK]])
+    if model.spec.shift:
+        with pytest.raises(ValueError, match="the prompt is empty, but .* predicts the next"):
+            decode(model, empty, 4, canvas=canvas)
+        return
+    alone = decode(model, empty, 4, canvas=canvas)
+    assert alone.tokens.shape == (1, 4)
+    assert alone.tokens[0, 0] == 7
+    prompts, mask = torch.tensor([[0, 0], [3, 4]]), torch.tensor([[0, 0], [1, 1]])
+    both = decode(model, prompts, 4, canvas=canvas.repeat(2, 1), mask=mask)
+    assert both.tokens[0, 2:].equal(alone.tokens[0])
+    assert both.tokens[1, 2:].equal(decode(model, prompts[1:], 4, canvas=canvas).tokens[0, 2:])
+    if model.spec.attention == "full":
+        logits = model.logits(canvas)[0].index_fill(1, torch.tensor([MASK]), -torch.inf)
+        at = alone.history.step[0].tolist().index(0)
+        assert alone.tokens[0, at] == logits[at].argmax()
 
 
 def slow_decode(model: MultimodalDLM, prompt: Tensor, size: int, tau: float) -> tuple[list, list]:

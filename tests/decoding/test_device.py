@@ -86,7 +86,8 @@ def test_with_a_fixed_schedule_no_step_waits(name, shift, toy, there, prompts) -
     # whether the first position of its block is written.
     cached = shift and any(isinstance(s, PrefixCache | DualCache) for s in FIXED[name])
     assert len(looks) == 3 + 2 * cached, mode.looks
-    # The layout at the start, its change by a strategy; at the end, whether any was NaN.
+    # The layout at the start (ids are checked on the host), its change by a strategy; at the end,
+    # whether any was NaN.
     others = [look for look in mode.looks if look not in looks]
     layouts = 1 + (name == "prefix-LM")
     assert len(others) == 1 + 2 * layouts, others

@@ -140,6 +140,22 @@ def test_extending_equals_a_fresh_decode_of_the_conversation(
         assert done[key].forwards == want[0].forwards
 
 
+def test_ids_outside_the_vocabulary_are_refused(toy: Toy) -> None:
+    """And a refused prompt neither joins the batch nor ends the conversation."""
+    session = Session(toy())
+    for ids, message in (([3, 50], "id 50 at position .0, 1"), ([-100], "id -100 at position")):
+        with pytest.raises(ValueError, match=message):
+            session.add(torch.tensor(ids), 2)
+    assert session.keys == []
+    key = session.add(torch.tensor([3, 4]), 2, keep=True)
+    while session.keys:
+        session.step()
+    for ids in ([50], [5, -1]):
+        with pytest.raises(ValueError, match=f"prompt holds the id {ids[-1]} at position"):
+            session.extend(key, torch.tensor(ids), 2)
+    assert session.extend(key, torch.tensor([5]), 2) == key
+
+
 def test_extending_reuses_whole_blocks(toy: Toy, watch) -> None:
     model = toy(attention="block_causal", block_size=4)
     session, done = Session(model), {}

@@ -33,6 +33,7 @@ class Rule(Base):
     sizes: Annotated[tuple[PositiveInt, ...], LengthAtLeast(1)] | None = None
     region: tuple[int, int] | None = None
     rate: NonNegativeFloat | Literal["auto"] = "auto"
+    weight: float = 1.0
     name: str = ""
     on: bool = False
     payload: object = None
@@ -51,14 +52,16 @@ class Rule(Base):
         ({"share": 1.5}, ValueError, "Rule.share is 1.5, expected at least 0 and at most 1"),
         ({"eps": 1}, ValueError, "Rule.eps is 1, expected above 0 and below 1"),
         ({"eps": 0}, ValueError, "Rule.eps is 0, expected above 0 and below 1"),
-        ({"shift": math.inf}, ValueError, "Rule.shift is inf, expected at least 0 and below inf"),
+        ({"shift": math.inf}, ValueError, "Rule.shift is inf, expected at least 0 and finite"),
+        ({"rate": math.inf}, ValueError, "Rule.rate is inf, expected at least 0 and finite"),
+        ({"weight": math.nan}, ValueError, "Rule.weight is nan, expected a number"),
         ({"mode": "last"}, ValueError, "Rule.mode is 'last', expected 'first' or 'best'"),
         ({"order": 1}, ValueError, "Rule.order is 1, expected one of 'a', 'b', 'c'"),
         ({"sizes": ()}, ValueError, r"Rule.sizes is \(\), expected a length of at least 1"),
         ({"sizes": (4, 0)}, ValueError, r"Rule.sizes is \(4, 0\), expected a list, each at least"),
         ({"sizes": 4}, TypeError, "Rule.sizes is 4, expected a list, a length of at least 1"),
         ({"region": (1, 2, 3)}, ValueError, r"Rule.region is \(1, 2, 3\), expected 2 values"),
-        ({"rate": -1.0}, ValueError, "Rule.rate is -1.0, expected at least 0 or 'auto'"),
+        ({"rate": -1.0}, ValueError, "Rule.rate is -1.0, expected at least 0 and finite or 'auto'"),
         ({"name": 3}, TypeError, "Rule.name is 3, expected a string"),
         ({"on": 1}, TypeError, "Rule.on is 1, expected a bool"),
     ],

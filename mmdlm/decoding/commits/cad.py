@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from encoders.checks import Cutoff, NonNegativeFloat, PositiveInt, UnitFloat
+from encoders.checks import Cutoff, Limit, PositiveInt, UnitFloat
 from mmdlm.decoding.memory import Entry, PerAnswer
 from mmdlm.decoding.numerics import entropy, odds_of, rank
 from mmdlm.decoding.strategy import Strategy
@@ -45,7 +45,7 @@ class CAD(Strategy):
     least: PositiveInt = 1
     most: PositiveInt = 4
     selection: Literal["confidence", "entropy"] = "confidence"
-    nats: NonNegativeFloat = 0.3
+    nats: Limit = 0.3
     eos_share: UnitFloat = 0.5
 
     def __post_init__(self) -> None:

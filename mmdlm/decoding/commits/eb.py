@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from encoders.checks import NonNegativeFloat
+from encoders.checks import Limit
 from mmdlm.decoding.memory import Entry, PerAnswer
 from mmdlm.decoding.numerics import entropy, margin, rank
 from mmdlm.decoding.strategy import Strategy
@@ -35,7 +35,7 @@ class EntropyBound(Strategy):
 
     paper: ClassVar[str] = "EB-Sampler, arXiv 2505.24857"
 
-    gamma: NonNegativeFloat = 1e-3
+    gamma: Limit = 1e-3
     order: Literal["confidence", "entropy", "margin"] = "confidence"
 
     def begin(self, view: View) -> dict[str, Entry]:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from encoders.checks import NonNegativeFloat
+from encoders.checks import Limit
 from mmdlm.decoding.numerics import entropy
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
@@ -29,7 +29,7 @@ class EntropyThreshold(Strategy):
 
     paper: ClassVar[str] = "dParallel, arXiv 2509.26488"
 
-    tau: NonNegativeFloat = 0.5
+    tau: Limit = 0.5
 
     def score(self, view: View, logits: Tensor, tokens: Tensor) -> Tensor:
         """[B R] negative entropy in nats, 0 at most."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from encoders.checks import NonNegativeFloat
+from encoders.checks import Limit
 from mmdlm.decoding.numerics import rank
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
@@ -31,7 +31,7 @@ class Factor(Strategy):
 
     paper: ClassVar[str] = "Fast-dLLM, arXiv 2505.22618"
 
-    factor: NonNegativeFloat = 1.0
+    factor: Limit = 1.0
 
     def select(self, view: View) -> Tensor:
         """[B R] bool."""

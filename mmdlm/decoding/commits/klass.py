@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from encoders.checks import Cutoff, NonNegativeFloat, PositiveInt
+from encoders.checks import Cutoff, Limit, PositiveInt
 from mmdlm.decoding.memory import Entry, PerAnswer
 from mmdlm.decoding.numerics import odds_of, rank
 from mmdlm.decoding.strategy import Strategy
@@ -39,7 +39,7 @@ class KLASS(Strategy):
     may_idle: ClassVar[bool] = True
 
     tau: Cutoff = 0.9
-    kl: NonNegativeFloat = 0.01
+    kl: Limit = 0.01
     steps: PositiveInt = 2
 
     def begin(self, view: View) -> dict[str, Entry]:

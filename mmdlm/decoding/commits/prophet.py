@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from encoders.checks import NonNegativeFloat, NonNegativeInt, PositiveInt
+from encoders.checks import Limit, NonNegativeInt, PositiveInt
 from mmdlm.decoding.memory import Entry, PerAnswer
 from mmdlm.decoding.numerics import logit_margin
 from mmdlm.decoding.strategy import Strategy
@@ -41,9 +41,9 @@ class Prophet(Strategy):
     paper: ClassVar[str] = "Prophet, arXiv 2508.19982"
     sees: ClassVar[Literal["answer"]] = "answer"
 
-    early: NonNegativeFloat = 7.5
-    mid: NonNegativeFloat = 5.0
-    late: NonNegativeFloat = 2.5
+    early: Limit = 7.5
+    mid: Limit = 5.0
+    late: Limit = 2.5
     steps: PositiveInt | None = None
     region: tuple[NonNegativeInt, PositiveInt] | None = None
 

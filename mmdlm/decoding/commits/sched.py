@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from encoders.checks import NonNegativeFloat, NonNegativeInt, PositiveInt, UnitFloat
+from encoders.checks import Limit, NonNegativeFloat, NonNegativeInt, PositiveInt, UnitFloat
 from mmdlm.backbones.kv import take
 from mmdlm.decoding.memory import Entry, PerAnswer, PerRow
 from mmdlm.decoding.numerics import logit_margin
@@ -49,8 +49,8 @@ class SchED(Strategy):
     sees: ClassVar[Literal["answer"]] = "answer"
 
     mode: Literal["linear", "cosine", "exp"] = "cosine"
-    high: NonNegativeFloat = 7.5
-    low: NonNegativeFloat = 2.5
+    high: Limit = 7.5
+    low: Limit = 2.5
     k: NonNegativeFloat = 4.0
     statistic: Literal["mean", "median", "quantile"] = "mean"
     quantile: UnitFloat = 0.2

@@ -49,6 +49,9 @@ def test_never_picks_an_impossible_token(moment) -> None:
     assert 1 not in Gumbel(5.0).pick(view, logits)
 
 
-def test_temperature_must_not_be_negative() -> None:
-    with pytest.raises(ValueError, match="Gumbel.temperature is -1, expected at least 0"):
-        Gumbel(-1)
+@pytest.mark.parametrize("temperature", [-1, float("inf"), float("nan")])
+def test_temperature_is_finite_and_not_negative(temperature: float) -> None:
+    with pytest.raises(
+        ValueError, match=f"Gumbel.temperature is {temperature}, expected at least 0"
+    ):
+        Gumbel(temperature)
