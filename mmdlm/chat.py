@@ -6,6 +6,7 @@ message cannot end its turn and start one of another role (prompt injection).
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mmdlm.messages import Media, Message
+from mmdlm.messages import Media, Message, Text
 from mmdlm.text import CHAT, Tokenizer
 
 if TYPE_CHECKING:
@@ -28,12 +29,13 @@ _HEADERS = (
     "{{{{ '<|startoftext|>' }}}}{{% for m in messages %}}"
     "{{{{ '<|start_header_id|>' + m.role + '<|end_header_id|>{gap}' + m.content | trim }}}}"
     "{{{{ '<|eot_id|>' }}}}{{% endfor %}}"
-    "{{{{ '<|start_header_id|>assistant<|end_header_id|>{gap}' }}}}"
+    "{{% if add_generation_prompt %}}"
+    "{{{{ '<|start_header_id|>assistant<|end_header_id|>{gap}' }}}}{{% endif %}}"
 )
 _CHATML = (
     "{% for m in messages %}"
     "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
-    "{% endfor %}{{ '<|im_start|>assistant\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 TEMPLATES = {
     # Hub GSAI-ML/LLaDA-8B-Instruct: tokenizer_config.json; ZHZisZZ/dllm: dllm/utils/models.py.
@@ -54,15 +56,21 @@ TEMPLATES = {
     "{% elif m.role == 'assistant' %}{{ '<role>ASSISTANT</role>' + (m.content"
     ".split('</think>')[-1].lstrip('\\n') if '</think>' in m.content else m.content)"
     " + '<|role_end|>' }}"
-    "{% elif not loop.first %}{{ '<role>SYSTEM</role>' + m.content + '<|role_end|>' }}{% endif %}"
-    "{% endfor %}{{ '<role>ASSISTANT</role>' }}",
+    "{% elif m.role == 'system' and not loop.first %}"
+    "{{ '<role>SYSTEM</role>' + m.content + '<|role_end|>' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<role>ASSISTANT</role>' }}{% endif %}",
 }
-"""Chat templates by name, see `Spec.template`; each ends with the header of the answer."""
+"""Chat templates by name, see `Spec.template`."""
 # ZHZisZZ/dllm: dllm/utils/models.py; other families use the defaults of their templates.
 VARIABLES = {"a2d": {"enable_thinking": False}}
 MARKERS = re.compile(r"<\|\w+\|>|</?role>")
 NOTHING = r"(?!)"  # matches nothing
 QUESTION, ANSWER = "7b1d02", "0f3c9a"  # occur in no template
+# Names that templates have for the reasoning of an answer, huggingface/transformers:
+# utils/chat_template_utils.py.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+MARKS = 4
+"""Marker characters of `render`: start and end of a token, medium, end of the begun answer."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +175,9 @@ def encode(
 ) -> list[Tensor | Media]:
     """Token ids int64 [n] and media of a conversation, up to the start of the answer.
 
+    A last message of the assistant is the beginning of the answer (`continue_final_message` in
+    transformers). Text parts of a message are joined, unless the template reads parts itself.
+
     Args:
         tokenizer: tokenizer of the model.
         messages: messages of text and media.
@@ -182,12 +193,14 @@ def encode(
             "lacks the markers of its family's template; pass one text with chat=False, or add "
             f"{CHAT} to the folder"
         )
-    start, end, mark = _marks("".join(message.text for message in messages), 3)
-    found: list[Media] = []
-    wrapped = [{"role": m.role, "content": _content(m, mark, found)} for m in messages]
+    marks = _marks("".join(text for message in messages for text in message.strings), MARKS)
+    mark, found = marks[2], []
     names = tokenizer.names | VARIABLES.get(family, {})
+    has_parts = any(len(message.parts) > 1 for message in messages)
+    in_parts = has_parts and _reads_parts(jinja, names)
+    given = [_fields(message, mark, found, in_parts) for message in messages]
     around = [media.get(medium.kind, "{}") for medium in found]
-    pieces = render(wrapped, jinja, tokenizer.added, (start, end, mark), around, **names)
+    pieces = render(given, jinja, tokenizer.added, marks, around, **names)
     parts: list[Tensor | Media] = []
     ids: list[int] = []
     for text, is_token in pieces:
@@ -202,6 +215,41 @@ def encode(
                 ids += tokenizer.encode(piece, special=False)
     parts.append(torch.tensor(ids, dtype=torch.long))
     return [part for part in parts if isinstance(part, Media) or len(part)]
+
+
+def _fields(message: Message, mark: str, found: list[Media], in_parts: bool) -> dict[str, Any]:
+    """A message as the template gets it; appends its media to `found`.
+
+    Args:
+        message: message of text and media.
+        mark: see `_content`.
+        found: media so far.
+        in_parts: the template reads content that is a list of parts.
+    """
+    fields: dict[str, Any] = {"role": message.role}
+    if message.parts:
+        text = _content(message, mark, found)
+        texts = [part.text for part in message.parts if isinstance(part, Text)]
+        split = in_parts and len(texts) == len(message.parts) > 1
+        fields["content"] = [{"type": "text", "text": one} for one in texts] if split else text
+    fields |= message.extra
+    reasoning = next((fields[key] for key in REASONING if key in fields), None)
+    if reasoning is None:
+        return fields
+    return {"thinking": reasoning, **fields, "reasoning_content": reasoning}
+
+
+def _reads_parts(jinja: str, names: Mapping[str, Any]) -> bool:
+    """Whether a template renders a list of one text part as it renders the text."""
+    from mmdlm.jinja import rendered
+
+    def said(content: Any) -> str:
+        return rendered(jinja, [{"role": "user", "content": content}], **names)
+
+    try:
+        return said([{"type": "text", "text": "text"}]) == said("text")
+    except Exception:  # noqa: BLE001 - templates raise all kinds of errors for lists
+        return False
 
 
 def _content(message: Message, mark: str, found: list[Media]) -> str:
@@ -221,10 +269,10 @@ def _content(message: Message, mark: str, found: list[Media]) -> str:
 
 
 def render(
-    messages: Items[Mapping[str, str]],
+    messages: Items[Mapping[str, Any]],
     jinja: str,
     added: Mapping[str, tokenizers.AddedToken],
-    marks: tuple[str, str, str] | None = None,
+    marks: Items[str] | None = None,
     media: Items[str] = (),
     **variables: Any,
 ) -> list[tuple[str, bool]]:
@@ -235,30 +283,32 @@ def render(
     Assistant messages keep added tokens that are not special, such as <think>.
 
     Args:
-        messages: `{"role": ..., "content": text}` each.
+        messages: `{"role": ..., "content": text or text parts}` each, and further keys.
         jinja: chat template.
         added: added tokens of the tokenizer.
-        marks: three characters that no message contains; None to choose them.
+        marks: `MARKS` characters that no message contains; None to choose them.
         media: text around each medium, see `Template.media`; in `messages`, medium i is the number
             i between two of the third mark.
         **variables: other variables of the template, "bos_token" etc.
     Raises:
-        ValueError: the template is not valid Jinja, or rejects these messages.
+        ValueError: the template is not valid Jinja, rejects these messages, or leaves one out.
     """
     control = {t: flags for t, flags in added.items() if flags.special or t in jinja}
     control |= {t: f for t, f in added.items() if any(t in around for around in media)}
     control = {t: control[t] for t in sorted(control, key=len, reverse=True) if not t.isspace()}
     tokens = _alternatives(control)
     special = _alternatives(t for t, flags in control.items() if flags.special)
-    start, end, mark = marks or _marks("".join(m["content"] for m in messages), 3)
+    if marks is None:
+        marks = _marks(json.dumps(messages, ensure_ascii=False), MARKS)
+    start, end, mark, stop = marks
     wrapped = []
     for message in messages:
         pattern = special if message["role"] == "assistant" else tokens
-        content = re.sub(pattern, rf"{start}\g<0>{end}", message["content"])
-        wrapped.append({"role": message["role"], "content": content})
-    from mmdlm.jinja import rendered  # here, because importing Jinja is slow
+        given = _wrapped({k: v for k, v in message.items() if k != "role"}, pattern, start, end)
+        wrapped.append({"role": message["role"], **given})
+    from mmdlm.jinja import rendered_prompt  # here, because importing Jinja is slow
 
-    text = rendered(jinja, wrapped, **variables)
+    text = rendered_prompt(jinja, wrapped, stop, **variables)
     for i, around in enumerate(media):
         medium = f"{mark}{i}{mark}"
         if text.count(medium) != 1:
@@ -267,6 +317,20 @@ def render(
             )
         text = text.replace(medium, around.replace("{}", medium))
     return _split(text, control, f"{start}(?P<kept>{tokens}){end}", f"[{start}{end}]")
+
+
+def _wrapped(value: Any, pattern: str, start: str, end: str) -> Any:
+    """The value with every match of the pattern in its strings between two marks."""
+    if isinstance(value, str):
+        return re.sub(pattern, rf"{start}\g<0>{end}", value)
+    if isinstance(value, Mapping):
+        return {
+            _wrapped(key, pattern, start, end): _wrapped(one, pattern, start, end)
+            for key, one in value.items()
+        }
+    return (
+        [_wrapped(one, pattern, start, end) for one in value] if isinstance(value, list) else value
+    )
 
 
 def _split(

@@ -18,21 +18,86 @@ if TYPE_CHECKING:
     from jinja2.parser import Parser
 
 
-def rendered(template: str, messages: Items[Mapping[str, str]], **variables: Any) -> str:
+def rendered(
+    template: str, messages: Items[Mapping[str, Any]], begins: bool = True, **variables: Any
+) -> str:
     """Render a conversation as text, up to the start of the assistant's answer.
 
     Args:
         template: Jinja text.
-        messages: {"role": ..., "content": text} each.
+        messages: {"role": ..., "content": text or parts} each, and other keys.
+        begins: the text ends with the header of a new answer (`add_generation_prompt`).
         **variables: other variables of the template, "bos_token" etc.
     Raises:
         ValueError: the template is not valid Jinja, or rejects these messages.
     """
     try:
-        usual = {"tools": None, "documents": None, "add_generation_prompt": True}
+        usual = {"tools": None, "documents": None, "add_generation_prompt": begins}
         return compiled(template).render(messages=messages, **usual | variables)
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template rejects this conversation: {error}") from error
+
+
+def rendered_prompt(
+    template: str, messages: list[dict[str, Any]], stop: str, **variables: Any
+) -> str:
+    """Text up to the answer, or to the end of its beginning if the assistant's message is the last.
+
+    Args:
+        template: Jinja text.
+        messages: see `rendered`.
+        stop: character that no message contains.
+        **variables: see `rendered`.
+    Raises:
+        ValueError: the template leaves out a message of another role than system, user and
+            assistant, tool calls, or part of the beginning of the answer.
+    """
+    begins = messages[-1]["role"] != "assistant"
+    if begins:
+        text = rendered(template, messages, **variables)
+    else:
+        text = _continued(template, messages, stop, variables)
+    for i, message in enumerate(messages):
+        if message["role"] in ("developer", "tool"):
+            name, rest = f"role {message['role']!r}", [*messages[:i], *messages[i + 1 :]]
+        elif "tool_calls" in message:
+            less = {key: value for key, value in message.items() if key != "tool_calls"}
+            name, rest = "tool_calls", [*messages[:i], less, *messages[i + 1 :]]
+        else:
+            continue
+        try:
+            is_same = rendered(template, rest, begins, **variables).startswith(text)
+        except ValueError:  # the template needs the message
+            continue
+        if is_same:
+            raise ValueError(
+                f"the chat template of this checkpoint leaves out message {i} with {name}; write "
+                "it as a message of the system or the user"
+            )
+    return text
+
+
+def _continued(template: str, messages: list[dict[str, Any]], stop: str, variables: Any) -> str:
+    """Text up to the end of the last message, by the rules of transformers.
+
+    Source: huggingface/transformers: utils/chat_template_utils.py (continue_final_message).
+    """
+    last, tag = messages[-1], f"{stop} "
+    content = last.get("content")
+    if isinstance(content, list):
+        begun = content[-1]["text"]
+        tagged = [*content[:-1], {**content[-1], "text": begun + tag}]
+    else:
+        begun, tagged = content, f"{content}{tag}"
+    text = rendered(template, [*messages[:-1], {**last, "content": tagged}], False, **variables)
+    if begun is None or stop not in text or begun.strip() not in text:
+        raise ValueError(
+            "the chat template does not render the assistant's last message as it is, so it cannot "
+            "be continued; end the conversation with a message of the user"
+        )
+    at = text.rindex(stop)
+    # A template that trims the message has removed the space of the tag.
+    return text[:at] if text.startswith(tag, at) else text[:at].rstrip()
 
 
 @lru_cache(maxsize=32)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 RAW = "raw"
 """Role of a message that is encoded without a chat template."""
 MEDIA = ("image", "audio", "state")
@@ -20,7 +20,7 @@ ITEM_KEYS = {
     "audio": ("audio", "path", "url"),
     "state": ("state",),
 }
-CONVERSATION = "expected {'role': 'system', 'user' or 'assistant', 'content': text or parts}"
+CONVERSATION = f"expected {{'role': one of {', '.join(ROLES)}, 'content': text or parts}}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +67,15 @@ class Message:
     """One message of a conversation.
 
     Args:
-        role: "system", "user", "assistant" or "raw".
+        role: "system", "developer", "user", "assistant", "tool" or "raw".
         parts: parts in order; slots only in a last message with role "assistant".
+        extra: further keys of the message for the chat template, such as "name", "tool_call_id" or
+            "tool_calls": text, numbers, lists and dicts.
     """
 
     role: str
     parts: tuple[Part, ...]
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", tuple(self.parts))
@@ -84,6 +87,11 @@ class Message:
         """Text of the message, without media and token ids."""
         texts = (part.text for part in self.parts if isinstance(part, Text))
         return "".join(text for text in texts if isinstance(text, str))
+
+    @property
+    def strings(self) -> list[str]:
+        """The text, and all strings in `extra`: everything that a chat template may write."""
+        return [self.text, *_strings(self.extra)]
 
 
 class Turn(NamedTuple):
@@ -147,10 +155,11 @@ def assistant(*parts: Part | str) -> Message:
 
 
 def merge(messages: Items[Message]) -> tuple[Message, ...]:
-    """Messages, with adjacent messages of the same role merged."""
+    """Messages, with adjacent messages of the same role merged; those with `extra` stay."""
     merged: list[Message] = []
     for message in messages:
-        if merged and merged[-1].role == message.role:
+        last = merged[-1] if merged else None
+        if last and last.role == message.role and not (last.extra or message.extra):
             merged[-1] = Message(message.role, (*merged[-1].parts, *message.parts))
         else:
             merged.append(message)
@@ -162,7 +171,7 @@ def is_conversation(given: Any) -> bool:
     return isinstance(given, Example) or (
         isinstance(given, list | tuple)
         and len(given) > 0
-        and all(isinstance(one, Mapping | Message) for one in given)
+        and all(isinstance(one, Mapping | Message) or _is_object(one) for one in given)
     )
 
 
@@ -174,10 +183,12 @@ def conversation(given: Any) -> tuple[Message, ...]:
             `{"role": ..., "content": text or list of parts}`, where a part is
             `{"type": "text", "text": ...}`, `{"type": "image", "image": path or image}`,
             `{"type": "image_url", "image_url": {"url": ...}}` or `{"type": "audio", "audio": ...}`.
+            Other keys reach the chat template, except those that are None. A last message of the
+            assistant is the beginning of the answer, which is continued. Objects of the OpenAI
+            client (with `model_dump`) are read as their dicts.
     Raises:
         TypeError: a message is not of this form.
-        ValueError: there are no messages, a role or type is unknown, or the assistant's message is
-            the last one.
+        ValueError: there are no messages, or a role or type is unknown.
     """
     if isinstance(given, str):
         return (user(given),)
@@ -186,25 +197,58 @@ def conversation(given: Any) -> tuple[Message, ...]:
     messages = tuple(_message(one, i) for i, one in enumerate(given))
     if not messages:
         raise ValueError("the conversation is empty, expected at least one message")
-    if messages[-1].role == "assistant":
-        raise ValueError("the conversation ends with the assistant; add a user message")
     return messages
+
+
+def number_error(error: Exception, number: int) -> None:
+    """Writes the index of an item, counted from 0, before the message of our own errors."""
+    if type(error) in (TypeError, ValueError):
+        error.args = (f"item {number}: {error}",)
+
+
+def _is_object(given: Any) -> bool:
+    """True for a message object of the OpenAI client."""
+    return not isinstance(given, type) and callable(getattr(given, "model_dump", None))
 
 
 def _message(given: Any, number: int) -> Message:
     if isinstance(given, Message):
         return given
-    if not isinstance(given, Mapping) or set(given) != {"role", "content"}:
+    given = given.model_dump() if _is_object(given) else given
+    if not isinstance(given, Mapping) or "role" not in given:
         raise TypeError(f"message {number} is {given!r}, {CONVERSATION}")
-    role, content = given["role"], given["content"]
+    # As in transformers: OpenAI's clients send None for what a message does not have.
+    keys = {key: value for key, value in given.items() if value is not None}
+    role = keys.pop("role", None)
+    content = keys.pop("content", () if keys else None)
     if role not in (*ROLES, RAW) or not isinstance(content, str | list | tuple):
         raise ValueError(
             f"message {number} has role {role!r} and a content of type {type(content).__name__}; "
             f"expected one of {', '.join(ROLES)}, and text or a list of parts"
         )
-    if isinstance(content, str):
-        return Message(role, (Text(content),))
-    return Message(role, tuple(_part(one, number) for one in content))
+    extra = {key: _plain(value, f"message {number}, key {key!r}") for key, value in keys.items()}
+    parts = [content] if isinstance(content, str) else content
+    return Message(role, tuple(_part(one, number) for one in parts), extra)
+
+
+def _plain(value: Any, name: str) -> Any:
+    """The value as text, numbers, lists and dicts; templates must not get objects with methods."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one, name) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one, name) for one in value]
+    if value is None or type(value) in (str, bool, int, float):
+        return value
+    raise TypeError(f"{name} holds a {type(value).__name__}, expected text, numbers, lists, dicts")
+
+
+def _strings(value: Any) -> list[str]:
+    """All strings in nested lists and dicts, keys included."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for pair in value.items() for one in pair for text in _strings(one)]
+    return [text for one in value for text in _strings(one)] if isinstance(value, list) else []
 
 
 def _part(given: Any, number: int) -> Part:

@@ -16,8 +16,8 @@ from encoders.features import Prepared
 from mmdlm.chat import Template, encode, find
 from mmdlm.layout import Part, Row, Turn
 from mmdlm.media import read_audio, read_image
-from mmdlm.messages import RAW, Example, Media, Message, Slot, Text, conversation, user
-from mmdlm.text import Tokenizer
+from mmdlm.messages import RAW, Example, Media, Message, Slot, Text, conversation, number_error
+from mmdlm.text import Tokenizer, joined
 
 if TYPE_CHECKING:
     from adapters.codec import Codec
@@ -139,7 +139,9 @@ class Processor:
             ValueError: the checkpoint has no tokenizer or chat template, a text contains the mask
                 token, or the conversation is not valid.
         """
-        messages = (user(given),) if isinstance(given, str) else tuple(conversation(given))
+        messages = tuple(conversation(given))
+        for text in (text for message in messages for text in message.strings):
+            joined(text)  # half of a surrogate pair is named by its place in the message
         if any(message.role == RAW for message in messages):
             return self._raw(messages, {})
         jinja = self.jinja
@@ -151,10 +153,11 @@ class Processor:
                     "chat is False, but the prompt has several messages; expected one text"
                 )
             return self._raw(messages, self.template.media)
-        if self.template.system is not None and messages[0].role != "system":
+        if self.template.system is not None and messages[0].role not in ("system", "developer"):
             messages = (Message("system", (Text(self.template.system),)), *messages)
         parts = encode(self._tokenizer(), messages, jinja, self.template.media, self.spec.family)
-        written = [i for message in messages for i in self._tokenizer().encode(message.text)]
+        strings = [text for message in messages for text in message.strings]
+        written = [i for text in strings for i in self._tokenizer().encode(text)]
         self._check(parts, written, messages)
         first = [p for p in parts if isinstance(p, Media) and p.kind in self.template.first]
         return (*first, *(part for part in parts if not any(part is medium for medium in first)))
@@ -271,7 +274,7 @@ class Processor:
             media: cache of media, so that no item is read twice; None: an empty cache.
             chat: see `prompt`.
         Raises:
-            ValueError: an example is not valid; a note of the exception gives its index.
+            ValueError: an example is not valid; message or note give its index among several.
         """
         media = MediaCache() if media is None else media
         rows: list[Row] = []
@@ -295,7 +298,18 @@ class Processor:
             shared = self._parts(example.messages, media, chat)
             turns = tuple(self._turn(branch, media, chat) for branch in example.branches)
             return [Row(shared, turns)]
-        return [Row((), (self._turn(messages, media, chat),)) for messages in example.conversations]
+        turns = [self._turn(messages, media, chat) for messages in example.conversations]
+        if not all(turn.prompt or len(turn.answer) for turn in turns):
+            raise ValueError("there is neither media nor text, expected a prompt")
+        return [Row((), (Turn(turn.prompt or self._opening(), turn.answer),)) for turn in turns]
+
+    def _opening(self) -> tuple[Tensor, ...]:
+        """What an answer without a prompt follows: BOS; in a shifted family without it, the end."""
+        names = {} if self.tokenizer is None else self.tokenizer.names
+        start = self.tokenizer.id(names["bos_token"]) if "bos_token" in names else None
+        if start is None and self.spec.shift:  # it predicts the first token from the one before
+            start = self.spec.eos_id
+        return () if start is None else (torch.tensor([start]),)
 
     def _turn(self, messages: Items[Message], media: MediaCache, chat: bool | None) -> Turn:
         prompt = messages[:-1] if messages and messages[-1].role == "assistant" else messages
@@ -356,10 +370,12 @@ class MediaCache:
         return prepared
 
     def explain(self, error: Exception, number: int) -> None:
-        """Adds a note to an error: the index of the example, if one of its media failed."""
+        """Adds the index of the example to an error; as a note, if one of its media failed."""
+        number = self.numbers[number] if self.numbers else number
         if self.failed:
-            number = self.numbers[number] if self.numbers else number
             error.add_note(f"This is the {self.failed} of item {number}, counted from 0.")
+        elif len(self.examples) > 1:
+            number_error(error, number)
         self.failed = ""
 
     def forget(self) -> None:

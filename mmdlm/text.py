@@ -32,6 +32,7 @@ PRETOKENIZE = (
 SIDECAR_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # Files a tokenizer is read from, beside those in `MORE_CHATS`.
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", *SIDECAR_FILES, CHAT, PROCESSOR_FILES[0])
+PAIR, HALF = re.compile("[\ud800-\udbff][\udc00-\udfff]"), re.compile("[\ud800-\udfff]")
 # Guards `encode_special_tokens`, a mutable setting of the backend.
 _LOCK = threading.Lock()
 
@@ -157,8 +158,10 @@ class Tokenizer:
             text: any text.
             special: parse special tokens; False: encode them like any other text.
         Raises:
-            ValueError: the vocabulary is a word list without a word of the text.
+            ValueError: the vocabulary is a word list without a word of the text, or the text has
+                half of a surrogate pair.
         """
+        text = joined(text)
         if self.words is not None:
             self._check(text)
         with _LOCK:
@@ -169,7 +172,17 @@ class Tokenizer:
                 self.backend.encode_special_tokens = False
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids without special tokens."""
+        """Text of token ids without special tokens.
+
+        Raises:
+            ValueError: an id is negative.
+        """
+        below = next((i for i, token in enumerate(ids) if token < 0), None)
+        if below is not None:
+            raise ValueError(
+                f"the id at position {below} is {ids[below]}, expected token ids from 0 on; leave "
+                "out -100, which marks labels"
+            )
         if self.words is None:
             return self.backend.decode(list(ids), skip_special_tokens=True)
         tokens = (self.backend.id_to_token(int(i)) for i in ids)
@@ -177,6 +190,16 @@ class Tokenizer:
         for mark in ",.?!":
             text = text.replace(f" {mark}", mark)
         return text
+
+    def continuation(self, ids: Sequence[int]) -> str:
+        """Text of token ids that follow other text, with the white space they begin with.
+
+        Decoders of sentencepiece vocabularies drop the space before the first word of a text.
+        """
+        if self.words is not None:
+            return self.decode(ids)
+        before = self.encode("a", special=False)
+        return self.decode([*before, *ids])[len(self.decode(before)) :]
 
     def _check(self, text: str) -> None:
         pieces = self.backend.pre_tokenizer.pre_tokenize_str(text.lower())
@@ -211,6 +234,24 @@ def parse(text: str, source: Path | str) -> tokenizers.Tokenizer:
             raise
         what = f"is not a valid tokenizer.json ({error})" if text.strip() else "is empty"
         raise ValueError(f"{source} {what}; download it again") from error
+
+
+def joined(text: str) -> str:
+    """The text with each surrogate pair joined to its character, as in JSON.
+
+    Raises:
+        ValueError: half of a pair stands alone, because the text was cut inside a character.
+    """
+    if not HALF.search(text):
+        return text
+    if half := HALF.search(PAIR.sub("  ", text)):
+        at = half.start()
+        raise ValueError(
+            f"text {text[max(0, at - 20) : at + 20]!r} has half of a surrogate pair, "
+            f"{half[0]!r}, at position {at}; it was cut inside a character: cut it elsewhere, or "
+            "remove the half"
+        )
+    return PAIR.sub(lambda pair: pair[0].encode("utf-16", "surrogatepass").decode("utf-16"), text)
 
 
 def _is_word_level(backend: Any) -> bool:

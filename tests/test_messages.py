@@ -62,9 +62,31 @@ def test_unknown_parts_are_named(content, message):
         conversation([{"role": "user", "content": content}])
 
 
-def test_extra_keys_are_named():
-    with pytest.raises(TypeError, match="message 0 is .*expected"):
-        conversation([{"role": "user", "content": "hi", "name": "me"}])
+def test_further_keys_are_kept_for_the_template():
+    call = {"id": "1", "function": {"name": "add", "arguments": {"a": [1, None, True]}}}
+    given = {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None}
+    (message,) = conversation([given])
+    assert message.extra == {"tool_calls": [call]}
+    assert (message.parts, message.text) == ((), "")
+    assert set(message.strings) >= {"id", "1", "function", "name", "add", "arguments", "a"}
+    (named,) = conversation([{"role": "user", "content": "hi", "name": "me"}])
+    assert (named.text, named.extra) == ("hi", {"name": "me"})
+
+
+def test_objects_do_not_reach_a_template():
+    with pytest.raises(TypeError, match="message 0, key 'metadata' holds a object, expected text"):
+        conversation([{"role": "user", "content": "hi", "metadata": {"x": object()}}])
+
+
+def test_message_objects_of_the_openai_client_are_read():
+    class Reply:
+        def model_dump(self):
+            return {"role": "assistant", "content": "yes", "refusal": None, "audio": None}
+
+    given = [{"role": "user", "content": "hi"}, Reply(), {"role": "user", "content": "why"}]
+    assert is_conversation(given)
+    assert [message.text for message in conversation(given)] == ["hi", "yes", "why"]
+    assert conversation(given)[1].extra == {}
 
 
 @pytest.mark.parametrize(
@@ -102,11 +124,13 @@ def test_adjacent_messages_of_one_role_are_merged():
     merged = merge((user("a"), user("b"), assistant("c")))
     assert [message.role for message in merged] == ["user", "assistant"]
     assert [message.text for message in merged] == ["ab", "c"]
+    results = [Message("tool", (Text(x),), {"tool_call_id": x}) for x in "ab"]
+    assert merge(results) == tuple(results)
 
 
 def test_roles_are_checked():
-    with pytest.raises(ValueError, match="role is 'tool'"):
-        Message("tool", (Text("hi"),))
+    with pytest.raises(ValueError, match="role is 'robot'"):
+        Message("robot", (Text("hi"),))
 
 
 def test_token_ids_are_not_text():

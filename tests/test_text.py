@@ -325,3 +325,32 @@ def test_slow_layout_written_by_windows_is_the_same(layouts) -> None:
         text = (parts / name).read_bytes().replace(b"\n", b"\r\n")
         (parts / name).write_bytes(b"\xef\xbb\xbf" + text)
     assert [Tokenizer.from_folder(parts).encode(text) for text in TEXTS] == wanted
+
+
+def test_surrogate_pairs_are_characters_and_halves_are_named(speller) -> None:
+    tokenizer = speller().tokenizer
+    assert tokenizer.encode("a \ud83d\ude00b") == tokenizer.encode("a \U0001f600b")
+    with pytest.raises(ValueError, match="'a .ud83d b' has half .*, '.ud83d', at position 2"):
+        tokenizer.encode("a \ud83d b")
+    with pytest.raises(ValueError, match="at position 1"):  # of what os.fsdecode gives for bytes
+        Tokenizer.from_words(["a"]).encode("a\udcff")
+
+
+def test_ids_below_zero_are_not_decoded(speller) -> None:
+    with pytest.raises(ValueError, match="the id at position 1 is -100, expected token ids from 0"):
+        speller().tokenizer.decode([5, -100])
+
+
+def test_text_that_continues_keeps_its_first_space() -> None:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
+    backend = Backend(models.Unigram([("<unk>", 0.0), ("▁", -3), ("▁red", -1), ("a", -2)], 0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    tokenizer = Tokenizer(backend)
+    ids = tokenizer.encode("a red red")[-2:]
+    assert tokenizer.decode(ids) == "red red"
+    assert tokenizer.continuation(ids) == " red red"
+    words = Tokenizer.from_words(["red"])
+    assert words.continuation(words.encode("red")) == "red"

@@ -115,7 +115,7 @@ def chat(checkpoint: str, say: Say, device: str = "auto", dtype: str = "auto") -
         print(SINGLE, flush=True)
     failed = False
     for line in _lines():
-        command, _, argument = line.partition(" ")
+        command, _, argument = line.strip().partition(" ")
         if command == "/exit":
             break
         try:
@@ -209,7 +209,7 @@ def _lines() -> Iterator[str]:
         except EOFError:
             return
         if line.strip():
-            yield line.strip()
+            yield line
 
 
 def _read(file: Path) -> list[Any]:

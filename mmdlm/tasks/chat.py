@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from mmdlm.decoding.preset import Choice
-from mmdlm.messages import Example, Slot, assistant, conversation, is_conversation
+from mmdlm.messages import (
+    Example,
+    Slot,
+    assistant,
+    conversation,
+    is_conversation,
+    number_error,
+)
 from mmdlm.model import MultimodalDLM
 from mmdlm.tasks.generate import fill, resolve_settings, to_answers, unwrap
 
@@ -25,10 +32,15 @@ def generate(
 ) -> Any:
     """Generate the reply to a prompt or conversation, or to each of a list.
 
+    White space at both ends of the text is kept, so that prompt and text form one text. If the last
+    message of a conversation is the assistant's, it is the beginning of the answer, and the text is
+    what follows it.
+
     Args:
         model: model.
         prompt: text, or a conversation with text, images and clips (see
-            `mmdlm.messages.conversation`), or a list of either.
+            `mmdlm.messages.conversation`), or a list of either. "" with chat=False: the model
+            writes a text without a prompt.
         length: canvas length in tokens; None: the checkpoint's default, else 128.
         strategies: preset name or list, see `mmdlm.decode`; None: the checkpoint's default.
         batch_size: prompts per batch; it does not change the answers.
@@ -39,8 +51,8 @@ def generate(
     Returns:
         str, or list[str] for a list; `Answer` instead of str if details=True.
     Raises:
-        ValueError: a prompt is empty, contains the mask token or is not a valid conversation, or
-            the checkpoint has no tokenizer or chat template.
+        ValueError: a prompt contains the mask token or half of a surrogate pair, or is not a valid
+            conversation, or the checkpoint has no tokenizer or chat template.
     """
     is_many = isinstance(prompt, list) and not is_conversation(prompt)
     default = (model.preset.get("generate") or {}).get("length")
@@ -48,11 +60,17 @@ def generate(
     settings = resolve_settings(model, "generate", None, length, strategies, needs_prompt=False)
     examples, prompts = [], prompt if is_many else [prompt]
     for i, one in enumerate(prompts):
-        if not one or (isinstance(one, str) and not one.strip()):
-            raise ValueError(f"prompt {i} is empty, expected text or a conversation")
-        examples.append(Example((*conversation(one), assistant(Slot(length=settings.length)))))
+        if not isinstance(one, str) and not is_conversation(one):
+            raise ValueError(f"prompt {i} is {one!r}, expected text or a conversation")
+        try:
+            messages = conversation(one)
+        except (TypeError, ValueError) as error:
+            if is_many:
+                number_error(error, i)
+            raise
+        examples.append(Example((*messages, assistant(Slot(length=settings.length)))))
     if chat is None and not all(isinstance(one, str) for one in prompts):
         chat = True  # conversations need the template; texts in the same list use it too
     run = {"batch_size": batch_size, "seed": seed, "chat": chat}
     filled = fill(model, examples, settings.strategies, **run)
-    return unwrap(to_answers(model, filled), is_many, details)
+    return unwrap(to_answers(model, filled, verbatim=True), is_many, details)

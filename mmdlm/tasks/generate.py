@@ -195,15 +195,18 @@ def generate_from_media(
     return unwrap(answers, isinstance(item, list), details)
 
 
-def to_answers(model: MultimodalDLM, filled: Items[Filled], *, stacklevel: int = 3) -> list[Answer]:
+def to_answers(
+    model: MultimodalDLM, filled: Items[Filled], *, verbatim: bool = False, stacklevel: int = 3
+) -> list[Answer]:
     """Answers in decoded canvases; warns once if answers were truncated.
 
     Args:
         model: model.
         filled: decoded canvases, see `fill`.
+        verbatim: see `finish`.
         stacklevel: see `warnings.warn`; 3 is the caller of the calling function.
     """
-    answers = [finish(model, each) for each in filled]
+    answers = [finish(model, each, verbatim) for each in filled]
     full = [answer for answer in answers if answer.truncated]
     if full:
         which = "the answer" if len(answers) == 1 else f"{len(full)} of {len(answers)} answers"
@@ -238,7 +241,7 @@ def fill(
         seed: seed of a separate generator per example; None: torch's default generator.
         chat: see `mmdlm.processor.Processor.prompt`.
     Raises:
-        ValueError: an example is not valid; a note of the exception gives its index.
+        ValueError: an example is not valid; message or note give its index among several.
     """
     processor, media = model.processor, MediaCache(examples)
     sizes = [len(processor.canvas(example.messages)) for example in examples]
@@ -279,12 +282,23 @@ def _filled(decoded: Decoded, seconds: float) -> list[Filled]:
     ]
 
 
-def finish(model: MultimodalDLM, filled: Filled) -> Answer:
-    """Answer in a decoded canvas: the tokens before the first end token."""
+def finish(model: MultimodalDLM, filled: Filled, verbatim: bool = False) -> Answer:
+    """Answer in a decoded canvas: the tokens before the first end token.
+
+    Args:
+        model: model.
+        filled: decoded canvas.
+        verbatim: keep white space at both ends, which is part of a continued text.
+    """
     ends = end_ids(model)
     tokens = filled.tokens
     size = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-    text = "" if model.tokenizer is None else model.tokenizer.decode(tokens[:size]).strip()
+    if model.tokenizer is None:
+        text = ""
+    elif verbatim:
+        text = model.tokenizer.continuation(tokens[:size])
+    else:
+        text = model.tokenizer.decode(tokens[:size]).strip()
     return filled.answer(model, text, size, truncated=size == len(tokens))
 
 

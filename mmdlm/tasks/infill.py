@@ -86,7 +86,7 @@ def infill(
         image: context of the text, see `mmdlm.caption`. Lists of templates, images and prompts
             need equal lengths; a single value is repeated.
         prompt: instruction before the text; None: the checkpoint's default. Without prompt and
-            image, the text before the first slot is the prompt. For a schema, see
+            image, the text before the first slot is the prompt, and may be empty. For a schema, see
             `mmdlm.tasks.scaffold.instruction`.
         length: canvas length in tokens, padded with end tokens as in training; None: the
             checkpoint's default, else the length of the text.
@@ -99,8 +99,8 @@ def infill(
     Returns:
         str, or list[str] for a list; `Answer` instead of str if details=True.
     Raises:
-        ValueError: a text has no slot, is longer than `length`, or begins with a slot and has no
-            prompt; or the schema uses an unsupported keyword.
+        ValueError: a text has no slot or is longer than `length`, or the schema uses an
+            unsupported keyword.
     """
     if image is not None:
         model.processor.require("image")
@@ -203,15 +203,12 @@ def _example(
     default: int | None,
 ) -> tuple[Example, Span]:
     """Example of a template, and its positions on the canvas."""
-    # Tokenizers attach the space before a word to the word, so it is part of the slot.
-    texts = [model.processor.encode(text.rstrip(" ")) for text in cloze.texts]
+    # Tokenizers attach the space before a word to the word, so it is part of the slot; further
+    # spaces are indentation.
+    texts = [model.processor.encode(text.removesuffix(" ")) for text in cloze.texts]
     instruction = () if prompt is None else (Text(prompt),)
     role = "user"
     if prompt is None and not media:
-        if not len(texts[0]):
-            raise ValueError(
-                "the template begins with a slot and there is no prompt; pass prompt='...'"
-            )
         role, instruction, texts[0] = RAW, (Text(texts[0]),), NOTHING
     parts, slots, end = [texts[0]], [], len(texts[0])
     for size, text in zip(cloze.sizes, texts[1:], strict=True):
@@ -229,12 +226,10 @@ def _example(
 
 def _finish(model: MultimodalDLM, cloze: ClozeText, span: Span, filled: Filled) -> Answer:
     """Answer whose text is the template with its slots filled in."""
-    text = cloze.texts[0]
+    text, tokenizer = cloze.texts[0], model.tokenizer
     for slot, following in zip(span.slots, cloze.texts[1:], strict=True):
-        new = model.tokenizer.decode(filled.tokens[slot])
-        if not text or text[-1].isspace():
-            new = new.lstrip()
-        if following[:1].isspace():
-            new = new.rstrip()
-        text += new + following
+        tokens = filled.tokens[slot]
+        new = tokenizer.continuation(tokens) if text else tokenizer.decode(tokens)
+        # The space before a slot is in the template and belongs to the first token of the slot.
+        text += (new.removeprefix(" ") if text.endswith(" ") else new) + following
     return filled.answer(model, text, span.size)

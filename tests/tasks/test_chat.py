@@ -6,6 +6,7 @@ import torch
 import mmdlm
 import mmdlm.tasks.chat as module
 from mmdlm import checkpoint
+from mmdlm.decoding.guidance.allowed import Allowed, Slot
 from mmdlm.tasks.generate import Answer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*filled the canvas")
@@ -62,7 +63,7 @@ def test_length_is_the_argument_or_the_checkpoint_default(chatty, monkeypatch):
     def size(**options):
         found = []
         with monkeypatch.context() as patched:
-            patched.setattr(module, "to_answers", lambda *_: None)
+            patched.setattr(module, "to_answers", lambda *_, **__: None)
             patched.setattr(module, "fill", lambda _, given, *__, **___: found.extend(given))
             patched.setattr(module, "unwrap", lambda *_: None)
             mmdlm.generate(chatty, "hi", strategies="one_step", **options)
@@ -96,12 +97,62 @@ def test_model_without_a_template_continues_text(speaker):
             mmdlm.generate(speaker, "hi" if given else TALK, length=4, **given)
 
 
-def test_empty_prompts_are_rejected(speaker, chatty):
-    for prompt in ("", ["hi", ""]):
-        with pytest.raises(ValueError, match=r"prompt \d is empty"):
-            mmdlm.generate(chatty, prompt, length=2, chat=False)
-    with pytest.raises(ValueError, match="ends with the assistant"):
-        mmdlm.generate(chatty, TALK[:2], length=2)
+@pytest.mark.parametrize("names", [None, {"bos_token": "<|im_start|>"}])
+def test_without_a_prompt_a_text_begins_with_bos_or_nothing(speller, names):
+    model = speller(MARKERS, names=names)
+    begin = torch.tensor([model.tokenizer.encode("<|im_start|>" if names else "")]).long()
+    wanted = mmdlm.decode(model, begin, 6).history.confidence[0].tolist()
+    found = mmdlm.generate(model, ["", "hi"], length=6, chat=False, details=True)
+    assert found[0].confidence == pytest.approx(wanted[: len(found[0].confidence)])
+    assert found[1].text == mmdlm.generate(model, "hi", length=6, chat=False)
+
+
+def test_without_a_prompt_a_shifted_family_begins_after_the_end_token(speller):
+    model = speller(MARKERS, shift=True)
+    wanted = mmdlm.decode(model, torch.tensor([[model.spec.eos_id]]), 6).tokens[0, 1:].tolist()
+    found = mmdlm.generate(model, "", length=6, chat=False, details=True).tokens
+    assert list(found) == wanted[: len(found)]
+
+
+def test_what_is_not_a_prompt_is_rejected(chatty):
+    for prompt in (None, 3, ["hi", []], ["hi", None]):
+        with pytest.raises(ValueError, match=r"prompt \d is .*expected text or a conversation"):
+            mmdlm.generate(chatty, prompt, length=2)
+
+
+@pytest.mark.parametrize("chat", [False, None])
+def test_white_space_of_the_text_is_kept(speaker, chatty, chat):
+    """Indentation and the last line break of a continued text; prompt and text are one text."""
+    wanted = "    return x + 1\n"
+    for model in (speaker, chatty):
+        ids = [*model.tokenizer.encode(wanted), model.spec.eos_id]
+        forced = [Allowed([Slot(i, i + 1, [token]) for i, token in enumerate(ids)])]
+        options = {"length": len(ids), "strategies": forced, "chat": chat}
+        assert mmdlm.generate(model, "def f(x):\n", **options) == wanted
+
+
+def test_an_answer_that_the_assistant_has_begun_is_continued(chatty):
+    begun = [TALK[0], {"role": "assistant", "content": "Sure, "}]
+    prompt = chatty.prompt(begun)
+    assert chatty.tokenizer.decode(prompt.tolist()).endswith("assistant\nSure, ")
+    wanted = mmdlm.decode(chatty, prompt[None], 5).tokens[0, len(prompt) :].tolist()
+    found = mmdlm.generate(chatty, begun, length=5, details=True)
+    assert list(found.tokens) == wanted[: len(found.tokens)]
+    assert not found.text.startswith("Sure")
+
+
+def test_the_fault_of_one_prompt_names_its_index(chatty):
+    for bad in ("a \ud83d", "a <|mask|>", [{"role": "bot", "content": "x"}], [{"role": "user"}]):
+        with pytest.raises(ValueError, match="^item 2: "):
+            mmdlm.generate(chatty, ["fine", "too", bad], length=2, batch_size=2)
+
+
+def test_half_of_a_surrogate_pair_is_named_with_its_place(chatty):
+    assert chatty.prompt("a \ud83d\ude00").equal(chatty.prompt("a \U0001f600"))
+    for chat in (False, True):
+        for text in ("ok \ud83d", "ok \ude00", "ok \ude00\ud83d", "\U0001f600k \udcff."):
+            with pytest.raises(ValueError, match="half of a surrogate pair, .* at position 3"):
+                chatty.prompt(text, chat=chat)
 
 
 def test_question_without_an_image_uses_the_template(chatty):

@@ -2,6 +2,8 @@ import pytest
 import torch
 
 import mmdlm
+import mmdlm.tasks.infill as module
+from mmdlm.tasks.generate import Filled
 from mmdlm.tasks.infill import parse
 
 
@@ -42,9 +44,45 @@ def test_details_distinguish_known_from_filled(model, images):
 def test_text_before_the_first_slot_is_the_prompt(model):
     model.preset = {}
     assert mmdlm.infill(model, "the circle is [MASK]").startswith("the circle is")
-    with pytest.raises(ValueError, match="there is no prompt"):
-        mmdlm.infill(model, "[MASK] circle")
     assert mmdlm.infill(model, "[MASK] circle", prompt="say it").endswith("circle")
+
+
+def test_the_first_word_of_a_text_is_filled_in(speller):
+    model = speller()
+    answer = mmdlm.infill(model, "[MASK] is the capital", details=True)
+    assert answer.text.endswith(" is the capital")
+    canvas = torch.tensor([[model.spec.mask_id, *model.tokenizer.encode(" is the capital")]])
+    logits = model.logits(canvas)[0, 0]
+    logits[[model.spec.mask_id, model.spec.eos_id]] = -torch.inf
+    assert answer.tokens[0] == logits.argmax()
+
+
+def test_white_space_of_text_and_slots_is_kept(speller, monkeypatch):
+    """The text is that of the tokens; the one space before a slot belongs to its first token."""
+    model, spoken = speller(), iter("")
+
+    def fill(model, examples, *args, **options):
+        return [filled(model, example, next(spoken)) for example in examples]
+
+    def filled(model, example, said):
+        canvas = model.processor.canvas(example.messages).tolist()
+        ids = iter(model.tokenizer.encode(said))
+        tokens = [next(ids) if token == model.spec.mask_id else token for token in canvas]
+        return Filled(tokens, [0] * len(tokens), [1.0] * len(tokens), 1, 0.0)
+
+    monkeypatch.setattr(module, "fill", fill)
+    for template, said, wanted in (
+        ("def f(x):\n[MASK:7]x", "    ret", "def f(x):\n    retx"),
+        ("def f(x):\n    [MASK:3]", " if", "def f(x):\n    if"),
+        ("a [MASK:4] b", " red", "a red b"),
+        ("a [MASK:4]b", "red\n", "a red\nb"),
+        ("[MASK:3] b", "  a", "  a b"),
+    ):
+        spoken = iter([said])
+        assert mmdlm.infill(model, template) == wanted
+    texts = [model.processor.encode("def f(x):\n   "), "[MASK:3]"]
+    example, _ = module._example(model, parse("def f(x):\n    [MASK:3]"), None, (), None, None)
+    assert example.messages[0].parts[0].text.equal(texts[0])
 
 
 def test_slots_are_parsed():
