@@ -335,7 +335,8 @@ def test_commands_reject_the_mask_token(commands, tmp_path, capsys) -> None:
         ["infill", "[MASK]", "--prompt", attack],
         ["infill", "--schema", str(schema), "--prompt", attack],
     ):
-        assert main([*given, "--length", "40"]) == 2
+        status = 1 if given[0] == "generate" else 2  # a list, whose other texts are answered
+        assert main([*given, "--length", "40"]) == status
         told = capsys.readouterr()
         assert "holds the mask token" in told.err
         assert not told.out

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmdlm.commands.live import live
 from mmdlm.commands.shown import Run, plain, print_result
-from mmdlm.files import read_lines
+from mmdlm.files import read_input
 
 if TYPE_CHECKING:
     from mmdlm.model import MultimodalDLM
@@ -57,41 +58,115 @@ class Say:
 
 
 def generate(
-    run: Run, say: Say, texts: list[str] = (), file: Path | None = None, raw: bool = False
+    run: Run,
+    say: Say,
+    texts: list[str] = (),
+    file: Path | None = None,
+    raw: bool = False,
+    out: Path | None = None,
 ) -> int:
     """Answers texts, by a checkpoint that takes text.
 
     mmdlm generate "Why is the sky blue?" --model GSAI-ML/LLaDA-8B-Instruct
-    mmdlm generate --file prompts.jsonl --model my-model --json > answers.jsonl
+    mmdlm generate --file prompts.jsonl --model my-model --out answers.jsonl
+
+    A text that cannot be answered is reported at the end (exit status 1); the others are answered.
 
     Args:
         texts: what is said to the model, each on its own.
         file: more of them, one per line; in a .jsonl each line is a text or a list of messages,
             {"role": ..., "content": ...}, or has one as its "prompt" or "messages".
         raw: continue the texts as they are, without the checkpoint's chat template.
+        out: JSON Lines file; run again to go on where it stopped and to retry what failed.
         run: which model runs, and where.
         say: how answers are made.
     """
-    from mmdlm.tasks.chat import generate as answer
-
-    prompts = [*texts, *(() if file is None else _read(file))]
-    if not prompts:
+    lines = [Line(text, f"text {i}") for i, text in enumerate(texts, 1)]
+    lines += () if file is None else _read(file)
+    if not lines:
         raise ValueError("nothing to answer; give texts, or --file with one per line")
     if raw and say.system is not None:
         raise ValueError("--system has no place in a --raw text; leave one of them out")
-    asked: list[Any] = prompts
+    from mmdlm.tasks.folder import append, finished
+
+    job = {"task": "generate", "system": say.system, "raw": raw or None}
+    done = set() if out is None else finished(out, job, _key)
+    todo = [line for line in _repeated(lines) if _key(line.record) not in done]
+    model, failed = run.load(), []
+    with live(say.live):
+        records = _answered(model, todo, run.batch_size, say, raw)
+        if out is not None:
+            fields = {name: value for name, value in job.items() if value is not None}
+            records = append(out, (fields | record for record in records))
+        for record in records:
+            if "error" in record:
+                failed.append(record)
+            elif out is None or run.json:
+                print_result(record, run.json, None)
+    for record in failed:
+        print(f"mmdlm: failed: {record['place']}: {record['error']}", file=sys.stderr)
+    if out is not None:
+        counts = f"{len(todo) - len(failed)} done, {len(lines) - len(todo)} done before"
+        print(f"{out}: {counts}, {len(failed)} failed", file=sys.stderr)
+    return int(bool(failed))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A prompt of `mmdlm generate`.
+
+    Args:
+        prompt: text or messages; of a line that cannot be read, the line.
+        place: where it stands, for errors.
+        error: why it cannot be read.
+        repeat: number of equal prompts before it.
+    """
+
+    prompt: Any
+    place: str
+    error: Exception | None = None
+    repeat: int = 0
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What identifies the prompt in a file of results."""
+        return {"prompt": self.prompt} | ({"repeat": self.repeat} if self.repeat else {})
+
+
+def _key(record: dict[str, Any]) -> tuple[str, int]:
+    """Identity of a result's prompt."""
+    return json.dumps(record["prompt"], sort_keys=True), record.get("repeat", 0)
+
+
+def _repeated(lines: list[Line]) -> Iterator[Line]:
+    """The lines with the number of equal prompts before each."""
+    seen: Counter[str] = Counter()
+    for line in lines:
+        text, _ = _key(line.record)
+        yield replace(line, repeat=seen[text])
+        seen[text] += 1
+
+
+def _answered(
+    model: MultimodalDLM, lines: list[Line], batch_size: int, say: Say, raw: bool
+) -> Iterator[dict[str, Any]]:
+    """Records of the lines, in order: results, and failures with "error" and "place"."""
+    from mmdlm.tasks.chat import each
+
+    asked = [line.prompt for line in lines if line.error is None]
     if say.system is not None:
-        turns = ([{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts)
+        turns = ([{"role": "user", "content": p}] if isinstance(p, str) else p for p in asked)
         asked = [[*say.opening(), *turn] for turn in turns]
-    model = run.load()
     options = say.options() | {"chat": False if raw else None}
-    for start in range(0, len(asked), run.batch_size):
-        group = slice(start, start + run.batch_size)
-        with live(say.live):
-            found = answer(model, asked[group], batch_size=run.batch_size, **options)
-        for prompt, result in zip(prompts[group], found, strict=True):
-            print_result({"prompt": prompt, **plain(result)}, run.json, None)
-    return 0
+    answers = each(model, asked, batch_size=batch_size, **options)
+    for line in lines:
+        found = next(answers) if line.error is None else line.error
+        if isinstance(found, Exception):
+            notes = getattr(found, "__notes__", ())
+            error = " ".join([f"{type(found).__name__}: {found}", *notes])
+            yield line.record | {"place": line.place, "error": error}
+        else:
+            yield line.record | plain(found)
 
 
 def chat(checkpoint: str, say: Say, device: str = "auto", dtype: str = "auto") -> int:
@@ -212,24 +287,25 @@ def _lines() -> Iterator[str]:
             yield line
 
 
-def _read(file: Path) -> list[Any]:
-    """The prompts in a file.
+def _read(file: Path) -> list[Line]:
+    """The prompts in a file, with an error for each line that holds neither text nor messages.
 
     Raises:
-        ValueError: a line holds neither a text nor messages.
+        ValueError: the file is not text in UTF-8.
     """
-    lines = read_lines(file)
-    if file.suffix != ".jsonl":
-        return lines
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number} is no JSON: {error}") from error
-        if isinstance(value, dict):
-            value = value.get("messages", value.get("prompt"))
-        if not isinstance(value, str | list):
-            raise ValueError(f"{file}, line {number} has no text and no messages")
-        found.append(value)
-    return found
+    places = {f"{file}, line {i}": line for i, line in enumerate(read_input(file).split("\n"), 1)}
+    read = _parsed if file.suffix.lower() == ".jsonl" else Line
+    return [read(line, place) for place, line in places.items() if line.strip()]
+
+
+def _parsed(line: str, place: str) -> Line:
+    """A line of a .jsonl file."""
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        return Line(line, place, ValueError(f"the line is not valid JSON: {error}"))
+    if isinstance(value, dict):
+        value = value.get("messages", value.get("prompt"))
+    if isinstance(value, str | list):
+        return Line(value, place)
+    return Line(line, place, ValueError("the line has no text and no messages"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
 from typing import Any
 
 from mmdlm.decoding.preset import Choice
@@ -14,7 +16,13 @@ from mmdlm.messages import (
     number_error,
 )
 from mmdlm.model import MultimodalDLM
-from mmdlm.tasks.generate import fill, resolve_settings, to_answers, unwrap
+from mmdlm.tasks.generate import (
+    check_batch_size,
+    fill,
+    resolve_settings,
+    to_answers,
+    unwrap,
+)
 
 LENGTH = 128  # default canvas length in tokens
 
@@ -65,7 +73,7 @@ def generate(
         try:
             messages = conversation(one)
         except (TypeError, ValueError) as error:
-            if is_many:
+            if len(prompts) > 1:
                 number_error(error, i)
             raise
         examples.append(Example((*messages, assistant(Slot(length=settings.length)))))
@@ -74,3 +82,37 @@ def generate(
     run = {"batch_size": batch_size, "seed": seed, "chat": chat}
     filled = fill(model, examples, settings.strategies, **run)
     return unwrap(to_answers(model, filled, verbatim=True), is_many, details)
+
+
+def each(
+    model: MultimodalDLM, prompts: Items[Any], *, batch_size: int = 16, **options: Any
+) -> Iterator[Any]:
+    """Yields the answer to each prompt, in order, or the error of one that cannot be answered.
+
+    If a batch fails, its prompts are run one by one.
+
+    Args:
+        model: model.
+        prompts: see `generate`.
+        batch_size: see `generate`.
+        **options: keyword arguments of `generate`.
+    Raises:
+        ValueError: the options are not valid; raised before the first answer.
+    """
+    given = (options.get(name) for name in ("length", "strategies"))
+    resolve_settings(model, "generate", None, *given, needs_prompt=False)
+    check_batch_size(batch_size)
+    for start in range(0, len(prompts), batch_size):
+        yield from _answers(model, prompts[start : start + batch_size], options)
+
+
+def _answers(model: MultimodalDLM, prompts: Items[Any], options: dict[str, Any]) -> list[Any]:
+    """Answers of a batch, or errors."""
+    try:
+        return generate(model, list(prompts), batch_size=len(prompts), **options)
+    except ImportError:
+        raise  # a missing library fails for every prompt
+    except Exception as error:  # noqa: BLE001 - one failure must not cost the other answers
+        if len(prompts) == 1:
+            return [error]
+    return [found for one in prompts for found in _answers(model, [one], options)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,30 +78,45 @@ def run_folder(
     out = Path(out)
     kind = _kind(task, kind)
     found = find_media(paths, kind)
-    done = _finished(out, task, options.get("question"))
+    job = {"task": task, "question": options.get("question")}
+    done = finished(out, job, lambda record: Path(record["file"]).resolve())
     todo = [path for path in found if path.resolve() not in done]
     records = each(model, task, todo, batch_size=batch_size, kind=kind, **options)
-    failures = out.with_suffix(".failed.jsonl")
-    failed = 0
-    failures.unlink(missing_ok=True)  # they are tried again
-    out.parent.mkdir(parents=True, exist_ok=True)
     bar = tqdm(
         total=len(todo), desc=task, unit="file", disable=None if progress is None else not progress
     )
-    with out.open("a", encoding="utf-8") as lines, bar:
-        for record in records:
-            line = json.dumps(record, ensure_ascii=False) + "\n"
-            if "error" in record:
-                failed += 1
-                with failures.open("a", encoding="utf-8") as broken:
-                    broken.write(line)
-            else:
-                lines.write(line)
-                lines.flush()
+    failed = 0
+    with bar:
+        for record in append(out, records):
+            failed += "error" in record
             if on_record is not None:
                 on_record(record)
             bar.update()
     return Counts(len(todo) - failed, len(found) - len(todo), failed)
+
+
+def append(out: Path, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yields the records after each was appended to `out`, or to `<out>.failed.jsonl`.
+
+    Args:
+        out: JSON Lines file.
+        records: results, and failures, which have an "error".
+    """
+    failures = out.with_suffix(".failed.jsonl")
+    failures.unlink(missing_ok=True)  # they are tried again
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Half of a surrogate pair in a prompt becomes its JSON escape.
+    given = {"mode": "a", "encoding": "utf-8", "errors": "backslashreplace"}
+    with out.open(**given) as lines:
+        for record in records:
+            line = json.dumps(record, ensure_ascii=False) + "\n"
+            if "error" in record:
+                with failures.open(**given) as broken:
+                    broken.write(line)
+            else:
+                lines.write(line)
+                lines.flush()
+            yield record
 
 
 def each(
@@ -221,18 +237,28 @@ def _error_text(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _finished(out: Path, task: str, question: str | None) -> set[Path]:
-    """Files with a result for this task; an incomplete last line is removed from `out`."""
+def finished(
+    out: Path, job: dict[str, Any], key: Callable[[dict[str, Any]], Hashable]
+) -> set[Hashable]:
+    """Keys of the results of a job; an incomplete last line is removed from `out`.
+
+    Args:
+        out: JSON Lines file.
+        job: fields that the records of the job have; None for a missing one.
+        key: what identifies the input of a record.
+    Raises:
+        ValueError: the file holds something else.
+    """
     if not out.exists():
         return set()
     data = out.read_bytes()
     complete = data[: data.rfind(b"\n") + 1]
-    files = set()
+    keys = set()
     for number, line in enumerate(complete.decode("utf-8").split("\n")[:-1], 1):
         try:
             record = json.loads(line)
-            if (record["task"], record.get("question")) == (task, question):
-                files.add(Path(record["file"]).resolve())
+            if record["task"] and all(record.get(name) == value for name, value in job.items()):
+                keys.add(key(record))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{out}, line {number} is not a result of mmdlm; pass another output file"
@@ -240,5 +266,5 @@ def _finished(out: Path, task: str, question: str | None) -> set[Path]:
     if len(complete) < len(data):
         if data[len(complete) :].lstrip()[:1] != b"{":
             raise ValueError(f"{out} is not a results file of mmdlm; pass another output file")
-        out.write_bytes(complete)
-    return files
+        os.truncate(out, len(complete))  # in place: a second kill here loses nothing
+    return keys

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import sys
 
 import pytest
@@ -102,12 +103,71 @@ def test_chat_reads_a_pipe_with_a_byte_order_mark(model, asked, monkeypatch, cap
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", "line 1 is no JSON"), ("3", "no text and no"), ('{"text": "x"}', "no text and no")],
+    [
+        ("{", "ValueError: the line is not valid JSON"),
+        ("3", "ValueError: the line has no text and no messages"),
+        ('{"text": "x"}', "ValueError: the line has no text and no messages"),
+        ('"blue <|mask|> here"', "ValueError: .* holds the mask token"),
+        (json.dumps("blue " * 200), "ValueError: .* this model's context is 400"),
+        ('"half \\ud83d"', "ValueError: .* half of a surrogate pair, .* at position 5"),
+        ('[{"role": "bot", "content": "x"}]', "ValueError: message 0 has role 'bot'"),
+        ("[]", r"ValueError: prompt 0 is \[\], expected text"),
+    ],
 )
-def test_generate_names_the_line_it_cannot_read(model, tmp_path, capsys, line, message):
-    (tmp_path / "p.jsonl").write_text(line)
-    assert main(["generate", "--file", str(tmp_path / "p.jsonl")]) == 2
-    assert message in capsys.readouterr().err
+@pytest.mark.parametrize("size", ["1", "2", "16"])
+def test_one_bad_line_does_not_cost_the_other_answers(model, tmp_path, capsys, line, message, size):
+    file = tmp_path / "p.jsonl"
+    file.write_text(f'"hi"\n\n{line}\n"why"\n')
+    assert main(["generate", "--file", str(file), "--json", "--batch-size", size]) == 1
+    told = capsys.readouterr()
+    records = [json.loads(line) for line in told.out.splitlines()]
+    wanted = [{"prompt": p, "text": mmdlm.generate(model, p)} for p in ("hi", "why")]
+    assert records == wanted
+    assert re.search(rf"failed: {re.escape(str(file))}, line 3: {message}", told.err)
+
+
+def test_generate_resumes_where_it_stopped(model, asked, tmp_path, capsys):
+    """After a kill in the middle of a line, too; failures and equal prompts included."""
+    file, out = tmp_path / "p.txt", tmp_path / "answers" / "a.jsonl"
+    file.write_text("hi\nblue <|mask|>\n  hi\nwhy\nhi\n")
+    call = ["generate", "--file", str(file), "--out", str(out), "--batch-size", "2"]
+    assert main(call) == 1
+    assert "4 done, 0 done before, 1 failed" in capsys.readouterr().err
+    whole = out.read_text()
+    records = [json.loads(line) for line in whole.splitlines()]
+    assert [record["prompt"] for record in records] == ["hi", "  hi", "why", "hi"]
+    assert [record["text"] for record in records] == [
+        mmdlm.generate(model, record["prompt"]) for record in records
+    ]
+    (failure,) = map(json.loads, out.with_suffix(".failed.jsonl").read_text().splitlines())
+    assert (failure["prompt"], failure["place"]) == ("blue <|mask|>", f"{file}, line 2")
+    out.write_text(whole[: whole.rindex("hi")])  # killed while the last line was written
+    asked.clear()
+    assert main(call) == 1
+    assert out.read_text() == whole
+    assert "1 done, 3 done before, 1 failed" in capsys.readouterr().err
+    assert "why" not in [prompt for prompts in asked for prompt in prompts]
+    assert main([*call, "--system", "be brief"]) == 1  # other prompts, in the same file
+    assert "4 done, 0 done before, 1 failed" in capsys.readouterr().err
+
+
+def test_faulty_options_are_reported_before_the_first_answer(model, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("hi\nwhy\n")
+    for given in (["--length", "0"], ["--decoding", "nowhere"], ["--batch-size", "0"]):
+        assert main(["generate", "--file", str(tmp_path / "p.txt"), *given]) == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert "failed" not in told.err
+
+
+def test_generate_reads_files_of_windows(model, asked, tmp_path, capsys):
+    file = tmp_path / "p.TXT"
+    file.write_bytes("\ufeffhi\r\n  why\u2028so\r\n".encode())
+    assert main(["generate", "--file", str(file)]) == 0
+    assert asked.pop() == ["hi", "  why\u2028so"]
+    file.write_bytes(b"gr\xfcn\n")
+    assert main(["generate", "--file", str(file)]) == 2
+    assert f"{file} is not text in UTF-8" in capsys.readouterr().err
 
 
 def test_generate_with_a_system_message(model, asked, capsys):
