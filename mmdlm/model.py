@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 class MultimodalDLM(nn.Module):
     """Masked-diffusion language model with optional image, audio and robot-state inputs.
 
+    Several threads may use one model at the same time: tasks, `decode` and sessions keep their
+    state to themselves. A `Session` belongs to one thread at a time. Weights must not change
+    meanwhile.
+
     Args:
         spec: sizes, special ids and conventions of the backbone.
         encoders: encoder of each modality ("image", "audio", "state").

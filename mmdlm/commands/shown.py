@@ -25,7 +25,7 @@ class Run:
         device: "auto" takes the GPU if there is one; "cpu", "cuda".
         dtype: "float32", "bfloat16", "float16"; "auto" is float32 on a CPU.
         compile: compile the model first; worth a minute on a GPU when there is much to do.
-        batch_size: items computed together; it does not change the results.
+        batch_size: items computed together; in float32 it does not change the results.
         json: print one JSON object per line.
     """
 

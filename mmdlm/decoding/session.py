@@ -69,7 +69,7 @@ class Session:
     Every request has its own clock and its own random stream: whenever it is added, it gets the
     tokens, steps and number of forwards that it gets alone. (In low precision other shapes may
     break near-ties otherwise; `ODD` makes rows differ on purpose.) Weights must not change while
-    requests are running.
+    requests are running. A session is not thread-safe; several sessions may share a model.
 
     Args:
         model: the model.

@@ -67,7 +67,7 @@ def answer(
             question alone. Not used for conversations.
         length: canvas length in tokens; None: the checkpoint's default, else 32.
         strategies: preset name or list, see `mmdlm.decode`; None: the checkpoint's default.
-        batch_size: questions per batch; it does not change the answers.
+        batch_size: questions per batch; in float32 it does not change the answers, see `fill`.
         details: return `mmdlm.tasks.generate.Answer` instead of text.
         seed: random seed, the same for every question; None: torch's default generator.
     Returns:

@@ -51,7 +51,7 @@ def generate(
             writes a text without a prompt.
         length: canvas length in tokens; None: the checkpoint's default, else 128.
         strategies: preset name or list, see `mmdlm.decode`; None: the checkpoint's default.
-        batch_size: prompts per batch; it does not change the answers.
+        batch_size: prompts per batch; in float32 it does not change the answers, see `fill`.
         details: return `mmdlm.tasks.generate.Answer` instead of text.
         seed: random seed, the same for every prompt; None: torch's default generator.
         chat: True: a text is a user message; False: it is continued without the chat template;

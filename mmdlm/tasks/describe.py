@@ -29,7 +29,7 @@ def describe(
         prompt: instruction; None: the checkpoint's default.
         length: canvas length in tokens; None: the checkpoint's default, else 32.
         strategies: preset name or list, see `mmdlm.decode`; None: the checkpoint's default.
-        batch_size: recordings per batch; it does not change the descriptions.
+        batch_size: recordings per batch; in float32 it does not change the descriptions.
         details: return `mmdlm.tasks.generate.Answer` instead of text.
         seed: random seed, the same for every recording; None: torch's default generator.
     Returns:

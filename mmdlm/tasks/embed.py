@@ -33,7 +33,8 @@ def embed(
         image: see `mmdlm.caption`; or a list.
         audio: see `mmdlm.transcribe`; or a list.
         text: text, or a list of texts. All lists need the same length; a single value is repeated.
-        batch_size: items per batch; it does not change the embeddings.
+        batch_size: items per batch. In float32 it changes embeddings by less than 1e-6, as sums are
+            taken in another order; in bfloat16 by less than 1e-3.
     Returns:
         float32 [D] on the CPU, or [N D] if a list was given; dot products are cosines.
     Raises:

@@ -230,6 +230,10 @@ def fill(
 ) -> list[Filled]:
     """Decoded canvas of each example, in order, independent of the batching.
 
+    In float32 logits differ by about 1e-6 between batch sizes, which decides exact ties only. In
+    bfloat16 and float16, rounding may decide near ties otherwise, see "Batches and threads" in the
+    README.
+
     Media shared by several examples are encoded once. The same path or object is recognised
     within the whole call, equal content at least within a batch.
 

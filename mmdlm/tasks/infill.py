@@ -91,7 +91,7 @@ def infill(
         length: canvas length in tokens, padded with end tokens as in training; None: the
             checkpoint's default, else the length of the text.
         strategies: preset name or list, see `mmdlm.decode`; None: the checkpoint's default.
-        batch_size: texts per batch; it does not change the results.
+        batch_size: texts per batch; in float32 it does not change the results, see `fill`.
         details: return `mmdlm.tasks.generate.Answer`; known tokens have step -1, confidence 0.
         seed: random seed, the same for every text; None: torch's default generator.
         slot: default number of tokens of a string of the schema.

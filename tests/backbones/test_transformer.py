@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmdlm.backbones.block import attend
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.moe import MoEConfig
 from mmdlm.backbones.transformer import Transformer
@@ -319,3 +320,22 @@ def test_long_context_factor_is_a_larger_base() -> None:
 def test_invalid_sizes_are_rejected(switches: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(TINY, **switches)
+
+
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("queries", [1, 3, 40])
+@torch.inference_mode()
+def test_bfloat16_attention_is_that_of_each_row_without_padding(queries: int, group: int) -> None:
+    """Bit for bit on a CPU: padding must not change the order of the sums over the keys."""
+    draw = torch.Generator().manual_seed(0)
+    q = torch.randn(6, 4, queries, 16, generator=draw).bfloat16()
+    k, v = (torch.randn(6, 4 // group, 40, 16, generator=draw).bfloat16() for _ in range(2))
+    mask, ends = torch.zeros(6, 1, queries, 40, dtype=torch.bool), []
+    for i in range(6):
+        first, last = (0, 40) if i == 0 else (3 * i - 2, 40 - i)
+        mask[i, ..., first:last] = True
+        ends.append(slice(first, last))
+    found = attend(q, k, v, mask, group)
+    for i, at in enumerate(ends):
+        alone = attend(q[i : i + 1], k[i : i + 1, :, at], v[i : i + 1, :, at], None, group)
+        assert found[i].equal(alone[0]), i

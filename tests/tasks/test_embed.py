@@ -22,6 +22,19 @@ def test_texts_of_unequal_length_are_not_changed_by_padding(model):
     torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("bfloat16", 1e-3)])
+def test_batch_size_changes_embeddings_by_rounding_only(dtype, bound):
+    model = mmdlm.load("tiny", dtype=dtype, device="cpu")
+    texts = [" ".join(["red", "circle", "left"] * n) for n in (1, 2, 11, 3, 1, 7)]
+    found = [mmdlm.embed(model, text=texts, batch_size=size) for size in (1, 4, 6)]
+    assert max((one - found[0]).abs().max() for one in found) < bound
+
+
+def test_an_empty_text_has_no_embedding(model):
+    with pytest.raises(ValueError, match="neither media nor text"):
+        mmdlm.embed(model, text="")
+
+
 def test_embedding_is_the_mean_over_all_tokens(model):
     tokens = model.prompt("a red circle")[None]
     hidden = model.hidden(mmdlm.layout.from_tokens(tokens, None, "cascade", None))[0].mean(0)

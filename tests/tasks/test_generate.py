@@ -1,4 +1,5 @@
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -150,3 +151,32 @@ def test_seeded_decoding_does_not_depend_on_the_batch(model, images):
     together = mmdlm.caption(model, images, strategies=drawn[:1], seed=3)
     alone = [mmdlm.caption(model, one, strategies=drawn[:1], seed=3) for one in images]
     assert together == alone
+
+
+def test_threads_that_share_a_model_get_what_they_get_alone(model, images):
+    """Eight threads, each with several captions, answers and random draws."""
+    drawn = [{"class_path": "mmdlm.decoding.scores.gumbel.Gumbel", "init_args": {}}]
+
+    def work(number: int) -> list:
+        order = [(i + number) % len(images) for i in range(len(images))]
+        captions = mmdlm.caption(model, [images[i] for i in order], batch_size=1 + number % 3)
+        question = mmdlm.answer(model, "what is it ?", images[number % 5], seed=number)
+        sampled = mmdlm.caption(model, images[0], strategies=drawn, seed=number)
+        vectors = mmdlm.embed(model, image=images[number % 5])
+        return [[captions[order.index(i)] for i in range(5)], question, sampled, vectors.tolist()]
+
+    wanted = [work(number) for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(work, [*range(8)] * 3))
+    assert found == wanted * 3
+
+
+def test_texts_are_encoded_alike_by_threads(speller):
+    """The guard against control tokens in user text is a setting of the shared tokenizer."""
+    model = speller(["<|im_start|>", "<|im_end|>"], template="chatml")
+    text = "a <|im_end|> b " * 20
+    wanted = [model.prompt(text).tolist(), model.tokenizer.encode(text)]
+    with ThreadPoolExecutor(8) as pool:
+        prompts = pool.map(lambda _: model.prompt(text).tolist(), range(60))
+        raw = pool.map(lambda _: model.tokenizer.encode(text), range(60))
+        assert [*prompts, *raw] == [wanted[0]] * 60 + [wanted[1]] * 60
