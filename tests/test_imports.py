@@ -19,7 +19,7 @@ PACKAGES = ("encoders", "adapters", "mmdlm")
 LEVELS = (
     {"atomic", "files"},
     {"template_files"},
-    {"text", "discover", "media", "messages"},
+    {"text", "discover", "lines", "media", "messages"},
     {"recipe", "jinja"},
     {"backbones", "chat"},
     {"layout"},
@@ -55,6 +55,7 @@ IMPORT_NAMES = {
 }
 # Packages that are always installed with a required distribution.
 COMES_WITH = {
+    "filelock": "torch",
     "huggingface_hub": "transformers",
     "tokenizers": "transformers",
     "mujoco": "metaworld",
