@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmdlm.commands.live import live
-from mmdlm.commands.shown import Ask, Run, plain, print_result
+from mmdlm.commands.shown import Ask, Output, Run, plain, print_result
 from mmdlm.files import read_input
 
 
-def caption(files: list[str], run: Run, ask: Ask, out: Path | None = None) -> int:
+def caption(files: list[str], run: Run, ask: Ask, output: Output) -> int:
     """Says what pictures show.
 
     mmdlm caption cat.png dog.png
@@ -20,21 +20,21 @@ def caption(files: list[str], run: Run, ask: Ask, out: Path | None = None) -> in
 
     Args:
         files: pictures, and folders that are searched for pictures.
-        out: JSON Lines file; run again to go on where it stopped and to retry broken files.
         run: which model runs, and where.
         ask: how the answer is decoded.
+        output: where the results are kept.
     """
-    return _over_files("caption", files, run, out, ask.options(), ask=ask)
+    return _over_files("caption", files, run, output, ask.options(), ask=ask)
 
 
 def answer(
     question: str,
     run: Run,
     ask: Ask,
+    output: Output,
     files: list[str] = (),
     image: list[str] | None = None,
     choices: list[str] | None = None,
-    out: Path | None = None,
 ) -> int:
     """Answers a question about each image, about several images at once, or about none.
 
@@ -47,17 +47,19 @@ def answer(
         files: images, and folders that are searched for images; one answer each.
         image: an image of the question; given several times, the question is about all of them.
         choices: possible answers, separated by commas; the most probable one is given.
-        out: JSON Lines file; run again to go on where it stopped and to retry broken files.
         run: which model runs, and where.
         ask: how the answer is decoded.
+        output: where the results are kept.
     """
     options = ask.options() | {"choices": choices}
     if files and image:
         raise ValueError("--image is for one question; leave out either it or the files")
     if files:
-        return _over_files("answer", files, run, out, options | {"question": question}, ask=ask)
-    if out is not None:
-        raise ValueError("--out is for answers about files; name images or a folder")
+        return _over_files("answer", files, run, output, options | {"question": question}, ask=ask)
+    if output != Output():
+        raise ValueError(
+            "--out, --redo and --keep are for answers about files; name images or a folder"
+        )
     from mmdlm.tasks.answer import answer as tell
 
     asked: Any = question
@@ -72,21 +74,21 @@ def answer(
     return 0
 
 
-def describe(files: list[str], run: Run, ask: Ask, out: Path | None = None) -> int:
+def describe(files: list[str], run: Run, ask: Ask, output: Output) -> int:
     """Says what sounds are.
 
     mmdlm describe street.wav --model owner/audio-model --prompt "what do you hear?"
 
     Args:
         files: recordings, and folders that are searched for recordings.
-        out: JSON Lines file; run again to go on where it stopped and to retry broken files.
         run: which model runs, and where.
         ask: how the answer is decoded.
+        output: where the results are kept.
     """
-    return _over_files("describe", files, run, out, ask.options(), ask=ask)
+    return _over_files("describe", files, run, output, ask.options(), ask=ask)
 
 
-def transcribe(files: list[str], run: Run, ask: Ask, out: Path | None = None) -> int:
+def transcribe(files: list[str], run: Run, ask: Ask, output: Output) -> int:
     """Writes down what is said.
 
     mmdlm transcribe phrase.wav
@@ -94,11 +96,11 @@ def transcribe(files: list[str], run: Run, ask: Ask, out: Path | None = None) ->
 
     Args:
         files: recordings, and folders that are searched for recordings.
-        out: JSON Lines file; run again to go on where it stopped and to retry broken files.
         run: which model runs, and where.
         ask: how the answer is decoded.
+        output: where the results are kept.
     """
-    return _over_files("transcribe", files, run, out, ask.options(), ask=ask)
+    return _over_files("transcribe", files, run, output, ask.options(), ask=ask)
 
 
 def infill(
@@ -145,8 +147,8 @@ def infill(
 def embed(
     files: list[str],
     run: Run,
+    output: Output,
     kind: Literal["image", "audio"] = "image",
-    out: Path | None = None,
 ) -> int:
     """Gives a vector of unit length for each picture or recording.
 
@@ -155,37 +157,38 @@ def embed(
     Args:
         files: media files, and folders that are searched for them.
         kind: what to look for.
-        out: JSON Lines file; run again to go on where it stopped and to retry broken files.
         run: which model runs, and where.
+        output: where the results are kept.
     """
-    return _over_files("embed", files, run, out, {}, kind)
+    return _over_files("embed", files, run, output, {}, kind)
 
 
 def _over_files(
     task: str,
     files: list[str],
     run: Run,
-    out: Path | None,
+    output: Output,
     options: dict[str, Any],
     kind: Literal["image", "audio"] | None = None,
     ask: Ask | None = None,
 ) -> int:
-    """Runs a task over files and prints or keeps what it gives; exit status 1 with failures."""
-    from mmdlm.media import find_media
+    """Runs a task over files and prints or keeps its results; exit status 1 with failures."""
     from mmdlm.tasks.folder import KINDS, each, run_folder
+    from mmdlm.tasks.results import failures_file
+    from mmdlm.tasks.search import search_media
 
+    output.check()
     kind = KINDS.get(task, kind)
-    found = find_media(files, kind)
+    found = search_media(files, kind)
     ask = ask or Ask()
-    ask.check(len(found))
+    ask.check(len(found.files))
     model = run.load()
-    given = {"batch_size": run.batch_size, "kind": kind, **options}
-    failed = 0
+    out, failed = output.out, 0
 
     def show(record: dict[str, Any]) -> None:
         nonlocal failed
         if "error" not in record:
-            record = ask.draw(record, record["file"] if kind == "image" else None)
+            record = ask.draw(record, found.files[0] if kind == "image" else None)
         if "error" in record:
             failed += 1
             print(f"mmdlm: failed: {record['file']}: {record['error']}", file=sys.stderr)
@@ -193,12 +196,14 @@ def _over_files(
             print_result(record, run.json, "file")
 
     with live(ask.live):
+        given = {"batch_size": run.batch_size, "kind": kind, **options}
         if out is None:
             for record in each(model, task, found, **given):
                 show(record)
             return int(failed > 0)
+        given |= {"redo": output.redo, "keep": output.keep}
         counts = run_folder(model, task, found, out, on_record=show, **given)
-    broken = f" (named in {out.with_suffix('.failed.jsonl')})" if counts.failed else ""
+    broken = f" (named in {failures_file(out)})" if counts.failed else ""
     print(
         f"{out}: {counts.done} done, {counts.skipped} done before, {counts.failed} failed{broken}",
         file=sys.stderr,

@@ -44,6 +44,29 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Output:
+    """Where the results of many files are kept.
+
+    Args:
+        out: JSON Lines file that results are appended to. Run the same command again to resume: it
+            processes what has no result yet, has changed, or failed. Failures are also listed in
+            the same name with .failed before the ending; what is skipped is named on stderr.
+        redo: process files again whose results in --out were made with another model, prompt or
+            decoding; without --redo or --keep the command stops there.
+        keep: keep such results as they are.
+    """
+
+    out: Path | None = None
+    redo: bool = False
+    keep: bool = False
+
+    def check(self) -> None:
+        """Raises ValueError for options without effect."""
+        if self.out is None and (self.redo or self.keep):
+            raise ValueError("--redo and --keep are about earlier results; name their file: --out")
+
+
+@dataclass(frozen=True)
 class Ask:
     """How an answer is asked for and decoded.
 

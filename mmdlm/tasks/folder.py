@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
 
 from encoders.features import Prepared
-from mmdlm.media import find_media
+from mmdlm.lines import escape
 from mmdlm.model import MultimodalDLM
+from mmdlm.processor import Processor
 from mmdlm.tasks.answer import answer
 from mmdlm.tasks.caption import caption
 from mmdlm.tasks.describe import describe
 from mmdlm.tasks.embed import embed
-from mmdlm.tasks.generate import Answer, check_batch_size, resolve_settings
+from mmdlm.tasks.fingerprint import made_with
+from mmdlm.tasks.generate import Answer, Settings, check_batch_size, resolve_settings
+from mmdlm.tasks.inputs import Inputs
+from mmdlm.tasks.prefetch import prefetch
+from mmdlm.tasks.results import Results
+from mmdlm.tasks.search import Found, search_media
 from mmdlm.tasks.transcribe import transcribe
 
 KINDS: dict[str, Literal["image", "audio"]] = {
@@ -29,6 +38,12 @@ KINDS: dict[str, Literal["image", "audio"]] = {
     "transcribe": "audio",
 }
 TASKS = (*KINDS, "embed")
+NAMED = ("question", "prompt", "length", "strategies", "details")
+"""Options that are resolved, or that change no result."""
+
+
+Source = dict[str, Any]
+"""Identity of an input file, see `mmdlm.tasks.inputs`."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +58,14 @@ class Counts:
 def run_folder(
     model: MultimodalDLM,
     task: str,
-    paths: str | Path | Items[str | Path],
+    paths: str | Path | Items[str | Path] | Found,
     out: str | Path,
     *,
     batch_size: int = 16,
     kind: Literal["image", "audio"] | None = None,
+    redo: bool = False,
+    keep: bool = False,
+    workers: int | None = None,
     progress: bool | None = None,
     on_record: Callable[[dict[str, Any]], None] | None = None,
     **options: Any,
@@ -55,77 +73,74 @@ def run_folder(
     """Run a task over files and folders, appending results to a JSON Lines file.
 
     Results are written after each batch. A file that fails is recorded with its error in
-    `<out>.failed.jsonl`, and the job continues. A second call with the same `out` resumes: it
-    processes the files without a result for this task (and question), failures included.
+    `<out>.failed.jsonl` (see `mmdlm.tasks.results.failures_file`), and the job continues. A second
+    call with the same `out` resumes: it processes the files without a result for this task (and
+    question), failures included. Each line also holds what identifies its file ("input", see
+    `mmdlm.tasks.inputs`) and its "settings": a file that has changed is processed again, one that
+    was moved or copied together with `out` is not.
 
     Args:
         model: model.
         task: "caption", "answer" (with question=...), "describe", "transcribe" or "embed".
-        paths: files, and folders to search for files.
-        out: JSON Lines file, appended to.
+        paths: files, and folders to search for files, or the result of the search, see
+            `mmdlm.tasks.search`.
+        out: JSON Lines file, appended to by one process at a time.
         batch_size: files per batch.
         kind: kind of files to search for with "embed".
+        redo: process files again whose results were made with another model, prompt or decoding.
+        keep: keep such results.
+        workers: threads that read files ahead of the model; None: one per core, at most 16.
         progress: show a progress bar; None: on a terminal only.
         on_record: called with each record, including failures (key "error").
         **options: keyword arguments of the task function.
     Returns:
         numbers of files done, skipped and failed.
     Raises:
-        FileNotFoundError: a path does not exist.
-        ValueError: the task, its options or `out` are not valid; nothing was written.
+        FileNotFoundError: there is nothing to process, as a path does not exist.
+        BlockingIOError: another process writes to `out`.
+        ValueError: the task, its options or `out` are not valid, or results in `out` were made
+            with other settings and neither `redo` nor `keep` is given; nothing was written.
         ImportError: a library needed to read the files does not load.
     """
-    out = Path(out)
-    kind = _kind(task, kind)
-    found = find_media(paths, kind)
+    out, kind = Path(out), _kind(task, kind)
+    found = paths if isinstance(paths, Found) else search_media(paths, kind)
+    settings = _checked(model, task, kind, batch_size, options)
+    for line in found.summary():
+        warnings.warn(line, stacklevel=2)
+    inputs, failed = Inputs(out), 0
     job = {"task": task, "question": options.get("question")}
-    done = finished(out, job, lambda record: Path(record["file"]).resolve())
-    todo = [path for path in found if path.resolve() not in done]
-    records = each(model, task, todo, batch_size=batch_size, kind=kind, **options)
-    bar = tqdm(
-        total=len(todo), desc=task, unit="file", disable=None if progress is None else not progress
-    )
-    failed = 0
-    with bar:
-        for record in append(out, records):
-            failed += "error" in record
-            if on_record is not None:
-                on_record(record)
-            bar.update()
-    return Counts(len(todo) - failed, len(found) - len(todo), failed)
-
-
-def append(out: Path, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yields the records after each was appended to `out`, or to `<out>.failed.jsonl`.
-
-    Args:
-        out: JSON Lines file.
-        records: results, and failures, which have an "error".
-    """
-    failures = out.with_suffix(".failed.jsonl")
-    failures.unlink(missing_ok=True)  # they are tried again
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Half of a surrogate pair in a prompt becomes its JSON escape.
-    given = {"mode": "a", "encoding": "utf-8", "errors": "backslashreplace"}
-    with out.open(**given) as lines:
-        for record in records:
-            line = json.dumps(record, ensure_ascii=False) + "\n"
-            if "error" in record:
-                with failures.open(**given) as broken:
-                    broken.write(line)
-            else:
-                lines.write(line)
-                lines.flush()
-            yield record
+    results = Results(out, job, settings, inputs.key_of, redo=redo, keep=keep)
+    with results:
+        todo = _unfinished(found, inputs, results)
+        read = partial(_read, model.processor, kind, inputs.identify)
+        records = _each(model, task, todo, batch_size, read, workers, options)
+        failures = (
+            (inputs.identify(file), _failure(task, file, error, options))
+            for file, error in found.failed.items()
+        )
+        total = len(todo) + len(found.failed)
+        hidden = None if progress is None else not progress
+        with closing(records), tqdm(total=total, desc=task, unit="file", disable=hidden) as bar:
+            for source, record in chain(failures, records):
+                if "error" in record:
+                    failed += 1
+                    results.fail(record, source)
+                else:
+                    results.add(record, source)
+                if on_record is not None:
+                    on_record(record)
+                bar.update()
+    return Counts(total - failed, len(found.files) - len(todo), failed)
 
 
 def each(
     model: MultimodalDLM,
     task: str,
-    files: Items[Path],
+    files: Items[Path] | Found,
     *,
     batch_size: int = 16,
     kind: Literal["image", "audio"] | None = None,
+    workers: int | None = None,
     **options: Any,
 ) -> Iterator[dict[str, Any]]:
     """Yields a record per file with its result or its "error".
@@ -133,18 +148,61 @@ def each(
     Args:
         model: model.
         task: see `run_folder`.
-        files: media files.
+        files: media files; or the result of a search, see `mmdlm.tasks.search`.
         batch_size: files per batch.
         kind: see `run_folder`.
+        workers: see `run_folder`.
         **options: keyword arguments of the task function.
     Raises:
         ValueError: the task or its options are not valid; raised before the first record.
     """
     kind = _kind(task, kind)
-    check_batch_size(batch_size)
-    model.processor.require(kind)
-    _check_options(model, task, options)
-    return _each(model, task, files, batch_size, kind, options)
+    _checked(model, task, kind, batch_size, options)
+    found = files if isinstance(files, Found) else Found(list(files))
+    for line in found.summary():
+        warnings.warn(line, stacklevel=2)
+    read = partial(_read, model.processor, kind, lambda file: {})
+    records = _each(model, task, found.files, batch_size, read, workers, options)
+    failures = (_failure(task, *failed, options) for failed in found.failed.items())
+    return chain(failures, (record for _, record in records))
+
+
+def _unfinished(found: Found, inputs: Inputs, results: Results) -> list[Path]:
+    """Files without a result, and, with a warning, files that have changed since theirs."""
+    keys = {inputs.key(file): file for file in (*found.failed, *found.files)}
+    finished = results.finished(keys, is_gone=lambda key: not os.path.lexists(key))
+    changed = {
+        key for key, source in finished.items() if not inputs.is_unchanged(keys[key], source)
+    }
+    if changed:
+        first = keys[min(changed)]
+        warnings.warn(
+            f"{len(changed)} files have changed since their result, such as {escape(str(first))}; "
+            "they are processed again",
+            stacklevel=3,
+        )
+    done = finished.keys() - changed
+    return [file for file in found.files if inputs.key(file) not in done]
+
+
+def _failure(task: str, file: Path, error: Exception, options: dict[str, Any]) -> dict[str, Any]:
+    """Record of a file that failed."""
+    notes = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
+    text = escape(f"{type(error).__name__}: {error}{notes}")
+    return {**_record(task, file, options), "error": text}
+
+
+def _read(
+    processor: Processor, kind: str, identify: Callable[[Path], Source], file: Path
+) -> tuple[Source, Prepared | Exception]:
+    """Identity of a file, and its preprocessed content or the error; called in threads."""
+    source = identify(file)
+    try:
+        return source, processor.prepare(kind, file)
+    except ImportError:
+        raise  # a missing or broken library fails for every file
+    except Exception as error:  # noqa: BLE001 - damaged files raise all kinds of exceptions
+        return source, error
 
 
 def _each(
@@ -152,41 +210,47 @@ def _each(
     task: str,
     files: Items[Path],
     batch_size: int,
-    kind: str,
+    read: Callable[[Path], tuple[Source, Prepared | Exception]],
+    workers: int | None,
     options: dict[str, Any],
-) -> Iterator[dict[str, Any]]:
-    batch: dict[Path, Prepared] = {}
-    for file in files:
-        try:
-            batch[file] = model.processor.prepare(kind, file)
-        except ImportError:
-            raise  # a missing or broken library fails for every file
-        except Exception as error:  # noqa: BLE001 - damaged files raise all kinds of exceptions
-            yield _record(task, file, options) | {"error": _error_text(error)}
-        if len(batch) == batch_size:
+) -> Iterator[tuple[Source, dict[str, Any]]]:
+    """Yields identity and record of each file; the next files are read while a batch decodes."""
+    batch: list[tuple[Path, Source, Prepared]] = []
+    with closing(prefetch(read, files, batch_size, workers)) as ready:
+        for file, future in ready:
+            source, item = future.result()
+            if isinstance(item, Exception):
+                yield source, _failure(task, file, item, options)
+            else:
+                batch.append((file, source, item))
+            if len(batch) == batch_size:
+                yield from _results(model, task, batch, options)
+                batch = []
+        if batch:
             yield from _results(model, task, batch, options)
-            batch = {}
-    if batch:
-        yield from _results(model, task, batch, options)
 
 
 def _results(
-    model: MultimodalDLM, task: str, batch: dict[Path, Prepared], options: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
+    model: MultimodalDLM,
+    task: str,
+    batch: list[tuple[Path, Source, Prepared]],
+    options: dict[str, Any],
+) -> Iterator[tuple[Source, dict[str, Any]]]:
     """Yields the records of a batch; if the batch fails, its items are run one by one."""
     try:
-        results = _run(model, task, list(batch.values()), options)
+        results = _run(model, task, [item for _, _, item in batch], options)
     except ImportError:
         raise
     except Exception as error:  # noqa: BLE001 - one failure must not stop the other files
         if len(batch) == 1:
-            yield _record(task, *batch, options) | {"error": _error_text(error)}
+            file, source, _ = batch[0]
+            yield source, _failure(task, file, error, options)
             return
-        for file, item in batch.items():
-            yield from _results(model, task, {file: item}, options)
+        for one in batch:
+            yield from _results(model, task, [one], options)
         return
-    for file, result in zip(batch, results, strict=True):
-        yield _record(task, file, options) | result
+    for (file, source, _), result in zip(batch, results, strict=True):
+        yield source, _record(task, file, options) | result
 
 
 def _run(
@@ -212,10 +276,21 @@ def _kind(task: str, kind: Literal["image", "audio"] | None) -> Literal["image",
     return KINDS.get(task, kind or "image")
 
 
-def _check_options(model: MultimodalDLM, task: str, options: dict[str, Any]) -> None:
-    """Raises ValueError for options that would fail for every file."""
-    if task == "embed":
-        return
+def _checked(
+    model: MultimodalDLM, task: str, kind: str, batch_size: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """What determines the results besides the file and the question, as plain values.
+
+    Raises:
+        ValueError: options that would fail for every file.
+    """
+    check_batch_size(batch_size)
+    model.processor.require(kind)
+    settings = None if task == "embed" else _settings(model, task, options)
+    return made_with(model, settings, {n: v for n, v in options.items() if n not in NAMED})
+
+
+def _settings(model: MultimodalDLM, task: str, options: dict[str, Any]) -> Settings:
     if (task == "answer") != ("question" in options):
         raise ValueError("question='...' is required by the task 'answer' and by no other task")
     settings = resolve_settings(
@@ -226,45 +301,9 @@ def _check_options(model: MultimodalDLM, task: str, options: dict[str, Any]) -> 
     )
     prompt = settings.prompt or "{question}"
     model.processor.prompt(prompt.replace("{question}", options.get("question", "")))
+    return settings
 
 
 def _record(task: str, file: Path, options: dict[str, Any]) -> dict[str, Any]:
     question = {"question": options["question"]} if task == "answer" else {}
-    return {"file": str(file), "task": task, **question}
-
-
-def _error_text(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-def finished(
-    out: Path, job: dict[str, Any], key: Callable[[dict[str, Any]], Hashable]
-) -> set[Hashable]:
-    """Keys of the results of a job; an incomplete last line is removed from `out`.
-
-    Args:
-        out: JSON Lines file.
-        job: fields that the records of the job have; None for a missing one.
-        key: what identifies the input of a record.
-    Raises:
-        ValueError: the file holds something else.
-    """
-    if not out.exists():
-        return set()
-    data = out.read_bytes()
-    complete = data[: data.rfind(b"\n") + 1]
-    keys = set()
-    for number, line in enumerate(complete.decode("utf-8").split("\n")[:-1], 1):
-        try:
-            record = json.loads(line)
-            if record["task"] and all(record.get(name) == value for name, value in job.items()):
-                keys.add(key(record))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{out}, line {number} is not a result of mmdlm; pass another output file"
-            ) from error
-    if len(complete) < len(data):
-        if data[len(complete) :].lstrip()[:1] != b"{":
-            raise ValueError(f"{out} is not a results file of mmdlm; pass another output file")
-        os.truncate(out, len(complete))  # in place: a second kill here loses nothing
-    return keys
+    return {"file": escape(str(file)), "task": task, **question}

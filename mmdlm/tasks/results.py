@@ -103,11 +103,17 @@ class Results:
         finally:
             self._lock.release()
 
-    def finished(self, keys: Iterable[Hashable]) -> dict[Hashable, Any]:
+    def finished(
+        self, keys: Iterable[Hashable], is_gone: Callable[[Any], bool] = lambda key: False
+    ) -> dict[Hashable, Any]:
         """Those of `keys` that have a result, with its "input" (None: first edition).
 
-        Their failures of earlier runs are removed from the failures file.
+        The failures of `keys` in earlier runs are removed from the failures file.
 
+        Args:
+            keys: the inputs of this run.
+            is_gone: whether an input of another run does not exist any more; its failure is
+                removed too.
         Raises:
             ValueError: results were made with other settings, without `redo` or `keep`.
         """
@@ -116,7 +122,7 @@ class Results:
         differ = {key: made for key, (_, made) in there.items() if self._differs(made)}
         if differ and not (self.redo or self.keep):
             raise ValueError(self._difference(list(differ.values())))
-        self._forget_failures(keys)
+        self._forget_failures(lambda key: key in keys or is_gone(key))
         skip = differ if self.redo else {}
         return {key: source for key, (source, _) in there.items() if key not in skip}
 
@@ -181,9 +187,9 @@ class Results:
             "as they are, or another output file"
         )
 
-    def _forget_failures(self, keys: set[Hashable]) -> None:
+    def _forget_failures(self, is_old: Callable[[Any], bool]) -> None:
         lines = [record for _, record in read_lines(self.failures)]
-        kept = [r for r in lines if not (self._is_own(r) and self.key(r) in keys)]
+        kept = [r for r in lines if not (self._is_own(r) and is_old(self.key(r)))]
         if len(kept) < len(lines):
             _replace(self.failures, map(write_line, kept)) if kept else self.failures.unlink()
 

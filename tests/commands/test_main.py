@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import time
@@ -164,6 +165,60 @@ def test_folder_job_ends_with_status_1_and_is_resumed(loaded, photos, tmp_path, 
     assert main(["caption", str(photos), "--out", str(out)]) == 0
     assert "0 done, 3 done before, 0 failed" in capsys.readouterr().err
     assert len(out.read_text().splitlines()) == 3
+
+
+def test_folder_job_names_what_it_skips_and_fails_for_unsupported_images(
+    loaded, photos, tmp_path, capsys
+):
+    for name in ("notes.txt", "raw.cr2"):
+        (photos / name).touch()
+    (photos / "linked").symlink_to(tmp_path)  # contains the photos
+    out = ["--out", str(tmp_path / "captions.jsonl")]
+    for more in (out, []):
+        assert main(["caption", str(photos), *more]) == 1
+        told = capsys.readouterr().err
+        assert f"mmdlm: warning: skipped {photos / 'notes.txt'}: not an image (.txt)" in told
+        assert f"skipped {photos / 'linked'}: link to a folder that is searched already" in told
+        assert f"mmdlm: failed: {photos / 'raw.cr2'}: ValueError" in told
+    assert main(["caption", str(photos / "notes.txt"), str(photos / "0.png")]) == 1
+    assert f"mmdlm: failed: {photos / 'notes.txt'}" in capsys.readouterr().err
+
+
+def test_changed_prompt_is_refused_redone_or_kept(loaded, photos, tmp_path, capsys):
+    out = tmp_path / "captions.jsonl"
+    given = ["caption", str(photos), "--out", str(out)]
+    assert main(given) == 0
+    given += ["--length", "2"]
+    assert main(given) == 2
+    told = capsys.readouterr().err
+    assert "4 results made with other settings: length was" in told
+    assert "--redo" in told
+    assert "--keep" in told
+    assert main([*given, "--keep"]) == 0
+    assert "0 done, 4 done before" in capsys.readouterr().err
+    assert main([*given, "--redo"]) == 0
+    assert "4 done, 0 done before" in capsys.readouterr().err
+    assert len(out.read_text().splitlines()) == 4
+    assert main(given) == 0
+    assert main([*given, "--keep", "--redo"]) == 2
+    assert main(["caption", str(photos), "--keep"]) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs file names that are bytes")
+def test_names_that_are_not_utf8_are_printed(loaded, photos, capfd):
+    (photos / "0.png").rename(photos / os.fsdecode(b"caf\xe9.png"))
+    assert main(["caption", str(photos)]) == 0
+    assert f"{photos}/caf%E9.png: " in capfd.readouterr().out
+
+
+def test_help_explains_resuming(capsys):
+    for command in ("caption", "answer", "describe", "transcribe", "embed"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        told = " ".join(capsys.readouterr().out.split())
+        for part in ("again to resume", "--redo", "--keep", "Failures are also listed", "skipped"):
+            assert part in told, command
 
 
 def test_broken_file_without_out_ends_with_status_1(loaded, photos, capsys):

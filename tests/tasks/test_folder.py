@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,147 @@ def test_questions_share_a_results_file(model, images, tmp_path):
     assert (again.done, again.skipped) == (0, 5)
     assert lines(out)[-1]["question"] == "what is it ?"
     assert {"tokens", "forwards", "words", "confidence", "step"} <= set(lines(out)[-1])
+
+
+def test_tasks_and_questions_keep_their_own_failures(model, images, tmp_path):
+    out, broken = tmp_path / "out.jsonl", tmp_path / "broken.png"
+    broken.write_bytes(b"")
+    for question in ("is it red ?", "what is it ?"):
+        assert run_folder(model, "answer", [broken, *images], out, question=question).failed == 1
+    assert run_folder(model, "caption", [broken, *images], out).failed == 1
+    failed = [(r["task"], r.get("question")) for r in lines(tmp_path / "out.failed.jsonl")]
+    assert failed == [("answer", "is it red ?"), ("answer", "what is it ?"), ("caption", None)]
+    draw(broken, 1)
+    assert run_folder(model, "caption", [broken, *images], out).failed == 0
+    assert len(lines(tmp_path / "out.failed.jsonl")) == 2
+    broken.unlink()
+    run_folder(model, "answer", images, out, question="is it red ?")
+    assert [r["question"] for r in lines(tmp_path / "out.failed.jsonl")] == ["what is it ?"]
+    run_folder(model, "caption", images, tmp_path / "out.txt")
+    assert len(lines(tmp_path / "out.failed.jsonl")) == 1
+
+
+def test_names_that_are_not_utf8_are_processed_recorded_and_recognised(model, images, tmp_path):
+    place = tmp_path / "photos"
+    place.mkdir()
+    names = [b"caf\xe9.png", b"caf%E9.png", b"\xff\xfe.png", "caf\u00e9.png".encode(), b"a\nb.png"]
+    for name, image in zip(names, images, strict=True):
+        (place / os.fsdecode(name)).write_bytes(Path(image).read_bytes())
+    (place / os.fsdecode(b"bad\xe9.png")).write_bytes(b"")
+    out = tmp_path / "out.jsonl"
+    counts = run_folder(model, "caption", place, out)
+    assert (counts.done, counts.skipped, counts.failed) == (5, 0, 1)
+    by_path = {record["input"]["path"]: record["text"] for record in lines(out)}
+    paths = ["caf%E9.png", "caf%25E9.png", "%FF%FE.png", "caf\u00e9.png", "a\nb.png"]
+    assert [by_path[f"photos/{p}"] for p in paths] == mmdlm.caption(model, images)
+    assert "bad%E9.png" in lines(tmp_path / "out.failed.jsonl")[0]["error"]
+    again = run_folder(model, "caption", place, out)
+    assert (again.done, again.skipped, again.failed) == (0, 5, 1)
+
+
+def test_files_that_vanish_or_dangle_fail_and_the_others_are_done(
+    model, images, tmp_path, monkeypatch
+):
+    place = tmp_path / "photos"
+    place.mkdir()
+    for i in range(6):
+        draw(place / f"{i}.png", i)
+    (place / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+    (place / "loop.png").symlink_to(place / "loop.png")
+    prepare = Processor.prepare
+
+    def vanish(self, kind, item, several=False):
+        (place / "5.png").unlink(missing_ok=True)  # after the folder was searched
+        return prepare(self, kind, item, several)
+
+    monkeypatch.setattr(Processor, "prepare", vanish)
+    named = [tmp_path / "typo.png", place, images[0]]
+    counts = run_folder(model, "caption", named, tmp_path / "out.jsonl", workers=1)
+    assert (counts.done, counts.failed) == (6, 4)
+    failed = {Path(r["file"]).stem: r["error"] for r in lines(tmp_path / "out.failed.jsonl")}
+    assert failed.keys() == {"5", "dangling", "loop", "typo"}
+    assert "no such file" in failed["typo"]
+
+
+def test_changed_files_are_processed_again_and_replace_their_result(model, photos, tmp_path):
+    out = tmp_path / "out.jsonl"
+    run_folder(model, "caption", photos, out, batch_size=32)
+    draw(photos / "000.png", 555)
+    os.utime(photos / "001.png", (1, 1))  # a copy: other time, same content
+    with pytest.warns(UserWarning, match="1 files have changed since their result.*000.png"):
+        counts = run_folder(model, "caption", photos, out)
+    assert (counts.done, counts.skipped) == (1, 89)
+    texts = {record["file"]: record["text"] for record in lines(out)}
+    assert len(lines(out)) == len(texts) == 90
+    assert texts[str(photos / "000.png")] == mmdlm.caption(model, photos / "000.png")
+
+
+def test_same_relative_names_in_two_places_are_two_files(model, images, tmp_path, monkeypatch):
+    out = tmp_path / "out.jsonl"
+    for place in "ab":
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "1.png").write_bytes(Path(images["ab".index(place)]).read_bytes())
+        monkeypatch.chdir(tmp_path / place)
+        assert run_folder(model, "caption", "1.png", out).done == 1
+        assert run_folder(model, "caption", "1.png", out).skipped == 1
+    assert [record["text"] for record in lines(out)] == mmdlm.caption(model, images[:2])
+
+
+def test_results_of_the_first_edition_are_resumed(model, images, tmp_path):
+    out = tmp_path / "out.jsonl"
+    old = [{"file": file, "task": "caption", "text": "x"} for file in images[:3]]
+    out.write_text("".join(json.dumps(record) + "\n" for record in old), encoding="utf-8")
+    counts = run_folder(model, "caption", images, out)
+    assert (counts.done, counts.skipped) == (2, 3)
+    assert lines(out)[:3] == old
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"prompt": "say what is red"}, "prompt"),
+        ({"length": 5}, "length"),
+        ({"strategies": "one_step"}, "decoding"),
+        ({"seed": 3}, "seed"),
+    ],
+)
+def test_changed_options_are_named(model, images, tmp_path, options, name):
+    out = tmp_path / "out.jsonl"
+    run_folder(model, "caption", images, out)
+    with pytest.raises(ValueError, match=f"5 results made with other settings: {name} was"):
+        run_folder(model, "caption", images, out, **options)
+    assert len(lines(out)) == 5
+
+
+def test_another_model_is_named_and_redone(model, make_model, images, tmp_path):
+    out, other = tmp_path / "out.jsonl", make_model(seed=5)
+    run_folder(model, "caption", images, out)
+    with pytest.raises(ValueError, match="other settings: model was"):
+        run_folder(other, "caption", images, out)
+    assert run_folder(other, "caption", images, out, redo=True).done == 5
+    assert [record["text"] for record in lines(out)] == mmdlm.caption(other, images)
+    assert run_folder(other, "caption", images, out, details=True, batch_size=1).skipped == 5
+
+
+def test_threads_give_the_same_records_in_the_same_order(model, photos, tmp_path):
+    files = []
+    for workers in (1, 5):
+        files.append(tmp_path / f"{workers}.jsonl")
+        run_folder(model, "caption", photos, files[-1], workers=workers, batch_size=7)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    failed = [path.with_suffix(".failed.jsonl").read_bytes() for path in files]
+    assert failed[0] == failed[1]
+
+
+def test_missing_library_stops_the_job(model, images, tmp_path, monkeypatch):
+    def broken(self, kind, item, several=False):
+        raise ImportError("no decoder")
+
+    monkeypatch.setattr(Processor, "prepare", broken)
+    with pytest.raises(ImportError, match="no decoder"):
+        run_folder(model, "caption", images, tmp_path / "out.jsonl")
+    monkeypatch.undo()
+    assert run_folder(model, "caption", images, tmp_path / "out.jsonl").done == 5
 
 
 def test_embeddings_are_written(model, images, tmp_path):
