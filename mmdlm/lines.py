@@ -13,7 +13,7 @@ from urllib.parse import quote
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
+def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     """Number, from 1, and value of each complete line; an incomplete last line is removed.
 
     A process killed while it appends leaves an incomplete last line. The file is truncated in
@@ -51,7 +51,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
             yield number, value
 
 
-def write_line(value: Any) -> bytes:
+def as_line(value: Any) -> bytes:
     """A value as a line of JSON in UTF-8, see `escape`."""
     return (escape(json.dumps(value, ensure_ascii=False)) + "\n").encode("utf-8")
 
@@ -61,4 +61,12 @@ def escape(text: str) -> str:
 
     Python holds such bytes as lone surrogates, which UTF-8 and most JSON readers do not accept.
     """
-    return SURROGATES.sub(lambda found: quote(os.fsencode(found[0]), safe=""), text)
+
+    def written(found: re.Match[str]) -> str:
+        try:
+            data = os.fsencode(found[0])
+        except UnicodeEncodeError:  # half of a surrogate pair, not a byte of a name
+            data = found[0].encode("utf-8", "surrogatepass")
+        return quote(data, safe="")
+
+    return SURROGATES.sub(written, text)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from encoders.torchaudio_loader import import_torchaudio
 from mmdlm.data.dataset import Dataset, example
 from mmdlm.files import read_lines
-from mmdlm.lines import read_lines as read_rows
+from mmdlm.lines import read_records
 from mmdlm.messages import Example, Turn
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ def make(out: Path, count: int, split: str = "train", seed: int = 0) -> Path:
         raise ValueError(f"make: split is {split!r}, expected one of {list(SPLITS)}")
     out = Path(out)
     (out / "clips").mkdir(parents=True, exist_ok=True)
-    done = [row for _, row in read_rows(out / "metadata.jsonl")]
+    done = [row for _, row in read_records(out / "metadata.jsonl")]
     if done and _recipe(split, seed, len(done) - 1)[0].text != done[-1]["text"]:
         raise ValueError(
             f"make: {out} was started with another split or seed than {split!r}, {seed}; "

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Self
 
 from filelock import FileLock, Timeout
 
-from mmdlm.lines import read_lines, write_line
+from mmdlm.lines import as_line, read_records
 
 
 class Results:
@@ -30,8 +30,8 @@ class Results:
 
     Args:
         out: the file, appended to. An empty file `.<name>.lock` stays beside it.
-        job: fields and values of the records of this job; records of other jobs are left as
-            they are. None stands for a missing field.
+        job: fields and values of the records of this job, "task" among them; records of other jobs
+            are left as they are. None stands for a missing field.
         settings: what else determines a result, such as the model and the prompt; plain values.
         key: identity of the input of a record of this job. Records of the first edition have
             neither "input" nor "settings".
@@ -136,7 +136,7 @@ class Results:
         if self._file is None:
             raise RuntimeError("Results.add outside of a with statement")
         line = {**record, "input": dict(source), "settings": self.settings}
-        self._file.write(write_line(line))
+        self._file.write(as_line(line))
         self._file.flush()
         self._count += 1
         self._note(self._count, line)
@@ -144,13 +144,13 @@ class Results:
     def fail(self, record: Mapping[str, Any], source: Mapping[str, Any]) -> None:
         """Appends a failure to the failures file; arguments as in `add`, with an "error"."""
         with self.failures.open("ab") as file:
-            file.write(write_line({**record, "input": dict(source)}))
+            file.write(as_line({**record, "input": dict(source)}))
 
     def _read(self) -> None:
-        for number, record in read_lines(self.out):
+        for number, record in read_records(self.out):
             self._count = number
             try:
-                if self._is_own(record):
+                if record["task"] and self._is_own(record):
                     self._note(number, record)
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise ValueError(
@@ -188,10 +188,10 @@ class Results:
         )
 
     def _forget_failures(self, is_old: Callable[[Any], bool]) -> None:
-        lines = [record for _, record in read_lines(self.failures)]
+        lines = [record for _, record in read_records(self.failures)]
         kept = [r for r in lines if not (self._is_own(r) and is_old(self.key(r)))]
         if len(kept) < len(lines):
-            _replace(self.failures, map(write_line, kept)) if kept else self.failures.unlink()
+            _replace(self.failures, map(as_line, kept)) if kept else self.failures.unlink()
 
     def _remove_replaced(self) -> None:
         with self.out.open("rb") as file:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import mmdlm
-from mmdlm.lines import read_lines, write_line
+from mmdlm.lines import as_line, read_records
 from mmdlm.tasks.folder import run_folder
 
 COUNT = 600
@@ -124,7 +124,7 @@ def test_killed_doubled_moved_and_changed_jobs_lose_and_repeat_nothing(model, ph
 
 def test_kills_during_the_repair_of_the_last_line_lose_nothing(tmp_path):
     out, rng = tmp_path / "out.jsonl", random.Random(1)
-    whole = b"".join(write_line({"file": f"{i}.png", "text": "x" * 80}) for i in range(8_000))
+    whole = b"".join(as_line({"file": f"{i}.png", "text": "x" * 80}) for i in range(8_000))
     torn = b'{"file": "8000.png", "te'
     begin = time.monotonic()
     assert len(list(read(out, whole + torn))) == 8_000
@@ -132,7 +132,7 @@ def test_kills_during_the_repair_of_the_last_line_lose_nothing(tmp_path):
     for _ in range(6):
         out.write_bytes(whole + torn)
         for _ in range(2):  # the second process repairs what the first one left
-            child = start(lambda: list(read_lines(out)))
+            child = start(lambda: list(read_records(out)))
             time.sleep(rng.random() * seconds * 1.2)
             os.kill(child, signal.SIGKILL)
             status(child)
@@ -141,4 +141,4 @@ def test_kills_during_the_repair_of_the_last_line_lose_nothing(tmp_path):
 
 def read(out: Path, content: bytes):
     out.write_bytes(content)
-    return read_lines(out)
+    return read_records(out)

@@ -96,6 +96,14 @@ def test_lines_of_the_first_edition_are_finished_unless_redone(out):
     assert [record["file"] for record in read(out)] == ["b", "a"]
 
 
+@pytest.mark.parametrize("text", ['{"a": 1}\n', "[1]\n", '{"task": "caption"}\n', "notes\n"])
+def test_files_with_something_else_are_refused_and_unchanged(out, text):
+    out.write_text(text)
+    with pytest.raises(ValueError, match="out.jsonl, line 1 is not"):
+        write(out, "ab")
+    assert out.read_text() == text
+
+
 def test_lines_of_other_jobs_stay(out):
     write(out, "ab", task="answer")
     write(out, "ab")
@@ -106,7 +114,7 @@ def test_lines_of_other_jobs_stay(out):
 def test_second_writer_is_refused_and_a_killed_one_is_not_waited_for(out):
     code = (
         "import sys, time; from mmdlm.tasks.results import Results\n"
-        "with Results(sys.argv[1], {}, {}, str) as r: print('open', flush=True); time.sleep(60)"
+        "with Results(sys.argv[1], {}, {}, str): print('open', flush=True); time.sleep(60)"
     )
     first = subprocess.Popen(
         [sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, env=dict(os.environ)
