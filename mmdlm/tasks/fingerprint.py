@@ -1,18 +1,39 @@
-"""Fingerprint of a model, to recognise it in a later process."""
+"""What determines a result besides its input, to recognise it in a later process."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmdlm.blueprint import describe
 from mmdlm.model import MultimodalDLM
+from mmdlm.tasks.generate import Settings
 
 SAMPLES = 64  # values of each tensor
+
+
+def made_with(
+    model: MultimodalDLM, settings: Settings | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Model, prompt, length, decoding and other options as plain values, for `Results`.
+
+    Args:
+        model: model.
+        settings: of the task; None for tasks without decoding.
+        options: other options that change results; None stands for a default.
+    """
+    made: dict[str, Any] = {"model": fingerprint(model)}
+    if settings is not None:
+        # The address of an object, which differs between processes, does not describe it.
+        decoding = re.sub(" at 0x[0-9a-f]+", "", ", ".join(map(repr, settings.strategies)))
+        made |= {"prompt": settings.prompt, "length": settings.length, "decoding": decoding}
+    return {name: value for name, value in {**made, **options}.items() if value is not None}
 
 
 def fingerprint(model: MultimodalDLM) -> str:
