@@ -57,6 +57,7 @@ class Results:
         self.out = Path(os.path.realpath(out))  # a link is kept when the file is replaced
         self.failures = failures_file(self.shown)
         self.job, self.key = dict(job), key
+        self.fields = {name: value for name, value in self.job.items() if value is not None}
         self.settings = json.loads(json.dumps(settings))  # as it is read back
         self.redo, self.keep = redo, keep
         self._lock = FileLock(self.out.with_name(f".{self.out.name}.lock"))
@@ -126,25 +127,25 @@ class Results:
         skip = differ if self.redo else {}
         return {key: source for key, (source, _) in there.items() if key not in skip}
 
-    def add(self, record: Mapping[str, Any], source: Mapping[str, Any]) -> None:
+    def add(self, record: Mapping[str, Any], source: Mapping[str, Any] | None = None) -> None:
         """Appends a result.
 
         Args:
             record: the result, with the fields of `job`.
-            source: what identifies the input; `key` finds it as "input".
+            source: what identifies the input, which is written as "input"; None: `record` does.
         """
         if self._file is None:
             raise RuntimeError("Results.add outside of a with statement")
-        line = {**record, "input": dict(source), "settings": self.settings}
+        line = {**record, **_input(source), "settings": self.settings}
         self._file.write(as_line(line))
         self._file.flush()
         self._count += 1
         self._note(self._count, line)
 
-    def fail(self, record: Mapping[str, Any], source: Mapping[str, Any]) -> None:
+    def fail(self, record: Mapping[str, Any], source: Mapping[str, Any] | None = None) -> None:
         """Appends a failure to the failures file; arguments as in `add`, with an "error"."""
         with self.failures.open("ab") as file:
-            file.write(as_line({**record, "input": dict(source)}))
+            file.write(as_line({**record, **_input(source)}))
 
     def _read(self) -> None:
         for number, record in read_records(self.out):
@@ -164,7 +165,7 @@ class Results:
 
     def _note(self, number: int, record: dict[str, Any]) -> None:
         key, source = self.key(record), record.get("input")
-        if key in self._last and source is not None:
+        if key in self._last and "settings" in record:
             self._replaced.add(self._last[key][0])
         made = record.get("settings")
         # One dict for all equal settings: a file may have millions of lines.
@@ -202,6 +203,10 @@ class Results:
 def failures_file(out: Path) -> Path:
     """File of the failures of a job: `<name>.failed<ending>` beside its results file."""
     return out.with_name(f"{out.stem}.failed{out.suffix}")
+
+
+def _input(source: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {} if source is None else {"input": dict(source)}
 
 
 def _replace(path: Path, lines: Iterable[bytes]) -> None:

@@ -166,3 +166,11 @@ def test_failures_files_of_one_stem_differ():
     names = ["a.jsonl", "a.txt", "a", "a.b.jsonl", "a.b"]
     assert failures_file(Path("x/a.jsonl")) == Path("x/a.failed.jsonl")
     assert len({failures_file(Path(name)) for name in names}) == len(names)
+
+
+def test_records_that_identify_their_input_themselves(out):
+    for settings in ({"n": 1}, {"n": 2}):
+        with Results(out, {"task": "x"}, settings, lambda r: r["prompt"], redo=True) as file:
+            assert file.finished(["hi"]) == {}
+            file.add({"task": "x", "prompt": "hi"})
+    assert read(out) == [{"task": "x", "prompt": "hi", "settings": {"n": 2}}]
