@@ -6,18 +6,19 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmdlm.commands.live import live
-from mmdlm.commands.shown import Run, plain, print_result
+from mmdlm.commands.shown import Output, Run, plain, print_result
 from mmdlm.files import read_input
 
 if TYPE_CHECKING:
     from mmdlm.model import MultimodalDLM
     from mmdlm.tasks.generate import Answer
+    from mmdlm.tasks.results import Results
 
 HELP = (
     "/image FILE and /audio FILE show something to the model, /reset forgets the conversation, "
@@ -60,10 +61,10 @@ class Say:
 def generate(
     run: Run,
     say: Say,
+    output: Output,
     texts: list[str] = (),
     file: Path | None = None,
     raw: bool = False,
-    out: Path | None = None,
 ) -> int:
     """Answers texts, by a checkpoint that takes text.
 
@@ -77,9 +78,9 @@ def generate(
         file: more of them, one per line; in a .jsonl each line is a text or a list of messages,
             {"role": ..., "content": ...}, or has one as its "prompt" or "messages".
         raw: continue the texts as they are, without the checkpoint's chat template.
-        out: JSON Lines file; run again to go on where it stopped and to retry what failed.
         run: which model runs, and where.
         say: how answers are made.
+        output: where the results are kept.
     """
     lines = [Line(text, f"text {i}") for i, text in enumerate(texts, 1)]
     lines += () if file is None else _read(file)
@@ -87,28 +88,43 @@ def generate(
         raise ValueError("nothing to answer; give texts, or --file with one per line")
     if raw and say.system is not None:
         raise ValueError("--system has no place in a --raw text; leave one of them out")
-    from mmdlm.tasks.folder import append, finished
-
-    job = {"task": "generate", "system": say.system, "raw": raw or None}
-    done = set() if out is None else finished(out, job, _key)
-    todo = [line for line in _repeated(lines) if _key(line.record) not in done]
-    model, failed = run.load(), []
-    with live(say.live):
-        records = _answered(model, todo, run.batch_size, say, raw)
-        if out is not None:
-            fields = {name: value for name, value in job.items() if value is not None}
-            records = append(out, (fields | record for record in records))
-        for record in records:
+    output.check()
+    model, failed, todo = run.load(), [], list(_repeated(lines))
+    with _opened(model, say, raw, output) as results, live(say.live):
+        if results is not None:
+            keys = {_key(line.record) for line in todo}
+            done = results.finished(keys, is_gone=lambda key: True)
+            todo = [line for line in todo if _key(line.record) not in done]
+        for record in _answered(model, todo, run.batch_size, say, raw):
+            if results is not None:
+                keep = results.fail if "error" in record else results.add
+                keep(results.fields | record)
             if "error" in record:
                 failed.append(record)
-            elif out is None or run.json:
+            elif results is None or run.json:
                 print_result(record, run.json, None)
     for record in failed:
         print(f"mmdlm: failed: {record['place']}: {record['error']}", file=sys.stderr)
-    if out is not None:
+    if output.out is not None:
         counts = f"{len(todo) - len(failed)} done, {len(lines) - len(todo)} done before"
-        print(f"{out}: {counts}, {len(failed)} failed", file=sys.stderr)
+        print(f"{output.out}: {counts}, {len(failed)} failed", file=sys.stderr)
     return int(bool(failed))
+
+
+def _opened(
+    model: MultimodalDLM, say: Say, raw: bool, output: Output
+) -> AbstractContextManager[Results | None]:
+    """The results file of a `generate` job, or a context without one."""
+    if output.out is None:
+        return nullcontext()
+    from mmdlm.tasks.chat import resolve
+    from mmdlm.tasks.fingerprint import made_with
+    from mmdlm.tasks.results import Results
+
+    settings = resolve(model, say.length, say.decoding)
+    made = made_with(model, settings, {"seed": say.seed})
+    job = {"task": "generate", "system": say.system, "raw": raw or None}
+    return Results(output.out, job, made, _key, redo=output.redo, keep=output.keep)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from mmdlm.messages import (
 )
 from mmdlm.model import MultimodalDLM
 from mmdlm.tasks.generate import (
+    Settings,
     check_batch_size,
     fill,
     resolve_settings,
@@ -63,9 +64,7 @@ def generate(
             conversation, or the checkpoint has no tokenizer or chat template.
     """
     is_many = isinstance(prompt, list) and not is_conversation(prompt)
-    default = (model.preset.get("generate") or {}).get("length")
-    length = default or LENGTH if length is None else length
-    settings = resolve_settings(model, "generate", None, length, strategies, needs_prompt=False)
+    settings = resolve(model, length, strategies)
     examples, prompts = [], prompt if is_many else [prompt]
     for i, one in enumerate(prompts):
         if not isinstance(one, str) and not is_conversation(one):
@@ -84,6 +83,13 @@ def generate(
     return unwrap(to_answers(model, filled, verbatim=True), is_many, details)
 
 
+def resolve(model: MultimodalDLM, length: int | None, strategies: Choice) -> Settings:
+    """Settings of `generate`, see there and `resolve_settings`."""
+    default = (model.preset.get("generate") or {}).get("length")
+    length = default or LENGTH if length is None else length
+    return resolve_settings(model, "generate", None, length, strategies, needs_prompt=False)
+
+
 def each(
     model: MultimodalDLM, prompts: Items[Any], *, batch_size: int = 16, **options: Any
 ) -> Iterator[Any]:
@@ -99,8 +105,7 @@ def each(
     Raises:
         ValueError: the options are not valid; raised before the first answer.
     """
-    given = (options.get(name) for name in ("length", "strategies"))
-    resolve_settings(model, "generate", None, *given, needs_prompt=False)
+    resolve(model, options.get("length"), options.get("strategies"))
     check_batch_size(batch_size)
     for start in range(0, len(prompts), batch_size):
         yield from _answers(model, prompts[start : start + batch_size], options)

@@ -151,6 +151,24 @@ def test_generate_resumes_where_it_stopped(model, asked, tmp_path, capsys):
     assert "4 done, 0 done before, 1 failed" in capsys.readouterr().err
 
 
+def test_generate_with_other_options_is_refused_redone_or_kept(model, tmp_path, capsys):
+    file, out = tmp_path / "p.txt", tmp_path / "a.jsonl"
+    file.write_text("hi\nwhy\n")
+    call = ["generate", "--file", str(file), "--out", str(out)]
+    assert main(call) == 0
+    call += ["--length", "3"]
+    assert main(call) == 2
+    assert "2 results made with other settings: length was" in capsys.readouterr().err
+    assert main([*call, "--keep"]) == 0
+    assert "0 done, 2 done before" in capsys.readouterr().err
+    assert main([*call, "--redo"]) == 0
+    assert "2 done, 0 done before" in capsys.readouterr().err
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["text"] for record in records] == [
+        mmdlm.generate(model, prompt, length=3) for prompt in ("hi", "why")
+    ]
+
+
 def test_faulty_options_are_reported_before_the_first_answer(model, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("hi\nwhy\n")
     for given in (["--length", "0"], ["--decoding", "nowhere"], ["--batch-size", "0"]):
