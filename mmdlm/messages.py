@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -204,6 +204,19 @@ def number_error(error: Exception, number: int) -> None:
     """Writes the index of an item, counted from 0, before the message of our own errors."""
     if type(error) in (TypeError, ValueError):
         error.args = (f"item {number}: {error}",)
+
+
+def numbered(make: Callable[[Any], Any], items: Items[Any]) -> list[Any]:
+    """What a function makes of each item; an error gives the index of its item, if of several."""
+    made = []
+    for i, item in enumerate(items):
+        try:
+            made.append(make(item))
+        except Exception as error:
+            if len(items) > 1:
+                number_error(error, i)
+            raise
+    return made
 
 
 def _is_object(given: Any) -> bool:

@@ -138,7 +138,9 @@ def free_dave(
         torch.stack([row.step[answer] for row in rows]).to(device),
         torch.stack([row.sure[answer].sigmoid() for row in rows]).to(device),
     )
-    tokens = torch.stack([row.tokens for row in rows]).to(device)
+    given = prompt if isinstance(prompt, Tensor) else prompt.tokens
+    size = given.shape[1] + length  # without the padding that stands for an empty prompt
+    tokens = torch.stack([row.tokens[-size:] for row in rows]).to(device)
     return Decoded(tokens, nfe, history, tuple(row.forwards for row in rows))
 
 

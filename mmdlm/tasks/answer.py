@@ -19,6 +19,7 @@ from mmdlm.messages import (
     assistant,
     conversation,
     is_conversation,
+    numbered,
     user,
 )
 from mmdlm.model import MultimodalDLM
@@ -105,7 +106,7 @@ def _conversations(
             raise ValueError(
                 "image= was given with a conversation; put the image into its messages"
             )
-        return not is_one, [conversation(q) for q in ([question] if is_one else question)]
+        return not is_one, numbered(conversation, [question] if is_one else question)
     if image is not None:
         model.processor.require("image")
     if "{question}" not in pattern:

@@ -9,11 +9,12 @@ from typing import Any
 from mmdlm.decoding.preset import Choice
 from mmdlm.messages import (
     Example,
+    Message,
     Slot,
     assistant,
     conversation,
     is_conversation,
-    number_error,
+    numbered,
 )
 from mmdlm.model import MultimodalDLM
 from mmdlm.tasks.generate import (
@@ -65,17 +66,9 @@ def generate(
     """
     is_many = isinstance(prompt, list) and not is_conversation(prompt)
     settings = resolve(model, length, strategies)
-    examples, prompts = [], prompt if is_many else [prompt]
-    for i, one in enumerate(prompts):
-        if not isinstance(one, str) and not is_conversation(one):
-            raise ValueError(f"prompt {i} is {one!r}, expected text or a conversation")
-        try:
-            messages = conversation(one)
-        except (TypeError, ValueError) as error:
-            if len(prompts) > 1:
-                number_error(error, i)
-            raise
-        examples.append(Example((*messages, assistant(Slot(length=settings.length)))))
+    prompts = prompt if is_many else [prompt]
+    slot = assistant(Slot(length=settings.length))
+    examples = [Example((*messages, slot)) for messages in numbered(_messages, prompts)]
     if chat is None and not all(isinstance(one, str) for one in prompts):
         chat = True  # conversations need the template; texts in the same list use it too
     run = {"batch_size": batch_size, "seed": seed, "chat": chat}
@@ -88,6 +81,13 @@ def resolve(model: MultimodalDLM, length: int | None, strategies: Choice) -> Set
     default = (model.preset.get("generate") or {}).get("length")
     length = default or LENGTH if length is None else length
     return resolve_settings(model, "generate", None, length, strategies, needs_prompt=False)
+
+
+def _messages(prompt: Any) -> tuple[Message, ...]:
+    """Messages of a prompt."""
+    if not isinstance(prompt, str) and not is_conversation(prompt):
+        raise ValueError(f"the prompt is {prompt!r}, expected text or a conversation")
+    return conversation(prompt)
 
 
 def each(

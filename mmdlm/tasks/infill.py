@@ -12,7 +12,7 @@ import torch
 from mmdlm.decoding.guidance.suppress import Suppress
 from mmdlm.decoding.preset import Choice
 from mmdlm.decoding.strategy import Strategy
-from mmdlm.messages import RAW, Example, Media, Message, Slot, Text, assistant
+from mmdlm.messages import RAW, Example, Media, Message, Slot, Text, assistant, numbered
 from mmdlm.model import MultimodalDLM
 from mmdlm.processor import NOTHING
 from mmdlm.tasks.generate import (
@@ -149,17 +149,18 @@ def _fill_texts(
     seed: int | None,
 ) -> list[Answer]:
     """Answers of requests (template, prompt, media)."""
-    parsed = [parse(template) for template, _, _ in requests]
-    built = [
-        _example(model, cloze, prompt, media, length, default)
-        for cloze, (_, prompt, media) in zip(parsed, requests, strict=True)
-    ]
+
+    def build(request: tuple[str, str | None, tuple[Media, ...]]) -> tuple[Example, Span]:
+        template, prompt, media = request
+        return _example(model, parse(template), prompt, media, length, default)
+
+    built = numbered(build, requests)
     strategies = [*strategies, Suppress(ids=sorted(end_ids(model)))]
     examples = [example for example, _ in built]
     filled = fill(model, examples, strategies, batch_size=batch_size, seed=seed)
     return [
-        _finish(model, cloze, span, canvas)
-        for cloze, (_, span), canvas in zip(parsed, built, filled, strict=True)
+        _finish(model, parse(template), span, canvas)
+        for (template, _, _), (_, span), canvas in zip(requests, built, filled, strict=True)
     ]
 
 

@@ -111,7 +111,7 @@ def test_chat_reads_a_pipe_with_a_byte_order_mark(model, asked, monkeypatch, cap
         (json.dumps("blue " * 200), "ValueError: .* this model's context is 400"),
         ('"half \\ud83d"', "ValueError: .* half of a surrogate pair, .* at position 5"),
         ('[{"role": "bot", "content": "x"}]', "ValueError: message 0 has role 'bot'"),
-        ("[]", r"ValueError: prompt 0 is \[\], expected text"),
+        ("[]", r"ValueError: the prompt is \[\], expected text"),
     ],
 )
 @pytest.mark.parametrize("size", ["1", "2", "16"])

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmdlm import discover
+from mmdlm.checkpoint import load
 from mmdlm.decoding.caches.dual_cache import DualCache
 from mmdlm.decoding.caches.prefix_cache import PrefixCache
 from mmdlm.decoding.caches.prefix_lm import PrefixLM
@@ -311,6 +314,20 @@ def test_ids_are_integers(toy: Toy) -> None:
     for prompt in (torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool)):
         with pytest.raises(TypeError, match="prompt holds torch.*expected token ids"):
             decode(toy(), prompt, 2)
+
+
+@pytest.mark.parametrize("strategies", [(), "llada", "fast_dllm", "fast_dllm_dual"])
+def test_in_bfloat16_too_padding_changes_no_row(strategies: object, golden: Path) -> None:
+    """Attention leaves the padding out; the weights are random, so that near ties are common."""
+    model = load(golden / "backbones" / "llada", dtype="bfloat16", device="cpu")
+    draw = torch.Generator().manual_seed(3)
+    sizes = torch.randint(3, 40, (16,), generator=draw).tolist()
+    prompts = [torch.randint(0, 100, (size,), generator=draw) for size in sizes]
+    padded = torch.stack([F.pad(p, (40 - len(p), 0), value=model.spec.pad_id) for p in prompts])
+    mask = torch.arange(40) >= 40 - torch.tensor(sizes)[:, None]
+    together = decode(model, padded, 16, strategies, mask=mask).tokens[:, 40:]
+    alone = [decode(model, p[None], 16, strategies).tokens[0, len(p) :] for p in prompts]
+    assert together.equal(torch.stack(alone))
 
 
 @pytest.mark.parametrize("kind", MODELS)

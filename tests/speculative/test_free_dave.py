@@ -285,3 +285,11 @@ def test_a_prompt_that_does_not_see_the_answer_is_computed_once(
     assert len(starts) == got.nfe > 2
     kept = 0 if kind == "full" else 7 - int(model.spec.shift)
     assert starts == [0] + [kept] * (got.nfe - 1)
+
+
+def test_an_empty_prompt_gives_the_answer_alone(golden) -> None:
+    model = mmdlm.load(golden / "backbones" / "llada", device="cpu")
+    canvas = torch.tensor([[7, *[model.spec.mask_id] * 5]])
+    empty = torch.zeros(1, 0, dtype=torch.long)
+    found = free_dave(model, empty, 6, canvas=canvas)
+    assert found.tokens.equal(decode(model, empty, 6, canvas=canvas).tokens)

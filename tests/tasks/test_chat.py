@@ -116,7 +116,7 @@ def test_without_a_prompt_a_shifted_family_begins_after_the_end_token(speller):
 
 def test_what_is_not_a_prompt_is_rejected(chatty):
     for prompt in (None, 3, ["hi", []], ["hi", None]):
-        with pytest.raises(ValueError, match=r"prompt \d is .*expected text or a conversation"):
+        with pytest.raises(ValueError, match="the prompt is .*expected text or a conversation"):
             mmdlm.generate(chatty, prompt, length=2)
 
 
