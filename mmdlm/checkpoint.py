@@ -68,14 +68,17 @@ def load(
             {"unnorm_key": "bridge_orig"} for a policy with statistics of several data sets.
         **overrides: what config.json leaves out or gets wrong: mask_id, eos_id, pad_id, stop_ids,
             shift, attention, block_size, template and context of `Spec`; theta and theta_scale of
-            `TransformerConfig`. theta_scale stretches the context; LLaDA-8B reads 8k tokens with
+            `TransformerConfig`. Ids and theta that they replace are not looked at; `eos_id` takes
+            the place of the ends in config.json and generation_config.json, `stop_ids` that of all
+            further ends. theta_scale stretches the context; LLaDA-8B reads 8k tokens with
             4, 16k with 14, 24k with 31 and 32k with 55 (OpenMOSS/LongLLaDA:
             llada/llada_wrapper.py).
 
     Raises:
         FileNotFoundError: there is no such model, or files of it are missing.
-        ValueError: the checkpoint is damaged, no family or system fits, its tensors or its
-            tokenizer do not fit, its decoding.yaml is wrong; or an option has no such value.
+        ValueError: the checkpoint is damaged, its files contradict each other, no family or system
+            fits, its tensors or its tokenizer do not fit, its decoding.yaml is wrong; or an option
+            has no such value.
         TypeError: there is no such override.
         ImportError: `quantize` needs torchao.
     """

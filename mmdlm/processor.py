@@ -251,7 +251,9 @@ class Processor:
         if not length:
             raise ValueError(f"a slot for {part.output} has no length, expected at least 1")
         if part.value is None:
-            return torch.full((length,), self.spec.mask)
+            if self.spec.mask_id is None:
+                raise self.spec.unknown_mask()
+            return torch.full((length,), self.spec.mask_id)
         if codec is None:
             ids = torch.tensor(self._tokenizer().encode(part.value), dtype=torch.long)
         else:

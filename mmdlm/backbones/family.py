@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 from encoders.checks import AtLeast, AtMost, Checked, Size
@@ -27,7 +26,7 @@ class Spec(Checked):
         family: name of the family file.
         transformer: sizes and switches.
         mask_id: id of the mask token; None where nothing says which it is. Such a model has logits,
-            and whatever fills in masks asks for it, see `mask`.
+            and whatever fills in masks raises `unknown_mask`.
         eos_id: id that ends an answer; it also fills the positions after it.
         pad_id: id of padding.
         stop_ids: further ids that end an answer.
@@ -73,20 +72,12 @@ class Spec(Checked):
             )
         super().__post_init__()
 
-    @cached_property
-    def mask(self) -> int:
-        """Id of the mask token.
-
-        Raises:
-            ValueError: nothing says which it is.
-        """
-        if self.mask_id is None:
-            raise ValueError(
-                "this model fills in masks, and no file of its folder gives the id of the mask "
-                "token (mask_token_id in config.json, or mask_token of a tokenizer); give "
-                "load(mask_id=...)"
-            )
-        return self.mask_id
+    def unknown_mask(self) -> ValueError:
+        """The error for filling in masks where `mask_id` is None."""
+        return ValueError(
+            "this model fills in masks, and no file of its folder gives the id of the mask token "
+            "(mask_token_id in config.json, or mask_token of a tokenizer); give load(mask_id=...)"
+        )
 
     @property
     def reach(self) -> int | None:

@@ -40,6 +40,8 @@ def start(
         ValueError: see `mmdlm.decode`.
     """
     spec = model.spec
+    if spec.mask_id is None:
+        raise spec.unknown_mask()
     if isinstance(length, bool) or not isinstance(length, Integral) or length < 1:
         raise ValueError(f"length is {length!r}, expected a number of positions, at least 1")
     if isinstance(prompt, Tensor):
@@ -52,7 +54,7 @@ def start(
     check_ids(prompt.tokens, vocab, "prompt")  # before it is moved: on the host nothing waits
     prompt = _opened(prompt, spec).to(model.device)
     batch, size = prompt.tokens.shape
-    answer = torch.full((batch, length), spec.mask, device=model.device)
+    answer = torch.full((batch, length), spec.mask_id, device=model.device)
     if canvas is not None:
         if canvas.shape != answer.shape:
             raise ValueError(f"canvas is {list(canvas.shape)}, expected {[batch, length]}")
@@ -122,6 +124,6 @@ def committable(columns: slice | None, model: MultimodalDLM) -> slice | None:
     if columns is None:
         return None
     start, stop, step = columns.indices(model.spec.transformer.vocab)
-    if step != 1 or start >= stop or (start, stop) == (model.spec.mask, model.spec.mask + 1):
+    if step != 1 or start >= stop or (start, stop) == (model.spec.mask_id, model.spec.mask_id + 1):
         raise ValueError(f"columns is {columns}, expected a range of ids besides the mask id")
     return slice(start, stop)

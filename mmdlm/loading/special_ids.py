@@ -182,7 +182,7 @@ def gather(
     masks = found["mask_id"]
     if tokenizer is not None and "mask_id" not in given and not masks:
         texts = [text for text in tokenizer.added if re.sub("[^a-z]", "", text.lower()) in MASKS]
-        masks |= {tokenizer.id(text): [f"tokenizer.json ({text})"] for text in texts}
+        masks |= {tokenizer.id(text): ["tokenizer.json"] for text in texts}
     if len(masks) > 1:
         told = " and ".join(f"{', '.join(files)} {number}" for number, files in masks.items())
         raise ValueError(
@@ -231,7 +231,7 @@ def _named(folder: Path, tokenizer: Tokenizer, name: str) -> Iterable[tuple[str,
                 f"{folder}: {file} names {text!r} as {TOKENS[name]}, whose id is in {listed}; "
                 f"correct one, or give load({name}=...)"
             )
-        yield f"{file} ({text})", tokenizer.id(text)
+        yield file, tokenizer.id(text)
 
 
 def _source(sources: Sources, name: str, number: int) -> str:

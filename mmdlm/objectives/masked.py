@@ -65,7 +65,9 @@ class Masked(Checked, Objective):
         """Loss with one random mask per turn."""
         masked, p = self.corrupt(batch)
         clean = batch.sequence.tokens
-        noisy = batch.sequence.with_tokens(clean.masked_fill(masked, model.spec.mask))
+        if model.spec.mask_id is None:
+            raise model.spec.unknown_mask()
+        noisy = batch.sequence.with_tokens(clean.masked_fill(masked, model.spec.mask_id))
         losses, right = cross_entropy(model, noisy, masked, clean[masked], self.chunk)
         answer = batch.sequence.is_answer
         total, count = self.reduce(losses, p[masked], answer.sum())

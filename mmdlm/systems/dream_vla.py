@@ -320,9 +320,11 @@ def _normalizer(statistics: dict[str, Any] | None, zero_constant: bool) -> dict[
 
 def _ids(config: dict[str, Any], spec: Spec) -> tuple[int, list[int]]:
     """The lowest action id, and the ids that close an answer: end of the turn, newline."""
+    if spec.mask_id is None:
+        raise spec.unknown_mask()
     is_published = spec.mask_id == LANGUAGE["mask_token_id"]
     usual = [IM_END, NEWLINE] if is_published else [spec.eos_id] * 2
-    return config.get(FIRST_ACTION) or spec.mask + 1, config.get(ENDS) or usual
+    return config.get(FIRST_ACTION) or spec.mask_id + 1, config.get(ENDS) or usual
 
 
 def _state_size(config: dict[str, Any], robot: dict[str, Any]) -> int:

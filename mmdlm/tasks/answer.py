@@ -234,7 +234,7 @@ def _log_probabilities(model: MultimodalDLM, sequence: Sequence, options: Tensor
     """[B O G] float32 log probability of each token of each option, given a masked canvas."""
     batch = len(sequence.tokens)
     logits = model.logits_at(sequence, sequence.is_answer).float()  # [B*G V]
-    logits[:, model.spec.mask] = -torch.inf  # as in decoding: the mask id is never predicted
+    logits[:, model.spec.mask_id] = -torch.inf  # as in decoding: the mask id is never predicted
     logp = logits.log_softmax(1).unflatten(0, (batch, -1))  # [B G V]
     at = options.T.expand(batch, -1, -1)  # [B G O]
     return logp.gather(2, at).transpose(1, 2)  # [B O G]

@@ -331,7 +331,9 @@ def words(
 
 def masked_canvas(model: MultimodalDLM, length: int) -> Tensor:
     """Canvas of mask tokens, int64 [length]."""
-    return torch.full((length,), model.spec.mask)
+    if model.spec.mask_id is None:
+        raise model.spec.unknown_mask()
+    return torch.full((length,), model.spec.mask_id)
 
 
 def end_ids(model: MultimodalDLM) -> set[int]:

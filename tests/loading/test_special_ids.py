@@ -179,7 +179,7 @@ def test_token_with_two_ids_is_rejected(name: str, make: Make) -> None:
 def test_two_tokens_that_look_like_masks_are_rejected(make: Make) -> None:
     folder = make(tokens=(*TOKENS[:5], "<MASK>"))
     say(folder, CONFIG, "eos_token", TEXT)
-    with pytest.raises(ValueError, match=r"tokenizer.json \(<\|mask\|>\) .* and .* \(<MASK>\)"):
+    with pytest.raises(ValueError, match=r"tokenizer.json 32 and tokenizer.json 33; correct"):
         load(folder)
 
 
@@ -352,7 +352,7 @@ def test_mask_token_for_something_else_is_rejected(name: str, field: str, make: 
     say(folder, CONFIG, "eos_token", TEXT)
     say(folder, TOKENIZER, "mask_token", MASK)
     say(folder, CONFIG, name, MASK)
-    message = rf"mask_id is {MASK} \(tokenizer_config.json .*\), and so is {field} \(config.json\)"
+    message = rf"mask_id is {MASK} \(tokenizer_config.json\), and so is {field} \(config.json\)"
     with pytest.raises(ValueError, match=rf"{message}.*load\({field}=...\)"):
         load(folder)
     assert load(folder, **{field: OTHER}).spec.mask_id == MASK
