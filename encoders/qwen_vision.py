@@ -77,7 +77,7 @@ class PatchInput:
         """The patches of one image.
 
         Args:
-            item: path, PIL image, or array or tensor, see `encoders.image.as_rgb`.
+            item: PIL image, array or tensor, see `encoders.image.as_rgb`.
         Returns:
             Patches [N C*frames*patch*patch] float32, the size in pixels, and the grid in patches:
             (1, rows, columns).

@@ -75,6 +75,8 @@ class MultimodalDLM(nn.Module):
         self.published: dict[str, dict[str, Any]] = {}
         """JSON files of the published checkpoint it comes from, by name: config.json, and those
         beside it that other programs read. They complete what is written for these."""
+        self.on_damage: Literal["error", "warn"] = "error"
+        """Whether damaged media files are rejected, or their readable part is used."""
         self._processor: tuple[tuple[Any, ...], Processor] | None = None
 
     @property
@@ -90,11 +92,14 @@ class MultimodalDLM(nn.Module):
     @property
     def processor(self) -> Processor:
         """Converter of messages to token ids and preprocessed media; holds no weights."""
-        parts = (self.spec, self.tokenizer, self.robot, self.template, *self.encoders.values())
+        settings = self.spec, self.tokenizer, self.robot, self.template, self.on_damage
+        parts = (*settings, *self.encoders.values())
         if self._processor is None or any(map(is_not, parts, self._processor[0])):
             inputs = {kind: encoder.preprocess for kind, encoder in self.encoders.items()}
             outputs = {} if self.robot is None else {"actions": self.robot}
-            made = Processor(self.spec, self.tokenizer, inputs, outputs, self.template)
+            made = Processor(
+                self.spec, self.tokenizer, inputs, outputs, self.template, self.on_damage
+            )
             self._processor = (parts, made)
         return self._processor[1]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from adapters.codec import Codec
     from mmdlm.backbones.family import Spec
 
-READERS: dict[str, Callable[[Any], Any]] = {"image": read_image, "audio": read_audio}
+READERS: dict[str, Callable[..., Any]] = {"image": read_image, "audio": read_audio}
 NOTHING = torch.zeros(0, dtype=torch.long)
 
 
@@ -65,6 +65,7 @@ class Processor:
         inputs: preprocessing of each modality, see `encoders.encoder.Encoder.preprocess`.
         outputs: codec of each kind of answer other than "text".
         template: prompt template; None for the chat template of the family.
+        on_damage: "error" rejects damaged media files; "warn" uses their readable part.
     """
 
     def __init__(
@@ -74,10 +75,12 @@ class Processor:
         inputs: Mapping[str, Callable[[Any], Prepared]] | None = None,
         outputs: Mapping[str, Codec] | None = None,
         template: Template | None = None,
+        on_damage: Literal["error", "warn"] = "error",
     ) -> None:
         self.spec, self.tokenizer = spec, tokenizer
         self.inputs, self.outputs = dict(inputs or {}), dict(outputs or {})
         self.template = template or Template()
+        self.on_damage = on_damage
 
     # -- media
 
@@ -109,7 +112,7 @@ class Processor:
         if kind == "state" and "actions" in self.outputs:
             item = self.outputs["actions"].normalize_state(item)
         elif kind in READERS:
-            item = READERS[kind](item)
+            item = READERS[kind](item, on_damage=self.on_damage)
         preprocess = self.inputs[kind]
         return (getattr(preprocess, "several", preprocess) if several else preprocess)(item)
 

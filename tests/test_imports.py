@@ -52,6 +52,7 @@ IMPORT_NAMES = {
     "gym-pusht": "gym_pusht",
     "imageio-ffmpeg": "imageio_ffmpeg",
     "espeakng-loader": "espeakng_loader",
+    "pillow-heif": "pillow_heif",
 }
 # Packages that are always installed with a required distribution.
 COMES_WITH = {
@@ -60,8 +61,6 @@ COMES_WITH = {
     "tokenizers": "transformers",
     "mujoco": "metaworld",
 }
-# Used if installed, but not declared: it also needs FFmpeg on the system.
-WHERE_THERE = {"torchcodec"}
 NOT_IN_TOWERS = {"lightning", "jsonargparse", "rich", "yaml", "soundfile", "safetensors", "tqdm"}
 
 
@@ -191,7 +190,7 @@ def test_modules_import_only_core_dependencies_at_the_top() -> None:
 
 def test_functions_import_what_an_extra_declares() -> None:
     _, known = declared()
-    allowed = known | WHERE_THERE | set(PACKAGES) | sys.stdlib_module_names
+    allowed = known | set(PACKAGES) | sys.stdlib_module_names
     wrong = []
     for path in sources(*PACKAGES):
         for target in imported(ast.parse(path.read_text()), module_name(path)):

@@ -33,10 +33,7 @@ IMPORTS = {
     "torch": "import torch",
     "torchvision": "import torchvision",
     "torchaudio": "import torchaudio.functional, torchaudio.transforms",
-    "torchcodec": "import torchcodec.decoders",
 }
-# torchvision 0.26 and torchcodec 0.11 are made for torch 2.11, 0.27 and 0.12 for 2.12, and so on.
-NEXT_TO_TORCH = {"torchvision": 15, "torchcodec": 0}
 # What is unavailable without them.
 USED_FOR = {
     "torch": "everything",
@@ -53,7 +50,10 @@ EXTRAS = {
         "robot simulators and videos of episodes",
         ("gymnasium", "metaworld", "gym-pusht", "pymunk", "imageio-ffmpeg"),
     ),
-    "data": ("LeRobot episodes and handwritten digits", ("pyarrow", "scikit-learn", "av")),
+    "data": (
+        "LeRobot episodes, handwritten digits, HEIC, and sound from M4A, WebM and videos",
+        ("pyarrow", "scikit-learn", "av", "pillow-heif"),
+    ),
     "speech": ("synthetic speech to train on", ("espeakng-loader",)),
     "eval": ("word error rates", ("jiwer",)),
     "demo": ("the demo's plots and videos", ("matplotlib", "imageio-ffmpeg")),
@@ -190,7 +190,8 @@ def _fitting(name: str, torch: str | None) -> str:
         return f"{name}>={OLDEST[name]}"
     if name == "torchaudio":
         return fitting_torchaudio(torch)
-    return f"{name}==0.{Version(torch).minor + NEXT_TO_TORCH[name]}.*"
+    # torchvision 0.26 is made for torch 2.11, 0.27 for 2.12, and so on.
+    return f"{name}==0.{Version(torch).minor + 15}.*"
 
 
 def _core() -> Check:
@@ -255,15 +256,14 @@ def _rendering(working: list[str]) -> Check:
 
 def _codecs() -> Check:
     """Whether audio formats can be read that soundfile does not know."""
-    name, program, codec = "other audio", shutil.which("ffmpeg"), _version("torchcodec")
-    seen = f"ffmpeg {program or 'missing'}, torchcodec {codec or 'missing'}"
-    if codec and (error := _last_line(_start_python(IMPORTS["torchcodec"]))):
+    name, version = "other audio", _version("av")
+    seen = f"PyAV {version or 'missing'}"
+    if version and (error := _last_line(_start_python("import av"))):
         seen += f" does not load: {error}"
-    elif program and codec:
+    elif version:
         return Check(name, "ok", seen)
-    fitting = _fitting("torchcodec", _version("torch"))
-    fix = f'for other formats: apt-get install ffmpeg; pip install "{fitting}"'
-    return Check(name, "off", f"{seen}; WAV, FLAC, OGG and MP3 work without", fix)
+    seen += "; WAV, FLAC, OGG and MP3 work without"
+    return Check(name, "off", seen, 'for other formats: pip install "mmdlm[data]"')
 
 
 def _espeak() -> Check:

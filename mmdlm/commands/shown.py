@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from mmdlm.model import MultimodalDLM
@@ -27,6 +27,8 @@ class Run:
         compile: compile the model first; worth a minute on a GPU when there is much to do.
         batch_size: items computed together; in float32 it does not change the results.
         json: print one JSON object per line.
+        on_damage: what a damaged or truncated image or recording is: an "error", or a warning
+            ("warn") after which its readable part is used.
     """
 
     model: str = "tiny"
@@ -35,12 +37,15 @@ class Run:
     compile: bool = False
     batch_size: int = 16
     json: bool = False
+    on_damage: Literal["error", "warn"] = "error"
 
     def load(self) -> MultimodalDLM:
         """The model."""
         from mmdlm.checkpoint import load
 
-        return load(self.model, device=self.device, dtype=self.dtype, compile=self.compile)
+        model = load(self.model, device=self.device, dtype=self.dtype, compile=self.compile)
+        model.on_damage = self.on_damage
+        return model
 
 
 @dataclass(frozen=True)

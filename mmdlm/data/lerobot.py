@@ -7,15 +7,14 @@ huggingface/lerobot: src/lerobot/datasets.
 from __future__ import annotations
 
 import bisect
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from mmdlm.files import read_json
+from mmdlm.media import read_image
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -163,7 +162,7 @@ class LeRobot:
         )
         for cell in table.column(key).to_pylist():
             data = cell["bytes"] or (self.root / cell["path"]).read_bytes()
-            yield np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+            yield np.asarray(read_image(data))
 
     def _data_path(self, episode: Episode) -> Path:
         place = {k: episode.row[f"data/{k}"] for k in ("chunk_index", "file_index")}

@@ -30,6 +30,7 @@ from encoders.torchaudio_loader import import_torchaudio
 from mmdlm.data.dataset import Dataset, example
 from mmdlm.files import read_lines
 from mmdlm.lines import read_records
+from mmdlm.media import read_audio
 from mmdlm.messages import Example, Turn
 
 if TYPE_CHECKING:
@@ -301,7 +302,7 @@ class Speech(Dataset):
         augment: random gain, noise (with probability 0.5) and up to 0.1 s of leading silence; for
             training.
         length: canvas of the answer in tokens.
-        cache: keep clips that were read in memory as int16 (32 kB per second).
+        cache: keep clips that were read in memory as float32 (64 kB per second).
     """
 
     def __init__(
@@ -327,16 +328,14 @@ class Speech(Dataset):
             raise FileNotFoundError(
                 f"Speech: {path} is listed in metadata.jsonl but does not exist"
             )
-        clip, rate = soundfile.read(path, dtype="int16", always_2d=True)  # [T C]
-        clip = clip[:, 0] if clip.shape[1] == 1 else clip.mean(axis=1).astype(np.int16)
+        clip, rate = read_audio(path)
         if self._cache is not None:
             self._cache[index] = (clip, rate)
         return clip, rate
 
     def sample(self, index: int, rng: np.random.Generator) -> Example:
         """The clip at `index` with a turn for its transcript; grouped by voice."""
-        row, (clip, rate) = self.rows[index], self._read(index)
-        audio = clip.astype(np.float32) / 32768
+        row, (audio, rate) = self.rows[index], self._read(index)
         if self.augment:
             audio = np.pad(audio, (int(rng.integers(0, rate // 10)), 0))
             if rng.random() < 0.5:

@@ -43,7 +43,7 @@ def beside_torch(
         monkeypatch.syspath_prepend(tmp_path)
         path = os.environ.get("PYTHONPATH", "")
         monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{path}")
-        return by_name(doctor.report())[{"torchcodec": "other audio"}.get(name, name)]
+        return by_name(doctor.report())[{"av": "other audio"}.get(name, name)]
 
     real = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda n: "2.12.1" if n == "torch" else real(n))
@@ -76,7 +76,7 @@ def test_missing_parts_are_named_with_the_way_out(
     without_gl: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = doctor._version
-    other = {"jiwer": None, "einops": None, "torchcodec": None, "torch": "2.13.0"}
+    other = {"jiwer": None, "einops": None, "av": None, "torch": "2.13.0"}
     monkeypatch.setattr(doctor, "_version", lambda n: other[n] if n in other else real(n))
     checks = by_name(doctor.report())
     assert checks["extra eval"] == Check(
@@ -86,7 +86,7 @@ def test_missing_parts_are_named_with_the_way_out(
         "libraries", "broken", "einops missing", "pip install mmdlm"
     )
     assert checks["other audio"].state == "off"
-    assert '"torchcodec==0.13.*"' in checks["other audio"].fix
+    assert 'pip install "mmdlm[data]"' in checks["other audio"].fix
 
 
 def test_library_made_for_another_torch_is_broken(beside_torch: Callable[..., Check]) -> None:
@@ -114,10 +114,10 @@ def test_newer_library_that_loads_is_fine(beside_torch: Callable[..., Check]) ->
     assert check == Check("torchvision", "ok", "0.40.0")
 
 
-def test_torchcodec_that_does_not_load_is_off(beside_torch: Callable[..., Check]) -> None:
-    check = beside_torch("torchcodec", "0.12.0", "torch", "raise RuntimeError('no FFmpeg')")
+def test_av_that_does_not_load_is_off(beside_torch: Callable[..., Check]) -> None:
+    check = beside_torch("av", "18.0.0", "torch", "raise RuntimeError('no libavcodec')")
     assert check.state == "off"
-    assert "torchcodec 0.12.0 does not load: RuntimeError: no FFmpeg" in check.seen
+    assert "PyAV 18.0.0 does not load: RuntimeError: no libavcodec" in check.seen
 
 
 @pytest.mark.parametrize(

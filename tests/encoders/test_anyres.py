@@ -42,7 +42,7 @@ def test_canvas_and_tiles_equal_reference(system: str, pinpoints: str, case: dic
 def test_pixels_of_384_pixel_views_equal_reference(number: int, mode: str) -> None:
     golden = load_file(GOLDEN / "lavida_schedules" / "tensors.safetensors")
     prepare = AnyResInput(ImageInput(384), parse_pinpoints(LAVIDA, 384), mode)
-    got = prepare(GOLDEN / "lavida_schedules" / f"img{number}.png").tensor
+    got = prepare(Image.open(GOLDEN / "lavida_schedules" / f"img{number}.png")).tensor
     name = f"img{number}" if mode == "anyres" else f"img{number}.{mode}"
     strided = golden[f"{name}.pixels_strided"]
     views = got if mode == "anyres" else got[0]
@@ -58,7 +58,7 @@ def test_pixels_of_small_views_equal_reference(number: int) -> None:
     folder = GOLDEN / "lavida_llada"
     pinpoints = json.loads((folder / "config.json").read_text())["mm"]["image_grid_pinpoints"]
     vit = ViT(size=54, patch=2, dim=8, depth=1, heads=1, stem="patch")
-    got = AnyRes(vit, pinpoints).prepare(folder / f"img{number}.png")
+    got = AnyRes(vit, pinpoints).prepare(Image.open(folder / f"img{number}.png"))
     expected = load_file(folder / "tensors.safetensors")[f"img{number}.pixel_values"]
     torch.testing.assert_close(got.tensor, expected, atol=1e-6, rtol=0)
 

@@ -77,7 +77,7 @@ def test_dream_vl_images_of_three_sizes_in_one_batch_equal_the_reference():
     limits = {k: config["processor"][k] for k in ("min_pixels", "max_pixels")}
     tower = QwenVision(48, width=32, depth=2, heads=2, **limits)
     fill(tower, weights)
-    items = [tower.prepare(DREAM_VL / f"img{i}.png") for i in range(3)]
+    items = [tower.prepare(Image.open(DREAM_VL / f"img{i}.png")) for i in range(3)]
     features = tower(items)
     embedded = projector(weights, 48, 48).embed(features, items)
     for i, item in enumerate(items):
@@ -167,12 +167,12 @@ def test_preprocessing_travels_to_other_processes():
     assert torch.equal(again(item).tensor, QwenVision.tiny().prepare(item).tensor)
 
 
-def test_files_images_and_arrays_agree():
+def test_images_and_arrays_agree():
     tower = QwenVision.tiny()
-    path = DREAM_VL / "img0.png"
-    array = np.array(Image.open(path).convert("RGB"))
-    expected = tower.prepare(path).tensor
-    for item in (Image.open(path), array, torch.from_numpy(array).movedim(-1, 0)):
+    image = Image.open(DREAM_VL / "img0.png")
+    array = np.array(image.convert("RGB"))
+    expected = tower.prepare(image).tensor
+    for item in (array, torch.from_numpy(array).movedim(-1, 0)):
         assert torch.equal(tower.prepare(item).tensor, expected)
 
 
