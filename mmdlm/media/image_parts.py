@@ -22,22 +22,24 @@ def check_png(data: bytes) -> tuple[bytes, str, str]:
         the file without the metadata chunks that are damaged, what is wrong with its pixels, and
         the names of the chunks that were removed; the last two are empty if all is well.
     """
-    kept, pixels, removed, damage = [PNG], [], [], ""
+    kept, pixels, removed, damage = [memoryview(PNG)], [], [], ""
     for at, kind, chunk, is_whole, is_valid in _png_chunks(data):
-        if kind not in PIXELS and not is_valid:
+        if not is_valid and (kind not in PIXELS or kind == b"IEND"):
             removed.append(kind.decode("latin-1"))
             continue
-        kept.append(bytes(chunk))
+        kept.append(chunk)
         if kind == b"IDAT":
             pixels.append(chunk[8:-4])
         if not damage and not is_valid:
             state = "is cut off" if not is_whole else "has a wrong checksum"
             damage = f"the chunk {kind.decode()} at byte {at} {state}"
+    if kept[-1][4:8] != b"IEND":
+        kept.append(memoryview(PNG_END))
+        if not damage:
+            removed = removed or ["IEND"]
     # A removed chunk may have been one of pixels whose name was damaged.
     if removed and not damage and not _is_whole_stream(pixels):
-        damage = f"the pixels are incomplete, and {', '.join(removed)} is not readable"
-    if kept[-1][4:8] != b"IEND":
-        kept.append(PNG_END)
+        damage = f"the pixels are incomplete, and {', '.join(removed)} is missing or not readable"
     return b"".join(kept) if removed else data, damage, ", ".join(removed)
 
 

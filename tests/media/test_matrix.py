@@ -297,6 +297,15 @@ def test_each_changed_byte_of_a_png_is_harmless_or_reported() -> None:
     assert not set(pixels) & set(harmless)
 
 
+@pytest.mark.parametrize("cut", [1, 6, 12])
+def test_png_without_its_end_keeps_its_pixels(cut: int) -> None:
+    with pytest.warns(UserWarning, match="metadata .IEND. are ignored"):
+        pixels = np.asarray(read_image(images.png(images.RGB)[:-cut]))
+    assert np.array_equal(pixels, images.RGB)
+    with pytest.raises(ValueError, match="IDAT at byte .* is cut off"):
+        read_image(images.png(images.RGB)[:-14])
+
+
 def test_checksum_of_pixels_is_named_and_the_rest_is_used_on_request() -> None:
     data = bytearray(images.saved(Image.fromarray(NOISE), "PNG"))
     data[len(data) // 2] ^= 1
