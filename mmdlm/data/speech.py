@@ -10,12 +10,16 @@ package, and reading existing clips does not need it.
 
 from __future__ import annotations
 
+import _ctypes
 import ctypes
 import functools
 import json
 import shutil
 import tempfile
+import threading
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -64,8 +68,17 @@ SPLITS = {"train": VOICES, "held_out": VOICES, "new_voice": NEW_VOICES}
 NOISES = ("white", "pink", "hum")
 
 
+_COLLECT = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
+)
+
+
 class Espeak:
-    """The espeak-ng synthesiser; its state is global to the process, so use `espeak()`."""
+    """The espeak-ng synthesiser; use `espeak()`.
+
+    The library has noise generators and phases that go on from one text to the next. It is
+    therefore loaded afresh for every text, so that a clip depends on its own arguments only.
+    """
 
     rate = 22_050  # Hz, fixed by the voice data
 
@@ -75,33 +88,31 @@ class Espeak:
         if len(str(data).encode()) > 120:  # espeak-ng stores this path in a buffer of 160 bytes
             self._copy = tempfile.TemporaryDirectory(prefix="espeak")
             data = Path(shutil.copytree(data, Path(self._copy.name) / "espeak-ng-data"))
-        self._lib = ctypes.CDLL(loader.get_library_path())
-        # 2: synchronous, samples only to the callback; 0x8000: return an error instead of exit().
-        if self._lib.espeak_Initialize(2, 0, str(data).encode(), 0x8000) != self.rate:
-            raise RuntimeError(
-                f"espeak-ng did not start with its data at {data}; reinstall espeakng_loader"
-            )
-        self._lib.espeak_GetCurrentVoice.restype = ctypes.POINTER(_Voice)
-        self._chunks: list[np.ndarray] = []
-        signature = ctypes.CFUNCTYPE(
-            ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
-        )
-        self._callback = signature(
-            self._collect
-        )  # keep a reference: the library has only the address
-        self._lib.espeak_SetSynthCallback(self._callback)
+        self._data, self._path = data, loader.get_library_path()
+        self._lock = threading.Lock()  # the state of the library is global to the process
 
-    def _collect(self, samples: ctypes._Pointer, count: int, events: int) -> int:
-        if samples and count > 0:
-            self._chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
-        return 0
+    @contextmanager
+    def _library(self) -> Iterator[ctypes.CDLL]:
+        """The library in its initial state, unloaded afterwards."""
+        library = ctypes.CDLL(self._path)
+        try:
+            # 2: synchronous, samples only to the callback; 0x8000: return an error, do not exit().
+            started = library.espeak_Initialize(2, 0, str(self._data).encode(), 0x8000)
+            if started != self.rate:
+                raise RuntimeError(
+                    f"espeak-ng did not start with its data at {self._data}; reinstall "
+                    "espeakng_loader"
+                )
+            library.espeak_ng_SetRandSeed(ctypes.c_long(0))  # the time of day otherwise
+            yield library
+        finally:
+            library.espeak_Terminate()
+            _ctypes.dlclose(library._handle)
 
     def speak(
         self, text: str, voice: str = "en-us", rate: int = 170, pitch: int = 50
     ) -> np.ndarray:
         """Synthesises a text: float32 [T] in [-1, 1] at 22050 Hz.
-
-        Calls with equal arguments differ slightly, since the voice model has a noise state.
 
         Args:
             text: plain words.
@@ -116,19 +127,33 @@ class Espeak:
             raise ValueError(
                 f"espeak: rate is {rate} and pitch {pitch}, expected 80 to 450 and 0 to 99"
             )
-        failed = self._lib.espeak_SetVoiceByName(voice.encode())
-        # For an unknown variant espeak-ng uses the plain voice without an error.
-        used = self._lib.espeak_GetCurrentVoice().contents.identifier.decode()
-        if failed or used.partition("+")[2] != voice.partition("+")[2]:
-            raise ValueError(f"espeak: no voice {voice!r}; known: for example {list(VOICES)}")
-        self._lib.espeak_SetParameter(1, rate, 0)
-        self._lib.espeak_SetParameter(3, pitch, 0)
-        self._chunks.clear()
+        chunks: list[np.ndarray] = []
+
+        @_COLLECT
+        def collect(samples: ctypes._Pointer, count: int, events: int) -> int:
+            if samples and count > 0:
+                chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
+            return 0
+
         data = text.encode()
-        failed = self._lib.espeak_Synth(data, len(data) + 1, 0, 1, 0, 1, None, None)  # 1: UTF-8
-        if failed or not any(chunk.any() for chunk in self._chunks):
+        with self._lock, self._library() as library:
+            library.espeak_SetSynthCallback(collect)
+            _set_voice(library, voice)
+            library.espeak_SetParameter(1, rate, 0)
+            library.espeak_SetParameter(3, pitch, 0)
+            failed = library.espeak_Synth(data, len(data) + 1, 0, 1, 0, 1, None, None)  # 1: UTF-8
+        if failed or not any(chunk.any() for chunk in chunks):
             raise ValueError(f"espeak: no sound for {text!r} (status {failed})")
-        return np.concatenate(self._chunks).astype(np.float32) / 32768
+        return np.concatenate(chunks).astype(np.float32) / 32768
+
+
+def _set_voice(library: ctypes.CDLL, voice: str) -> None:
+    library.espeak_GetCurrentVoice.restype = ctypes.POINTER(_Voice)
+    failed = library.espeak_SetVoiceByName(voice.encode())
+    # For an unknown variant espeak-ng uses the plain voice without an error.
+    used = (library.espeak_GetCurrentVoice().contents.identifier or b"").decode()
+    if failed or used.partition("+")[2] != voice.partition("+")[2]:
+        raise ValueError(f"espeak: no voice {voice!r}; known: for example {list(VOICES)}")
 
 
 class _Voice(ctypes.Structure):

@@ -1,8 +1,10 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,10 @@ def folder(tmp_path):
         rows.append({"file_name": f"clips/{index}.flac", "text": text, "voice": "en"})
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
+
+
+def clips(root):
+    return [path.read_bytes() for path in sorted((root / "clips").iterdir())]
 
 
 def lines(root):
@@ -112,14 +118,51 @@ def test_make_resumes_and_equals_an_uninterrupted_run(made, tmp_path):
     table.write_text(table.read_text() + '{"file_name": "clips/0000')  # stopped while writing
     speech.make(tmp_path, 5)
     assert (tmp_path / "clips" / "000000.flac").stat().st_mtime_ns == first
-    described = [{**row, "seconds": 0, "rate": 0} for row in lines(tmp_path)]
-    assert described == [{**row, "seconds": 0, "rate": 0} for row in lines(made["train"])[:5]]
+    assert lines(tmp_path) == lines(made["train"])[:5]
+    assert clips(tmp_path) == clips(made["train"])[:5]
     with pytest.raises(ValueError, match="another split or seed"):
         speech.make(tmp_path, 6, "held_out")
     with pytest.raises(ValueError, match="another split or seed"):
         speech.make(tmp_path, 6, seed=1)
     with pytest.raises(ValueError, match="'test'.*held_out"):
         speech.make(tmp_path, 6, "test")
+
+
+def test_clips_do_not_depend_on_the_process_or_what_it_said_before(made, tmp_path):
+    code = (
+        "import sys\nfrom mmdlm.data import speech\n"
+        "for voice in reversed(speech.VOICES): speech.espeak().speak('ten', voice)\n"
+        "for split in ('new_voice', 'train'): speech.make(f'{sys.argv[1]}/{split}', 12, split)"
+    )
+    env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        check=True,
+        env=env,
+        cwd=Path(speech.__file__).parents[2],
+    )
+    voices = set()
+    for split in ("new_voice", "train"):
+        assert clips(tmp_path / split) == clips(made[split])
+        assert lines(tmp_path / split) == lines(made[split])
+        voices |= {row["voice"] for row in lines(made[split])}
+    assert len(voices) > 5
+
+
+def test_every_voice_says_the_same_twice(made):
+    del made  # only to skip without espeak-ng
+    for voice in (*speech.VOICES, *speech.NEW_VOICES):
+        first, again = (speech.espeak().speak("seven yellow lemons", voice) for _ in range(2))
+        assert np.array_equal(first, again), voice
+
+
+def test_threads_may_speak_at_once(made):
+    del made
+    voices = (*speech.VOICES, *speech.NEW_VOICES)
+    alone = [speech.espeak().speak("ten", voice) for voice in voices]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda voice: speech.espeak().speak("ten", voice), voices))
+    assert all(np.array_equal(*pair) for pair in zip(alone, together, strict=True))
 
 
 def test_synthesiser_follows_its_arguments(made):
