@@ -16,6 +16,9 @@ from mmdlm import discover
 
 GL_PACKAGES = "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri   (or: libosmesa6)"
 
+GL_VARIABLES = ("MUJOCO_GL", "PYOPENGL_PLATFORM")
+OFFSCREEN = ("egl", "osmesa")  # backends for which both variables must be equal
+
 
 class Simulator:
     """A robot in a world: observation in, reward and success out.
@@ -113,7 +116,7 @@ class Simulator:
         self.close()
 
     def _checked(self, action: np.ndarray) -> np.ndarray:
-        action = np.asarray(action, dtype=np.float32)
+        action = np.atleast_1d(np.asarray(action, dtype=np.float32))
         if action.shape != (self.action_size,):
             raise ValueError(
                 f"step: action has shape {list(action.shape)}, expected [{self.action_size}]; "
@@ -193,34 +196,60 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def choose_gl() -> str | None:
-    """The OpenGL backend that MuJoCo can render with on this machine; None if there is none.
+    """The OpenGL backend that MuJoCo renders with: "egl", "osmesa" or "glfw"; None for none.
 
-    "egl" or "osmesa" on Linux, "glfw" elsewhere; `MUJOCO_GL` in the environment has priority. The
-    libraries are called directly, since PyOpenGL can load only one platform per process.
+    `MUJOCO_GL` in the environment has priority, then `PYOPENGL_PLATFORM`; else it is the first of
+    `gl_backends`.
     """
-    if os.environ.get("MUJOCO_GL"):
-        return os.environ["MUJOCO_GL"]
+    given = [os.environ.get(name, "").lower().strip() for name in GL_VARIABLES]
+    return given[0] or (given[1] if given[1] in OFFSCREEN else next(iter(gl_backends()), None))
+
+
+def gl_backends() -> list[str]:
+    """The OpenGL backends that work on this machine, best first.
+
+    The libraries are called directly, since PyOpenGL can load only one platform per process.
+    """
     if sys.platform != "linux":
-        return "glfw"
-    if _egl_has_device():
-        return "egl"
-    return "osmesa" if ctypes.util.find_library("OSMesa") else None
+        return ["glfw"]
+    has_display = any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
+    works = {
+        "egl": _egl_has_device(),
+        "osmesa": ctypes.util.find_library("OSMesa") is not None,
+        "glfw": has_display,
+    }
+    return [name for name, is_there in works.items() if is_there]
 
 
 def use_gl() -> str:
     """Sets the backend of `choose_gl` in the environment, where MuJoCo reads it.
 
     Raises:
-        RuntimeError: there is no backend.
+        RuntimeError: there is no backend; or the one that the environment asks for does not work
+            here, or its variables contradict each other.
     """
     backend = choose_gl()
     if backend is None:
         raise RuntimeError(
             f"MuJoCo finds no OpenGL backend (no EGL device, no OSMesa); {GL_PACKAGES}"
         )
-    os.environ.setdefault("MUJOCO_GL", backend)
-    if backend in ("egl", "osmesa"):
-        os.environ.setdefault("PYOPENGL_PLATFORM", backend)
+    working = gl_backends()
+    given = {name: os.environ[name] for name in GL_VARIABLES if os.environ.get(name)}
+    set_to = " and ".join(f"{name}={value}" for name, value in given.items())
+    remedy = f"install one: {GL_PACKAGES}"
+    if working:
+        values = " ".join(f"{name}={working[0]}" for name in GL_VARIABLES)
+        remedy = f"works here: {', '.join(working)}; unset {' and '.join(given)}, or set {values}"
+    platform = given.get(GL_VARIABLES[1], backend).lower().strip()
+    if backend in OFFSCREEN and platform != backend:
+        clash = "contradict each other" if len(given) > 1 else f"does not fit {backend!r}"
+        raise RuntimeError(f"{set_to} {clash}; {remedy}")
+    if backend not in working:
+        why = " (there is no display)" if backend == "glfw" else ""
+        raise RuntimeError(f"{set_to}: the OpenGL backend {backend!r} does not work{why}; {remedy}")
+    os.environ[GL_VARIABLES[0]] = backend
+    if backend in OFFSCREEN:
+        os.environ[GL_VARIABLES[1]] = backend
     return backend
 
 

@@ -95,6 +95,73 @@ def test_error_without_a_gl_backend_names_the_package(monkeypatch):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("mujoco", "platform", "told"),
+    [
+        ("egl", "osmesa", "MUJOCO_GL=egl and PYOPENGL_PLATFORM=osmesa contradict each other"),
+        ("osmesa", "egl", "MUJOCO_GL=osmesa and PYOPENGL_PLATFORM=egl contradict each other"),
+        ("", "x11", "PYOPENGL_PLATFORM=x11 does not fit 'egl'"),
+        ("glfw", "", r"MUJOCO_GL=glfw: .* 'glfw' does not work \(there is no display\)"),
+        ("", "osmesa", "PYOPENGL_PLATFORM=osmesa: .* 'osmesa' does not work"),
+        ("off", "", "MUJOCO_GL=off: .* 'off' does not work"),
+    ],
+)
+def test_gl_variables_that_cannot_work_are_named(monkeypatch, mujoco, platform, told):
+    monkeypatch.setenv("MUJOCO_GL", mujoco)
+    monkeypatch.setenv("PYOPENGL_PLATFORM", platform)
+    monkeypatch.setattr(base, "gl_backends", lambda: ["egl"])
+    with pytest.raises(RuntimeError, match=f"^{told}; works here: egl; unset .* or set MUJOCO_GL"):
+        base.use_gl()
+    assert (os.environ["MUJOCO_GL"], os.environ["PYOPENGL_PLATFORM"]) == (mujoco, platform)
+    monkeypatch.setattr(base, "gl_backends", list)
+    with pytest.raises(RuntimeError, match="apt-get install libegl1"):
+        base.use_gl()
+
+
+@pytest.mark.parametrize(
+    ("mujoco", "platform", "used"),
+    [("", "", "egl"), ("EGL", "", "egl"), ("", "osmesa", "osmesa"), ("egl", "egl", "egl")]
+    + [("glfw", "x11", "glfw")],
+)
+def test_gl_variables_that_fit_are_completed(monkeypatch, mujoco, platform, used):
+    monkeypatch.setenv("MUJOCO_GL", mujoco)
+    monkeypatch.setenv("PYOPENGL_PLATFORM", platform)
+    monkeypatch.setattr(base, "gl_backends", lambda: ["egl", "osmesa", "glfw"])
+    assert base.use_gl() == os.environ["MUJOCO_GL"] == used
+    assert os.environ["PYOPENGL_PLATFORM"] == (used if used != "glfw" else "x11")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="backends of Linux")
+def test_a_window_needs_a_display(monkeypatch):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    assert "glfw" not in base.gl_backends()
+    monkeypatch.setenv("DISPLAY", ":0")
+    assert base.gl_backends()[-1] == "glfw"
+
+
+def test_one_number_is_an_action_of_a_robot_with_one_joint():
+    class Slider(Simulator):
+        action_size, state_size, horizon = 1, 1, 3
+        low, high = -np.ones(1, np.float32), np.ones(1, np.float32)
+
+        def _reset(self, seed):
+            self.place = 0.0
+
+        def _step(self, action):
+            self.place += float(action[0])
+            return 0.0, False
+
+        def _observe(self):
+            return {"state": np.array([self.place], np.float32)}
+
+    slider = Slider()
+    slider.reset(0)
+    assert [slider.step(a)[0]["state"][0] for a in (0.5, np.float32(0.25), [0.25])] == [
+        *(0.5, 0.75, 1.0),
+    ]
+
+
 def test_import_of_simulators_is_light_and_sets_no_environment():
     code = (
         "import os, sys; before = dict(os.environ)\n"
