@@ -95,7 +95,7 @@ def collect(
                 )
         else:
             if writer is None:
-                shapes = {key: values.shape[1:] for key, values in episode.items()}
+                shapes = {key: values.shape[1:] or (1,) for key, values in episode.items()}
                 writer = Writer(out, shapes, simulator.fps, type(simulator).__name__.lower())
             writer.add_episode(simulator.instruction, episode)
             kept, frames = kept + 1, frames + len(episode[ACTION])
@@ -156,6 +156,8 @@ class Episodes(Dataset):
         tasks: names of the folders to use; None: all.
         part: "train" excludes the last tenth of the episodes of each folder, "val" is that tenth.
         camera: image feature to use; required if a data set has several.
+        tolerance_s: largest difference in seconds between the time stamps of a frame and its video
+            frame.
     Raises:
         FileNotFoundError: there is no data set at `root`, or no folder of a task.
         ValueError: the data sets have different sizes, or the camera is ambiguous.
@@ -170,13 +172,15 @@ class Episodes(Dataset):
         tasks: list[str] | None = None,
         part: Literal["all", "train", "val"] = "all",
         camera: str | None = None,
+        tolerance_s: float = 1e-4,
     ) -> None:
         if chunk < 1 or size < 1:
             raise ValueError(f"Episodes: chunk is {chunk} and size {size}, expected at least 1")
         if part not in ("all", "train", "val"):
             raise ValueError(f"Episodes: part is {part!r}, expected 'all', 'train' or 'val'")
         self.chunk, self.size, self.augment = chunk, size, augment
-        loaded = [_load(LeRobot(path), size, part, camera) for path in _folders(Path(root), tasks)]
+        sources = [LeRobot(path, tolerance_s) for path in _folders(Path(root), tasks)]
+        loaded = [_load(source, size, part, camera) for source in sources]
         kinds = sorted({(one.states.shape[1], one.actions.shape[1]) for one in loaded})
         if len(kinds) != 1:
             raise ValueError(
@@ -281,11 +285,17 @@ def _load(source: LeRobot, size: int, part: str, camera: str | None) -> _Loaded:
     images = [_resized(image, size) for image in source.images(key, start, stop)]
     return _Loaded(
         np.stack(images),
-        source.column(STATE)[start:stop],
-        source.column(ACTION)[start:stop],
+        _vectors(source, STATE)[start:stop],
+        _vectors(source, ACTION)[start:stop],
         np.array([episode.stop - episode.start for episode in kept]),
         [source.tasks[int(number)] for number in numbers],
     )
+
+
+def _vectors(source: LeRobot, key: str) -> np.ndarray:
+    """A numeric feature of all frames, float32 [frames S]; one number per frame is a vector too."""
+    values = source.column(key).astype(np.float32, copy=False)
+    return values[:, None] if values.ndim == 1 else values
 
 
 def _resized(image: np.ndarray, size: int) -> np.ndarray:

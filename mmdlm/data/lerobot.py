@@ -43,10 +43,12 @@ class LeRobot:
         tolerance_s: largest difference between the time stamps of a frame and its video frame.
     Raises:
         FileNotFoundError: the folder is not a LeRobot data set.
-        ValueError: the data set has another version.
+        ValueError: the data set has another version, or the tolerance is negative.
     """
 
     def __init__(self, root: str | Path, tolerance_s: float = 1e-4) -> None:
+        if not tolerance_s >= 0:
+            raise ValueError(f"LeRobot: tolerance_s is {tolerance_s}, expected 0 or more seconds")
         self.root, self.tolerance_s = Path(root), tolerance_s
         path = self.root / "meta" / "info.json"
         if not path.is_file():
@@ -230,7 +232,9 @@ def decode_video(
                 seen = "no frame" if here is None else f"{here[0]:.6f} s"
                 raise ValueError(
                     f"{path}: nearest to {time:.6f} s is {seen}, more than {tolerance_s} s away; "
-                    "the video does not match the time stamps (or pass a larger tolerance_s)"
+                    "the video does not match the time stamps. To accept it, give a larger "
+                    "tolerance_s: an argument of LeRobot and Episodes, in a training config under "
+                    "init_args of the data set"
                 )
             yield here[1].to_ndarray(format="rgb24")
 

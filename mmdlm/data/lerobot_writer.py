@@ -62,10 +62,15 @@ class Writer:
 
         Args:
             task: instruction of the episode.
-            frames: one array per feature: uint8 [T Y X 3] for images, float [T S] for vectors.
+            frames: one array per feature: uint8 [T Y X 3] for images, float [T S] for vectors, also
+                [T] where S is 1.
         Raises:
             ValueError: a feature is missing, unknown, of another shape or length, or not finite.
         """
+        frames = {
+            key: values[:, None] if values.ndim == 1 and self._shape(key) == [1] else values
+            for key, values in frames.items()
+        }
         length = self._check(frames)
         number = self._tasks.setdefault(task, len(self._tasks))
         start = self._rows[-1]["dataset_to_index"] if self._rows else 0
@@ -116,6 +121,9 @@ class Writer:
             self.close()
         elif self._file is not None:
             self._file.close()
+
+    def _shape(self, key: str) -> list[int]:
+        return self.features.get(key, {}).get("shape", [])
 
     def _check(self, frames: dict[str, np.ndarray]) -> int:
         if set(frames) != set(self.features):

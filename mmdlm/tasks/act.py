@@ -104,10 +104,11 @@ class Policy:
         """Actions for one observation.
 
         Args:
-            obs: "image" uint8 [Y X 3] RGB, "state" float [S] in robot units, "prompt" str. Policies
-                with several cameras (`cameras`) take the other images under their names, or a list
-                of images under "image", in the order of training. A state is ignored if the policy
-                does not use it. Keys with openpi's prefix "observation/" are accepted.
+            obs: "image" uint8 [Y X 3] RGB, "state" float [S] in robot units (a number where S is
+                1), "prompt" str. Policies with several cameras (`cameras`) take the other images
+                under their names, or a list of images under "image", in the order of training. A
+                state is ignored if the policy does not use it. Keys with openpi's prefix
+                "observation/" are accepted.
         Returns:
             "actions" float32 [K A] in robot units; "timing" with "infer_ms" (wall time of the query
             in milliseconds) and "forwards" (of the backbone).
@@ -228,7 +229,7 @@ class Policy:
         return images
 
     def _state(self, state: Any) -> np.ndarray:
-        values = np.asarray(state)
+        values = np.atleast_1d(np.asarray(state))
         size = self.robot.state.size
         if values.dtype.kind not in "fiu" or values.ndim != 1 or size not in (None, len(values)):
             raise ValueError(

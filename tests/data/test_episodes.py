@@ -1,5 +1,7 @@
 """Recording the toy's expert and turning its episodes into samples."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -17,7 +19,10 @@ from mmdlm.data.episodes import (  # noqa: E402
     record,
 )
 from mmdlm.data.lerobot import LeRobot  # noqa: E402
+from mmdlm.data.lerobot_writer import Writer  # noqa: E402
 from mmdlm.simulators.toy import Toy  # noqa: E402
+
+PUBLISHED = Path(__file__).parents[1] / "golden" / "lerobot" / "v3_video"
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +205,46 @@ def test_error_for_missing_data_names_the_next_step(root, tmp_path):
     data = Episodes(root / "second")
     with pytest.raises(IndexError, match="outside"):
         data.sample(len(data), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int64"])
+@pytest.mark.parametrize("is_flat", [True, False], ids=["[T]", "[T 1]"])
+def test_one_number_actions_and_states_are_vectors(tmp_path, is_flat, dtype):
+    shapes = {IMAGE: (16, 16, 3), STATE: (1,), ACTION: (1,)}
+    numbers = np.arange(6).astype(dtype)
+    numbers = numbers if is_flat else numbers[:, None]
+    with Writer(tmp_path, shapes, 10) as writer:
+        for _ in range(2):
+            frames = {IMAGE: np.zeros((6, 16, 16, 3), np.uint8), STATE: numbers, ACTION: numbers}
+            writer.add_episode("pull", frames)
+    data = Episodes(tmp_path, chunk=3, size=16, augment=True)
+    sample = data.sample(2, np.random.default_rng(0))
+    (turn,) = sample.turns
+    assert (turn.answer.dtype, turn.answer.tolist()) == (np.float32, [[2], [3], [4]])
+    assert turn.length == 3
+    assert sample.media("state")[0].shape == (1,)
+    assert data.statistics()["action"]["max"] == [5]
+    assert {name: len(values) for name, values in data.statistics()["state"].items()} == {
+        **dict.fromkeys(("mean", "std", "min", "max", "q01", "q99"), 1)
+    }
+
+
+def test_an_expert_with_one_number_is_recorded(tmp_path):
+    class Slider(Toy):
+        def _observe(self):
+            seen = super()._observe()
+            return {**seen, "state": seen["state"][0]}
+
+    collect(Slider(), tmp_path, episodes=1)
+    assert Episodes(tmp_path, size=32).states.shape[1:] == (1,)
+
+
+def test_the_tolerance_of_time_stamps_is_an_option():
+    pytest.importorskip("av", reason='pip install "mmdlm[data]"')
+    options = {"size": 16, "tolerance_s": 1e-9}
+    with pytest.raises(ValueError, match="give a larger tolerance_s.*Episodes"):
+        Episodes(PUBLISHED, **options)
+    assert len(Episodes(PUBLISHED, **options | {"tolerance_s": 0.04})) == 60
+    for bad in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"tolerance_s is {bad}"):
+            Episodes(PUBLISHED, tolerance_s=bad)
