@@ -43,10 +43,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     _remove_leftovers(path)
     new = _beside(path)
     with _held(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)):
+        mode = (path if path.exists() else new).stat().st_mode
         try:
             yield new
-            if path.exists():
-                shutil.copymode(path, new)
+            new.chmod(mode & 0o777)  # some writers, such as safetensors, make a file of their own
             _flush(new)
             os.replace(new, path)
         finally:

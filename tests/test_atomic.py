@@ -37,6 +37,17 @@ def test_new_files_follow_the_umask(tmp_path):
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
 
 
+def test_a_writer_that_makes_a_file_of_its_own_does_not_set_the_mode(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for mode in (0o644, 0o664):
+        with replacing(path) as new:
+            new.unlink()
+            new.write_text("x")
+            new.chmod(0o600)
+        assert path.stat().st_mode & 0o777 == mode
+        path.chmod(0o664)
+
+
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.ckpt"
     path.write_text("old")

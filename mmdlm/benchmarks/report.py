@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import mmdlm
+from mmdlm.atomic import write_text
 
 DISTRIBUTIONS = ("torch", "numpy", "transformers", "timm", "jiwer", "mujoco", "metaworld")
 
@@ -136,11 +137,10 @@ def write(out: Path, lines: Items[Line]) -> Path:
         out: file to write; it is overwritten.
         lines: measurements.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
     about = machine()
     # The thread count of a race has priority over the current one.
     rows = [about | {"kind": type(line).__name__.lower()} | asdict(line) for line in lines]
-    out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_text(out, "".join(json.dumps(row) + "\n" for row in rows))
     return out
 
 

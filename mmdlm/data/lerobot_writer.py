@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from PIL import Image
 
+from mmdlm.atomic import write_text
 from mmdlm.data.lerobot import parquet
 
 if TYPE_CHECKING:
@@ -110,8 +111,8 @@ class Writer:
         parquet().write_table(pa.Table.from_pylist(self._rows), episodes)
         parquet().write_table(_task_table(self._tasks), meta / "tasks.parquet")
         stats = {key: _statistics(parts) for key, parts in self._summaries.items()}
-        (meta / "stats.json").write_text(json.dumps(stats, indent=4))
-        (meta / "info.json").write_text(json.dumps(self._info(), indent=4))
+        write_text(meta / "stats.json", json.dumps(stats, indent=4))
+        write_text(meta / "info.json", json.dumps(self._info(), indent=4))
 
     def __enter__(self) -> Self:
         return self

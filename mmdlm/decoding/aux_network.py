@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from mmdlm.atomic import replacing
+
 ENTRY = "mmdlm"  # one entry, as several are written in an order that differs from run to run
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -28,11 +30,10 @@ def save(
         sizes: what is needed to build it again, in plain types.
         notes: anything a reader of the file may want to know, in plain types.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: w.detach().float().cpu().clone() for name, w in network.state_dict().items()}
     said = {"kind": kind, "sizes": dict(sizes), "notes": notes}
-    save_file(weights, path, {ENTRY: json.dumps(said)})
+    with replacing(path) as new:
+        save_file(weights, new, {ENTRY: json.dumps(said)})
 
 
 def load(path: str | Path, kind: str, build: type[Network]) -> Network:

@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 import mmdlm
+from mmdlm.atomic import write_text
 from mmdlm.recipe import recipe
 from mmdlm.simulators import video as films
 from mmdlm.simulators.simulator import Simulator, full_name, open_simulator, simulator_class
@@ -330,9 +331,7 @@ def act(
             print(f"  {save_video(result, video, len(names))}")
         results.append(replace(result, settings={"model": model, **result.settings}))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps([result.to_dict() for result in results], indent=2)
-        out.write_text(text + "\n", encoding="utf-8")
+        write_text(out, json.dumps([result.to_dict() for result in results], indent=2) + "\n")
     return 0
 
 

@@ -174,3 +174,14 @@ def test_statistics_are_saved_with_the_weights(model, policy, tmp_path):
 def test_autoregressive_model_decodes_token_by_token(build):
     twin = Policy(build(block_size=1, shift=True))
     assert twin.infer(observe(0))["timing"]["forwards"] == 6
+
+
+def test_a_robot_with_one_number_takes_it_as_it_is(build):
+    model = build()
+    one = {"q01": [-1.0], "q99": [1.0]}
+    model.robot = Robot(model.robot.bins, Normalizer(one), Normalizer(one), 3)
+    policy = Policy(model)
+    states = [policy._state(state) for state in (0.5, np.float32(0.5), [0.5], np.array([0.5]))]
+    assert all(state.shape == (1,) and state.dtype == np.float32 for state in states)
+    with pytest.raises(ValueError, match="expected 1 numbers"):
+        policy._state([0.5, 0.5])
