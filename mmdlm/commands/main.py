@@ -56,7 +56,7 @@ def main(argv: Items[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except USER_ERRORS as error:
-        if os.environ.get("MMDLM_DEBUG") or (args[0] in TRAINERS and not _is_typo(error)):
+        if os.environ.get("MMDLM_DEBUG") or (args[0] in TRAINERS and not _is_plain(error)):
             raise
         print(f"mmdlm: error: {_said(error)}", file=sys.stderr)
         return 2
@@ -144,9 +144,20 @@ def _short_warnings() -> Iterator[None]:
         yield
 
 
-def _is_typo(error: Exception) -> bool:
-    """Whether an error of a training command is in its arguments, such as the name of a config."""
-    return isinstance(error, FileNotFoundError | ImportError)
+def _is_plain(error: Exception) -> bool:
+    """Whether the message of an error of a training command says enough without a traceback.
+
+    Such are missing files and packages, and the errors that our own code raises about its input.
+    """
+    packages = ("mmdlm", "encoders", "adapters")
+    if type(error).__module__.partition(".")[0] in packages:
+        return True
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    raised_by = last.tb_frame.f_globals["__name__"].partition(".")[0] if last else ""
+    is_ours = isinstance(error, ValueError) and raised_by in packages
+    return is_ours or isinstance(error, FileNotFoundError | ImportError)
 
 
 def _said(error: BaseException) -> str:

@@ -40,8 +40,7 @@ COMMANDS = {
     "demo": Command("demo:demo", "all of it at once, with the bundled model", ASK),
     "fit": Command(TRAINING, "train: mmdlm fit -c train/tiny", TRAIN),
     "validate": Command(TRAINING, "losses on held-out data", TRAIN),
-    "test": Command(TRAINING, "Lightning's test loop", TRAIN),
-    "predict": Command(TRAINING, "Lightning's predict loop", TRAIN),
+    "test": Command(TRAINING, "losses on test data", TRAIN),
     "bench": Command("mmdlm.benchmarks.scores:bench", "quality and speed", TRAIN, ("what",)),
     "bench presets": Command(
         "mmdlm.benchmarks.tradeoff:bench_presets",

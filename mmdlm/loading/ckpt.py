@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,10 @@ from mmdlm.model import MultimodalDLM
 from mmdlm.text import Tokenizer, parse
 
 ENTRY, PREFIX = "mmdlm", "model."
+
+
+class DamagedError(ValueError):
+    """A `.ckpt` file is cut short or damaged."""
 
 
 def entry(model: MultimodalDLM) -> dict[str, Any]:
@@ -106,12 +110,10 @@ def trained(checkpoint: str | Path) -> MultimodalDLM:
 def read(checkpoint: str | Path) -> dict[str, Any]:
     """The contents of a `.ckpt` file; see `trained` for the errors."""
     path = Path(checkpoint)
-    if not present(path):
-        raise FileNotFoundError(f"no checkpoint {path}; see runs/*/version_*/checkpoints")
-    with path.open("rb") as file:
-        check_pointer(file.read(len(POINTER)), path)
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is not a checkpoint of mmdlm fit, or it was cut short")
+    if present(path):
+        with path.open("rb") as file:
+            check_pointer(file.read(len(POINTER)), path)
+    check_whole(path)
     try:
         with zipfile.ZipFile(path) as archive:
             packed = [each.filename for each in archive.infolist() if each.compress_type]
@@ -126,7 +128,7 @@ def read(checkpoint: str | Path) -> dict[str, Any]:
     if not isinstance(saved, dict) or not isinstance(saved.get(ENTRY), Mapping):
         raise ValueError(f"{path} holds no {ENTRY!r} entry; expected a checkpoint of mmdlm fit")
     weights = saved.get("state_dict")
-    if not isinstance(weights, Mapping) or not all(map(_is_whole, weights.values())):
+    if not isinstance(weights, Mapping) or not all(map(_has_memory, weights.values())):
         raise ValueError(
             f"{path}: its state_dict is not a table of tensors; expected a checkpoint of mmdlm fit"
         )
@@ -137,8 +139,44 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _is_whole(tensor: Any) -> bool:
+def _has_memory(tensor: Any) -> bool:
     """Whether it is a tensor with memory for each of its numbers."""
     if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.is_sparse:
         return False
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def check_whole(path: Path) -> None:
+    """Raises unless a `.ckpt` file is whole; it is read once.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedError: it is cut short or damaged; the error names the newest whole one beside it.
+    """
+    if path.is_dir():  # of a sharded run
+        return
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}; see runs/*/version_*/checkpoints")
+    if is_whole(path):
+        return
+    other = newest_whole(path.parent.glob(f"*{path.suffix}"))
+    hint = f"the newest whole one beside it is {other}" if other else "no other beside it is whole"
+    raise DamagedError(
+        f"{path} is not a checkpoint of mmdlm fit, or it was cut short or damaged; {hint}"
+    )
+
+
+def newest_whole(files: Iterable[Path]) -> Path | None:
+    """The `.ckpt` file that was written last among those that are whole; None if none is."""
+    by_age = sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)
+    return next(filter(is_whole, by_age), None)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is an archive of torch.save with the right checksum for every tensor."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            is_plain = all(e.compress_type == zipfile.ZIP_STORED for e in archive.infolist())
+            return is_plain and archive.testzip() is None
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile):
+        return False

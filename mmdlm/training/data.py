@@ -9,6 +9,8 @@ from typing import Any, Literal
 import lightning
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
@@ -28,7 +30,7 @@ class Data(lightning.LightningDataModule):
         train: data sets by name.
         batch_size: rows of each data set per step and process.
         val: held-out data sets by name; may be empty.
-        test: data sets of `mmdlm test` by name; may be empty.
+        test: data sets of `mmdlm test` by name; those of `val` if empty.
         val_rows: rows of each data set that are used in a validation or test.
         seed: of order and noise.
         workers: processes that prepare batches; 0 prepares them in the training process. They
@@ -97,11 +99,17 @@ class Data(lightning.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader | list:
         """The first rows of each held-out data set, with fixed noise."""
+        if not self.val and self.trainer.state.fn == TrainerFn.VALIDATING:
+            raise ValueError("validate: there are no held-out data; give data.val")
         return self._held_out(self.val)
 
     def test_dataloader(self) -> DataLoader | list:
-        """The first rows of each test data set, with fixed noise."""
-        return self._held_out(self.test)
+        """The first rows of each test data set, or else held-out one, with fixed noise."""
+        if not self.test:
+            if not self.val:
+                raise ValueError("test: there are no data to test on; give data.test or data.val")
+            rank_zero_info("data.test is empty, so the test is on data.val")
+        return self._held_out(self.test or self.val)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, index: int) -> Any:
         """The batch unchanged: the model moves what it encodes and lays out the text after that."""

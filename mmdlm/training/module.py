@@ -7,6 +7,8 @@ from typing import Any, Self
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from mmdlm.data.collate import Collated, batch
@@ -14,6 +16,7 @@ from mmdlm.loading.ckpt import ENTRY, entry, read
 from mmdlm.model import MultimodalDLM
 from mmdlm.objectives.objective import Losses, Objective
 from mmdlm.training import tune as tuning
+from mmdlm.training.checkpoints import KeepLast, WholeFileIO
 from mmdlm.training.new_model import NewModel
 from mmdlm.training.optimizer import AdamW, Schedule
 from mmdlm.training.reduction import Totals, totals
@@ -109,6 +112,16 @@ class Module(lightning.LightningModule):
                 f"{checkpoint} was trained with another vocabulary; use the data sets of that stage"
             )
         self.load_state_dict(saved["state_dict"])
+
+    def setup(self, stage: str) -> None:
+        """Has checkpoints written as a whole, unless the trainer has its own way to write them."""
+        strategy = self.trainer.strategy
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = WholeFileIO()
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The callback that keeps the last step."""
+        return [KeepLast()]
 
     def training_step(self, batch: dict[str, Collated], index: int) -> Tensor:
         """Loss of one step over all data sets."""

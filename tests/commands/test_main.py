@@ -105,6 +105,7 @@ def test_version(capsys):
         (["caption", "no-such.png"], "no-such.png"),
         (["info", "no/such/folder"], "no checkpoint at 'no/such/folder'"),
         (["fit", "-c", "train/nothing"], "no config 'train/nothing'"),
+        (["predict", "-c", "train/tiny"], "there is no command 'predict'"),
     ],
 )
 def test_user_errors_are_one_line_and_status_2(args, told, capsys):
@@ -113,6 +114,26 @@ def test_user_errors_are_one_line_and_status_2(args, told, capsys):
     assert err.startswith("mmdlm: error: ")
     assert told in err
     assert err.count("\n") == 1
+
+
+def test_errors_of_our_own_code_need_no_traceback_in_training(monkeypatch, capsys):
+    from mmdlm.commands import train
+    from mmdlm.layout import Row
+    from mmdlm.training.checkpoints import NotSavedError
+    from mmdlm.training.tune import assign
+
+    def full(_):
+        raise NotSavedError("the checkpoint of step 4 could not be written")
+
+    for fault in (full, lambda _: assign(["a.b"], {"c.*": "frozen"})):
+        monkeypatch.setattr(train, "run", fault)
+        assert main(["fit"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    # Errors that say nothing about the input, of others or of ours, keep their traceback.
+    for fault in (lambda _: int("x"), lambda _: Row()):
+        monkeypatch.setattr(train, "run", fault)
+        with pytest.raises((ValueError, TypeError)):
+            main(["fit"])
 
 
 def test_debug_shows_where(monkeypatch):

@@ -159,4 +159,5 @@ def test_a_run_without_an_end_is_an_error(model):
 def test_words_of_test_data_are_in_the_vocabulary(model):
     data = Data({"a": Scenes(objects=(1,))}, {"a": 1}, test={"b": Digits(split="held_out")})
     assert set(Digits().vocabulary()) <= set(data.words)
-    assert attached(data_of(), model).test_dataloader() == []
+    data = attached(data_of(), model)
+    assert len(data.test_dataloader()) == len(data.val_dataloader()) > 0

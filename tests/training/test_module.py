@@ -69,17 +69,42 @@ def test_sigterm_saves_and_resumes_to_the_same_bits(config, tmp_path):
     fit(config, "--trainer.max_steps", "40", "--trainer.callbacks.dirpath", str(tmp_path / "whole"))
     cut = tmp_path / "cut"
     options = ("--trainer.max_steps", "40", "--trainer.callbacks.dirpath", str(cut))
-    process = subprocess.Popen(command(config, *options), env=ENV)
+    process = subprocess.Popen(
+        command(config, *options), env=ENV, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
     while not (cut / "step=4.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    process.wait(60)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 143
+    assert said.splitlines()[-1].endswith(f"--ckpt_path {os.path.relpath(cut / 'last.ckpt')}")
     last = torch.load(cut / "last.ckpt", weights_only=True)
     assert 4 <= last["global_step"] < 40
     fit(config, *options, "--ckpt_path", str(cut / "last.ckpt"))
     whole, resumed = weights(tmp_path / "whole" / "step=40.ckpt"), weights(cut / "step=40.ckpt")
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to_all", [False, True], ids=["first process", "all processes"])
+def test_two_processes_stop_at_the_same_step(config, tmp_path, to_all):
+    options = ("--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.max_steps", "4000")
+    process = subprocess.Popen(
+        command(config, *options),
+        env=ENV,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "ckpt" / "last.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    (os.killpg if to_all else os.kill)(process.pid, signal.SIGTERM)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 143
+    step = torch.load(tmp_path / "ckpt" / "last.ckpt", weights_only=True)["global_step"]
+    assert f"step {step} of 4000 is saved" in said
 
 
 def test_two_processes_train_as_one_with_the_doubled_batch(config, tmp_path):
@@ -204,6 +229,13 @@ def test_validate_and_test_measure_a_checkpoint(config, tmp_path):
         run([command, *options])
         found[prefix] = float(rows(tmp_path)[-1][f"{prefix}/scenes/ce"])
     assert found["val"] == found["test"] > 0
+    config.write_text(config.read_text().replace(parts[1], ""))
+    run(["test", *options])
+    assert float(rows(tmp_path)[-1]["test/scenes/ce"]) == found["val"]
+    config.write_text(config.read_text().replace(parts[0], ""))
+    for command, needed in (("validate", r"give data\.val"), ("test", r"data\.test or data\.val")):
+        with pytest.raises(ValueError, match=f"{command}: there are no .*{needed}"):
+            run([command, *options])
 
 
 def small(**settings):
