@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mmdlm.files import blaming
 from mmdlm.messages import Media, Message, Text
 from mmdlm.text import CHAT, Tokenizer
 
@@ -200,7 +201,9 @@ def encode(
     in_parts = has_parts and _reads_parts(jinja, names)
     given = [_fields(message, mark, found, in_parts) for message in messages]
     around = [media.get(medium.kind, "{}") for medium in found]
-    pieces = render(given, jinja, tokenizer.added, marks, around, **names)
+    own = tokenizer.source if jinja == tokenizer.template else None
+    with blaming(own or "the model's chat template"):
+        pieces = render(given, jinja, tokenizer.added, marks, around, **names)
     parts: list[Tensor | Media] = []
     ids: list[int] = []
     for text, is_token in pieces:

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: where they are, and readers for files that may be damaged or hostile.
+"""Files of a checkpoint: where they are, and readers for files that may be damaged or hostile.
 
 Every reader here accepts regular files only (a pipe would block), limits what it builds, and raises
 one error that names the file and the next move.
@@ -15,6 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+MODELS = Path(__file__).parent / "models"
+# Everything else of a hub repository (code, pickles, other runtimes' weights) stays there.
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "decoding.yaml", "README.md"]
 LARGEST, LARGEST_YAML = 2**27, 2**18  # bytes; the largest published tokenizer.json has 35 MB
 NODES = 100_000
 """Most values in a YAML file, counting those behind an alias once per use."""
@@ -29,6 +32,56 @@ KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
 )
 # What Python raises when a value read from a file has an unexpected type or size.
 UNFIT = (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError, MemoryError)
+
+
+def find(source: str | Path) -> Path:
+    """The folder of a source, downloaded when it is a hub id.
+
+    Args:
+        source: see `mmdlm.checkpoint.load`. A bundled name comes before a folder of that name;
+            write "./tiny" for the folder.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name.
+    """
+    names = bundled()
+    if isinstance(source, str) and source in names:
+        return MODELS / source
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise FileNotFoundError(
+            f"{source} is a file; give the folder with config.json and *.safetensors"
+        )
+    if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+        return _download(source)
+    beside = [f.name for f in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    near = difflib.get_close_matches(folder.name, [*names, *beside], 3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    raise FileNotFoundError(
+        f"no checkpoint at {str(source)!r}{hint} Give a bundled model "
+        f"({', '.join(names) or 'none in this installation'}), a folder, or a hub id (owner/name)"
+    )
+
+
+def bundled() -> list[str]:
+    """Names of the models inside the package, sorted."""
+    return sorted(file.parent.name for file in MODELS.glob("*/config.json"))
+
+
+def _download(source: str) -> Path:
+    """The local copy of a hub repository."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise FileNotFoundError(
+            f"{source!r} is not a folder here, and the hub did not give it: {error}. Bundled "
+            f"models: {', '.join(bundled()) or 'none'}"
+        ) from error
 
 
 def present(file: Path) -> bool:
@@ -201,7 +254,7 @@ def read_yaml(file: Path) -> Any:
     return value
 
 
-def weigh(value: Any, most: int, characters: bool = False) -> int:
+def weigh(value: Any, most: int, unit: int = 0) -> int:
     """Number of values inside nested lists and tables; shared ones count once per use.
 
     Written out, a value of few objects can be exponentially large: a list of two references to a
@@ -210,7 +263,7 @@ def weigh(value: Any, most: int, characters: bool = False) -> int:
     Args:
         value: plain data, which may contain itself.
         most: where to stop counting.
-        characters: count the characters of texts too.
+        unit: how many characters of a text count as one value; 0 for any number.
 
     Raises:
         ValueError: there are more than `most`.
@@ -220,7 +273,7 @@ def weigh(value: Any, most: int, characters: bool = False) -> int:
         each = left.pop()
         count += 1
         if isinstance(each, str | bytes):
-            count += len(each) if characters else 0
+            count += len(each) // unit if unit else 0
         elif isinstance(each, Mapping):
             left += each.keys()
             left += each.values()
@@ -271,58 +324,3 @@ def preview(names: Any) -> str:
     names = list(map(str, names))
     more = f", ... {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more
-
-
-MODELS = Path(__file__).parent / "models"
-# Everything else of a hub repository (code, pickles, other runtimes' weights) stays there.
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "decoding.yaml", "README.md"]
-
-
-def find(source: str | Path) -> Path:
-    """The folder of a source, downloaded when it is a hub id.
-
-    Args:
-        source: see `mmdlm.checkpoint.load`. A bundled name comes before a folder of that name;
-            write "./tiny" for the folder.
-
-    Raises:
-        FileNotFoundError: there is nothing of that name.
-    """
-    names = bundled()
-    if isinstance(source, str) and source in names:
-        return MODELS / source
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise FileNotFoundError(
-            f"{source} is a file; give the folder with config.json and *.safetensors"
-        )
-    if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
-        return _download(source)
-    beside = [f.name for f in folder.parent.iterdir()] if folder.parent.is_dir() else []
-    near = difflib.get_close_matches(folder.name, [*names, *beside], 3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else "."
-    raise FileNotFoundError(
-        f"no checkpoint at {str(source)!r}{hint} Give a bundled model "
-        f"({', '.join(names) or 'none in this installation'}), a folder, or a hub id (owner/name)"
-    )
-
-
-def bundled() -> list[str]:
-    """Names of the models inside the package, sorted."""
-    return sorted(file.parent.name for file in MODELS.glob("*/config.json"))
-
-
-def _download(source: str) -> Path:
-    """The local copy of a hub repository."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise FileNotFoundError(
-            f"{source!r} is not a folder here, and the hub did not give it: {error}. Bundled "
-            f"models: {', '.join(bundled()) or 'none'}"
-        ) from error

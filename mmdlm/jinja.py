@@ -1,20 +1,23 @@
-"""Render chat templates in a Jinja sandbox; a separate module because importing Jinja is slow."""
+"""Render chat templates of checkpoints; a separate module because importing Jinja is slow."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Items
+from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from mmdlm.sandbox import ABSENT, CHARACTERS, LONGEST, METER, Environment, Meter, bounded
 
 if TYPE_CHECKING:
-    from jinja2 import nodes
     from jinja2.parser import Parser
 
 
@@ -29,13 +32,14 @@ def rendered(
         begins: the text ends with the header of a new answer (`add_generation_prompt`).
         **variables: other variables of the template, "bos_token" etc.
     Raises:
-        ValueError: the template is not valid Jinja, or rejects these messages.
+        ValueError: the template is not valid Jinja, rejects these messages, fails, or takes too
+            many steps or too much time or memory.
     """
-    try:
-        usual = {"tools": None, "documents": None, "add_generation_prompt": begins}
-        return compiled(template).render(messages=messages, **usual | variables)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template rejects this conversation: {error}") from error
+    ready = compiled(template)
+    usual = {"tools": None, "documents": None, "add_generation_prompt": begins}
+    given = sum(len(str(message)) for message in messages)
+    with _metered("rejects this conversation", Meter(max(CHARACTERS, 8 * given))):
+        return ready.render(messages=messages, **usual | variables)
 
 
 def rendered_prompt(
@@ -105,22 +109,64 @@ def compiled(template: str) -> jinja2.Template:
     """Compile a template as in transformers; it is untrusted code and runs in a sandbox.
 
     Raises:
-        ValueError: the template is not valid Jinja.
+        ValueError: the template is not valid Jinja, or too long.
     """
-    environment = ImmutableSandboxedEnvironment(
+    if len(template) > LONGEST:
+        raise ValueError(
+            f"the chat template has {len(template):,} characters, expected at most {LONGEST:,}"
+        )
+    environment = Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = to_json
+    environment.filters = {
+        name: bounded(name, each)
+        for name, each in environment.filters.items()
+        if name not in ABSENT
+    }
+    environment.globals.pop("lipsum")
     environment.globals |= {
         "raise_exception": _raise_exception,
-        "strftime_now": lambda form: datetime.now().strftime(form),
+        "strftime_now": _now,
         "namespace": Namespace,
         "dict": lambda *pairs, **more: dict(*pairs, **more),
     }
+    with _metered("is not valid Jinja", Meter()):  # constant expressions are computed here
+        parsed = environment.parse(template)
+        for loop in parsed.find_all(nodes.For):
+            tick = nodes.EnvironmentAttribute("tick", lineno=loop.lineno)
+            loop.body.insert(0, nodes.ExprStmt(tick, lineno=loop.lineno))
+        return environment.from_string(parsed)
+
+
+@contextmanager
+def _metered(problem: str, meter: Meter) -> Iterator[None]:
+    """Counts on a meter, and turns whatever goes wrong into a ValueError."""
+    token = METER.set(meter)
     try:
-        return environment.from_string(template)
+        yield
     except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template is not valid Jinja: {error}") from error
+        raise ValueError(f"the chat template {problem}: {error}") from error
+    except Exception as error:  # an expression such as 1/0 or '%d' % 'a' raises anything
+        what = f"{type(error).__name__}: {_short(error)}"
+        raise ValueError(f"the chat template fails at line {_line(error)} ({what})") from error
+    finally:
+        METER.reset(token)
+
+
+def _line(error: Exception) -> int | str:
+    """Line of the template that raised an error."""
+    lines = []
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<template>":
+            lines.append(trace.tb_lineno)
+        trace = trace.tb_next
+    return lines[-1] if lines else "unknown"
+
+
+def _short(value: Any) -> str:
+    return str(value)[:500]
 
 
 class Generation(Extension):
@@ -149,9 +195,20 @@ class Namespace(jinja2.utils.Namespace):
             )
         super().__setitem__(name, value)
 
+    __repr__ = (
+        object.__repr__
+    )  # what it holds may be shared, so that its text is exponentially long
+
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+def _now(form: str) -> str:
+    """The date in a format, whose fields have no widths."""
+    if len(form) > 100 or re.search(r"%\d", form):
+        raise jinja2.TemplateError(f"date format {form[:100]!r} is not supported")
+    return datetime.now().strftime(form)
 
 
 def to_json(
@@ -162,10 +219,11 @@ def to_json(
     sort_keys: bool = False,
 ) -> str:
     """JSON text, without the HTML escapes of Jinja's filter."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    if indent is None:
+        return encoder.encode(value)
+    if len(str(indent)) > 100 or (isinstance(indent, int) and indent > 100):
+        raise jinja2.TemplateError("tojson is indented by more than 100")
+    return Environment.concat(encoder.iterencode(value))

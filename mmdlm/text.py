@@ -68,6 +68,8 @@ class Tokenizer:
         self.files = dict(files or {})
         if wrong := [name for name, text in self.files.items() if not _is_file(name, text)]:
             raise ValueError(f"{wrong[0]!r} is not the text of a file of a tokenizer")
+        self.source: Path | None = None
+        """File of the chat template, for errors."""
         # A word-level vocabulary cannot encode unknown words, so they raise.
         self.words = backend.get_vocab() if _is_word_level(backend) else None
 
@@ -116,7 +118,9 @@ class Tokenizer:
         if state := _state(backend):
             config = state | config
             files[SIDECAR_FILES[0]] = _written(state | _read(folder / SIDECAR_FILES[0]))
-        return cls(backend, _template(folder, config), _names(config), files)
+        made = cls(backend, _template(folder, config), _names(config), files)
+        made.source = folder / (CHAT if (folder / CHAT).is_file() else SIDECAR_FILES[0])
+        return made
 
     def save(self, folder: Path) -> None:
         """Writes `tokenizer.json`, and the files it was read with, in place of earlier ones.

@@ -19,7 +19,7 @@ PACKAGES = ("encoders", "adapters", "mmdlm")
 LEVELS = (
     {"atomic", "files"},
     {"template_files"},
-    {"text", "discover", "lines", "media", "messages"},
+    {"text", "discover", "lines", "media", "messages", "sandbox"},
     {"recipe", "jinja"},
     {"backbones", "chat"},
     {"layout"},
