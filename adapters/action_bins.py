@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from encoders.checks import AtLeast, AtMost, CountOrZero, check_arguments
+
+Bound = Annotated[float, AtLeast(-1e9), AtMost(1e9)]
 
 
 class ActionBins:
@@ -28,17 +34,19 @@ class ActionBins:
 
     def __init__(
         self,
-        bins: int = 256,
-        low: float = -1.0,
-        high: float = 1.0,
-        last_id: int | None = None,
+        bins: Annotated[int, AtLeast(2), AtMost(2**20)] = 256,
+        low: Bound = -1.0,
+        high: Bound = 1.0,
+        last_id: CountOrZero | None = None,
         reverse: bool = True,
     ) -> None:
+        check_arguments(
+            type(self),
+            {"bins": bins, "low": low, "high": high, "last_id": last_id, "reverse": reverse},
+        )
         last_id = bins - 1 if last_id is None else last_id
-        if bins < 2 or not low < high:
-            raise ValueError(
-                f"ActionBins: {bins} bins from {low} to {high}, expected at least 2 and low < high"
-            )
+        if not low < high:
+            raise ValueError(f"ActionBins: bins from {low} to {high}, expected low < high")
         if last_id < bins - 1:
             raise ValueError(
                 f"ActionBins: last_id is {last_id}, expected at least bins - 1 ({bins - 1})"

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from encoders.arguments import Recorded
+from encoders.checks import Count
 from encoders.features import Features, Prepared, Size
 
 
@@ -31,7 +32,7 @@ class Adapter(Recorded, nn.Module):
         out_dim: backbone width D.
     """
 
-    def __init__(self, in_dim: int, out_dim: int) -> None:
+    def __init__(self, in_dim: Count, out_dim: Count) -> None:
         super().__init__()
         self.in_dim = in_dim
         self.out_dim = out_dim

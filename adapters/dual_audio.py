@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapters.adapter import Adapter
+from encoders.checks import Count, CountOrZero, UnitFloat
 from encoders.features import Features
 
 PROMPTS = 20
@@ -88,19 +89,17 @@ class DualAudio(Adapter):
 
     def __init__(
         self,
-        in_dim: int,
-        out_dim: int,
-        layers: int = 0,
-        heads: int = 12,
-        prompt_size: int = 64,
-        inner: int = 3072,
+        in_dim: Count,
+        out_dim: Count,
+        layers: CountOrZero = 0,
+        heads: Count = 12,
+        prompt_size: Count = 64,
+        inner: Count = 3072,
         stage: Literal[1, 2] | None = None,
-        dropout: float = 0.1,
+        dropout: UnitFloat = 0.1,
     ) -> None:
         super().__init__(in_dim, out_dim)
         self.stage = (2 if layers else 1) if stage is None else stage
-        if self.stage not in (1, 2):
-            raise ValueError(f"DualAudio: stage={stage}, expected 1 or 2")
         if self.stage == 2 and layers < 1:
             raise ValueError(
                 f"DualAudio: stage=2 with layers={layers}; the acoustic connector needs at least "

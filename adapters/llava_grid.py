@@ -17,6 +17,7 @@ from torch.nn import functional
 from adapters.adapter import Adapter, Embedded
 from adapters.mlp import MLP
 from adapters.pool import pool_grid
+from encoders.checks import Count
 from encoders.features import Features, Prepared, Size
 
 MERGES = ("flat", "spatial", "spatial_unpad")
@@ -53,25 +54,15 @@ class LlavaGrid(Adapter):
 
     def __init__(
         self,
-        in_dim: int,
-        out_dim: int,
+        in_dim: Count,
+        out_dim: Count,
         merge: Literal["flat", "spatial", "spatial_unpad"] = "spatial_unpad",
         pool: Literal["bilinear", "average", "max"] | None = None,
-        factor: int = 2,
-        most_tiles: int | None = None,
-        layers: int = 2,
+        factor: Count = 2,
+        most_tiles: Count | None = None,
+        layers: Count = 2,
     ) -> None:
         super().__init__(in_dim, out_dim)
-        if merge not in MERGES:
-            raise ValueError(f"LlavaGrid: merge={merge!r}; expected one of {', '.join(MERGES)}")
-        if pool not in ("bilinear", "average", "max", None):
-            raise ValueError(
-                f"LlavaGrid: pool={pool!r}; expected 'bilinear', 'average', 'max' or None"
-            )
-        if factor < 1 or (most_tiles is not None and most_tiles < 1):
-            raise ValueError(
-                f"LlavaGrid: factor={factor}, most_tiles={most_tiles}; expected at least 1 each"
-            )
         if most_tiles is not None and merge != "spatial_unpad":
             raise ValueError(
                 f"LlavaGrid: most_tiles={most_tiles} has no effect with merge={merge!r}; drop it"

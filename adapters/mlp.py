@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import nn
 
 from adapters.adapter import Adapter
+from encoders.checks import Count
 from encoders.features import Features
 
 
@@ -30,10 +31,8 @@ class MLP(Adapter):
         "layers.2.bias": "model.mm_projector.2.bias",
     }
 
-    def __init__(self, in_dim: int, out_dim: int, layers: int = 2) -> None:
+    def __init__(self, in_dim: Count, out_dim: Count, layers: Count = 2) -> None:
         super().__init__(in_dim, out_dim)
-        if layers < 1:
-            raise ValueError(f"MLP: layers={layers}, expected at least 1")
         modules: list[nn.Module] = [nn.Linear(in_dim, out_dim)]
         for _ in range(layers - 1):
             modules += [nn.GELU(), nn.Linear(out_dim, out_dim)]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 EPS = 1e-8
+LARGEST = 1e12  # of a statistic; robots have units such as metres and radians
 # What each mode needs. "quantile" is named bounds_q99 and "zscore" normal in the published code.
 NEEDS = {
     "quantile": ("q01", "q99"),
@@ -58,9 +59,9 @@ class Normalizer:
             )
         self.mode, self.zero_constant, self.statistics = mode, zero_constant, dict(statistics)
         mask = statistics.get("mask") if mask is None else mask
-        self._mask = None if mask is None else torch.as_tensor(mask, dtype=torch.bool)
+        self._mask = None if mask is None else _vector("mask", mask, torch.bool)
         self._values = {
-            name: torch.as_tensor(statistics[name], dtype=torch.float64)
+            name: _vector(name, statistics[name], torch.float64)
             for name in {*NEEDS[mode], *({"min", "max"} & set(statistics))}
         }
         sizes = {name: value.numel() for name, value in self._values.items()}
@@ -71,7 +72,26 @@ class Normalizer:
         for name, value in self._values.items():
             if not bool(value.isfinite().all()):
                 raise ValueError(f"Normalizer: statistics {name!r} hold NaN or infinity")
+            if value.abs().max() > LARGEST:
+                raise ValueError(
+                    f"Normalizer: statistics {name!r} hold {value.abs().max().item():g}, expected "
+                    f"numbers up to {LARGEST:g}"
+                )
+        self._check_order()
         self.size: int | None = next(iter(sizes.values()), None)  # None: identity takes any
+
+    def _check_order(self) -> None:
+        """Raises unless no lower bound is above its upper bound and no deviation is negative."""
+        for low, high in (("q01", "q99"), ("min", "max")):
+            if {low, high} <= self._values.keys():
+                wrong = (self._values[low] > self._values[high]).nonzero().flatten().tolist()
+                if wrong:
+                    raise ValueError(
+                        f"Normalizer: {low} is above {high} in dimensions {wrong}; compute the "
+                        "statistics again"
+                    )
+        if "std" in self._values and bool((self._values["std"] < 0).any()):
+            raise ValueError("Normalizer: std holds negative numbers; compute the statistics again")
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalized values.
@@ -163,6 +183,26 @@ class Normalizer:
                 f"{self.size} dimensions; use the statistics of this robot and feature"
             )
         return x if x.is_floating_point() else x.to(torch.float32)
+
+
+def _vector(name: str, values: Any, dtype: torch.dtype) -> Tensor:
+    """One number per dimension.
+
+    Raises:
+        ValueError: the values are not a list of numbers, or there are none.
+    """
+    kind = (bool,) if dtype == torch.bool else (int, float)
+    if isinstance(values, list | tuple) and not all(isinstance(each, kind) for each in values):
+        raise ValueError(f"Normalizer: {name!r} holds other values than {kind[-1].__name__}")
+    try:
+        vector = torch.as_tensor(values, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"Normalizer: {name!r} is not a list of numbers ({error})") from error
+    if vector.ndim != 1 or not len(vector):
+        raise ValueError(
+            f"Normalizer: {name!r} has shape {list(vector.shape)}, expected a list of numbers"
+        )
+    return vector
 
 
 def choose(statistics: dict[str, Any], feature: str, dataset: str | None = None) -> dict[str, Any]:

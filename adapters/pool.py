@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from adapters.adapter import Adapter
 from adapters.mlp import MLP
+from encoders.checks import Count
 from encoders.features import Features
 
 
@@ -33,19 +34,13 @@ class Pool(Adapter):
 
     def __init__(
         self,
-        in_dim: int,
-        out_dim: int,
+        in_dim: Count,
+        out_dim: Count,
         kind: Literal["bilinear", "average", "max", "concat"] = "bilinear",
-        factor: int = 2,
-        layers: int = 2,
+        factor: Count = 2,
+        layers: Count = 2,
     ) -> None:
         super().__init__(in_dim, out_dim)
-        if kind not in ("bilinear", "average", "max", "concat"):
-            raise ValueError(
-                f"Pool: kind={kind!r}; expected 'bilinear', 'average', 'max' or 'concat'"
-            )
-        if factor < 1:
-            raise ValueError(f"Pool: factor={factor}, expected at least 1")
         self.kind, self.factor = kind, factor
         self.project = MLP(in_dim * factor if kind == "concat" else in_dim, out_dim, layers)
 

@@ -46,8 +46,6 @@ class DivPrune(Adapter):
             raise ValueError(
                 f"DivPrune: keep={keep}; expected a share in (0, 1] or a count of at least 1"
             )
-        if order not in ("original", "picked"):
-            raise ValueError(f"DivPrune: order={order!r}; expected 'original' or 'picked'")
         self.inner = inner if isinstance(inner, Adapter) else inner(in_dim, out_dim)
         self.arguments["inner"] = self.inner  # a function cannot be serialized
         self.keep, self.order = keep, order

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor
 from adapters.action_bins import ActionBins
 from adapters.codec import Codec
 from adapters.normalize import Normalizer
+from encoders.checks import AtLeast, AtMost, Checked, CountOrZero
 
 
 @dataclass(frozen=True)
-class Robot(Codec):
+class Robot(Codec, Checked):
     """Action tokens and normalization statistics of a policy, saved as statistics.json.
 
     Args:
@@ -31,9 +32,17 @@ class Robot(Codec):
     bins: ActionBins
     action: Normalizer
     state: Normalizer
-    chunk: int
-    tail: tuple[int, ...] = ()
+    chunk: Annotated[int, AtLeast(1), AtMost(2**16)]
+    tail: tuple[CountOrZero, ...] = ()
     dataset: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.action.size is None:
+            raise ValueError(
+                "Robot: the statistics of actions have no size; expected those of a mode such as "
+                "'quantile'"
+            )
 
     @property
     def action_size(self) -> int:
@@ -111,9 +120,17 @@ class Robot(Codec):
         Raises:
             KeyError: an entry is missing.
         """
+        tables = {n: saved[n] for n in ("bins", "action", "state") if n in saved}
+        if wrong := [n for n, table in tables.items() if not isinstance(table, dict)]:
+            raise ValueError(f"statistics.json: {wrong} are not tables; export the policy again")
         missing = {"chunk", "bins", "action", "state"} - set(saved)
         # Every entry of the bins is required: a default could change the meaning of the ids.
-        missing |= {"bins", "low", "high", "last_id", "reverse"} - set(saved.get("bins", ()))
+        fields = {"bins", "low", "high", "last_id", "reverse"}
+        missing |= fields - set(saved.get("bins", ()))
+        if unknown := set(saved.get("bins", ())) - fields:
+            raise ValueError(
+                f"statistics.json has unknown bins {sorted(unknown)}; expected {fields}"
+            )
         if missing:
             raise KeyError(f"statistics.json lacks {sorted(missing)}; export the policy again")
         return cls(

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from encoders.checks import Checked
+from encoders.checks import Checked, Side
 from encoders.encoder import Encoder
 from encoders.features import Features, Prepared
 from encoders.image import ImageInput, as_rgb
 from encoders.vit import ViT
 
+MOST_TILES = 64  # per side of a canvas
 Pair = tuple[int, int]
 Mode = Literal["anyres", "pad", "square"]
 
@@ -42,7 +43,7 @@ class AnyResInput(Checked):
     """
 
     view: ImageInput
-    canvases: tuple[Pair, ...] = ()
+    canvases: tuple[tuple[Side, Side], ...] = ()
     mode: Mode = "anyres"
 
     def __post_init__(self) -> None:
@@ -155,13 +156,17 @@ def parse_pinpoints(value: str | Sequence[Sequence[int]], side: int) -> tuple[Pa
         pairs = [(int(i), int(j)) for i, j in re.findall(r"\((\d+)x(\d+)\)", value)]
         if pairs:
             (low, left), (high, right) = pairs[0], pairs[-1]
+            if max(high, right) > MOST_TILES:
+                raise ValueError(
+                    f"AnyRes: pinpoints {given!r}; expected at most {MOST_TILES} tiles per side"
+                )
             value = [
                 (side * i, side * j) for i in range(low, high + 1) for j in range(left, right + 1)
             ]
         else:
             try:
                 value = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
                 value = None
     try:
         return tuple((int(width), int(height)) for width, height in value)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any, Self
 
+from encoders.checks import check_arguments
+
 
 class Recorded:
     """Keeps the constructor arguments it was given, by name, in `arguments`.
@@ -21,6 +23,7 @@ class Recorded:
         bound = inspect.signature(cls.__init__).bind(made, *args, **kwargs)
         given = dict(list(bound.arguments.items())[1:])
         given.update(given.pop("kwargs", {}))
+        check_arguments(cls, given)
         # Not through nn.Module.__setattr__, which needs the module's __init__ to have run.
         object.__setattr__(made, "arguments", given)
         return made

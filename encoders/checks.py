@@ -17,7 +17,7 @@ import math
 import numbers
 import operator
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import (
     Annotated,
@@ -97,9 +97,13 @@ Limit = Annotated[float, AtLeast(0)]
 # A probability or a share.
 UnitFloat = Annotated[float, AtLeast(0), AtMost(1)]
 # Sizes and factors that files give; the bounds are far above those of any published model.
-Size = Annotated[int, AtLeast(1), AtMost(2**26)]
-SizeOrZero = Annotated[int, AtLeast(0), AtMost(2**26)]
+Count = Annotated[int, AtLeast(1), AtMost(2**26)]
+CountOrZero = Annotated[int, AtLeast(0), AtMost(2**26)]
 Factor = Annotated[float, Above(0), AtMost(1e9)]
+# Side of an image in pixels, mean and standard deviation of its channels.
+Side = Annotated[int, AtLeast(1), AtMost(2**13)]
+Mean = Annotated[float, AtLeast(-1e3), AtMost(1e3)]
+Deviation = Annotated[float, AtLeast(1e-4), AtMost(1e4)]
 # A threshold that probabilities are compared with; above 1 no probability reaches it.
 Cutoff = Annotated[float, AtLeast(0), "a probability"]
 
@@ -156,6 +160,29 @@ def check(instance: Any) -> None:
             raise match.error(f"{cls.__name__}.{name} is {value!r}, expected {match.expected}")
         if match.value is not value:
             object.__setattr__(instance, name, match.value)
+
+
+def check_arguments(cls: type, given: Mapping[str, Any]) -> None:
+    """Compares the arguments of a constructor with its annotations, see `check`.
+
+    Args:
+        cls: the class.
+        given: arguments by name; those that it does not name are not checked.
+    Raises:
+        ValueError: a value violates a constraint or is not one of the literals.
+        TypeError: a value has another type.
+    """
+    for name, hint in _parameters(cls).items():
+        if name in given and (match := _match(hint, given[name])).expected:
+            raise match.error(
+                f"{cls.__name__}: {name} is {given[name]!r}, expected {match.expected}"
+            )
+
+
+@functools.cache
+def _parameters(cls: type) -> dict[str, Any]:
+    """Evaluated annotation of each argument of a constructor."""
+    return get_type_hints(cls.__init__, include_extras=True)
 
 
 @functools.cache

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from encoders.checks import Checked, Deviation, Mean, Side
 from encoders.features import Prepared
 
 
 @dataclass(frozen=True)
-class ImageInput:
+class ImageInput(Checked):
     """Normalised pixels of one image, resized (bicubic) to a square without keeping its aspect.
 
     Args:
@@ -24,18 +25,9 @@ class ImageInput:
         std: per channel, divides after `mean`.
     """
 
-    size: int
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-
-    def __post_init__(self) -> None:
-        for name in ("mean", "std"):
-            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(
-                f"ImageInput: mean={self.mean}, std={self.std}; expected three numbers each, "
-                "std > 0"
-            )
+    size: Side
+    mean: tuple[Mean, Mean, Mean] = (0.5, 0.5, 0.5)
+    std: tuple[Deviation, Deviation, Deviation] = (0.5, 0.5, 0.5)
 
     def __call__(self, item: Any) -> Prepared:
         """Pixels [3 size size] float32 of an image, with its original size.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from encoders.checks import Checked, Count, Deviation, Factor, Mean, Side
 from encoders.encoder import Encoder
 from encoders.features import Features, Prepared
 from encoders.image import as_rgb
@@ -26,7 +27,7 @@ FLATTEST = 200
 
 
 @dataclass(frozen=True)
-class PatchInput:
+class PatchInput(Checked):
     """Cuts one image of any size into normalised patches; holds no weights.
 
     The image is resized (bicubic) to multiples of `patch * merge` pixels near its original size. A
@@ -45,32 +46,21 @@ class PatchInput:
         std: per channel, divides after `mean`.
     """
 
-    patch: int = 14
-    merge: int = 2
-    frames: int = 2
-    min_pixels: int = 56 * 56
-    max_pixels: int = 4096 * 784
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    patch: Side = 14
+    merge: Side = 2
+    frames: Side = 2
+    min_pixels: Count = 56 * 56
+    max_pixels: Count = 4096 * 784
+    mean: tuple[Mean, Mean, Mean] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[Deviation, Deviation, Deviation] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mean", tuple(self.mean))
-        object.__setattr__(self, "std", tuple(self.std))
-        if min(self.patch, self.merge, self.frames) < 1:
-            raise ValueError(
-                f"PatchInput: patch={self.patch}, merge={self.merge}, frames={self.frames}; "
-                "expected each to be at least 1"
-            )
+        super().__post_init__()
         if not (self.patch * self.merge) ** 2 <= self.max_pixels >= self.min_pixels:
             raise ValueError(
                 f"PatchInput: min_pixels={self.min_pixels}, max_pixels={self.max_pixels}; expected "
                 f"min_pixels <= max_pixels, and max_pixels of one token "
                 f"({(self.patch * self.merge) ** 2}) or more"
-            )
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(
-                f"PatchInput: mean={self.mean}, std={self.std}; expected three numbers each, "
-                "std > 0"
             )
 
     def __call__(self, item: Any) -> Prepared:
@@ -179,12 +169,12 @@ class QwenVision(Encoder):
 
     def __init__(
         self,
-        dim: int = 3584,
+        dim: Count = 3584,
         *,
-        width: int = 1280,
-        depth: int = 32,
-        heads: int = 16,
-        mlp_ratio: float = 4,
+        width: Count = 1280,
+        depth: Count = 32,
+        heads: Count = 16,
+        mlp_ratio: Factor = 4,
         patch: int = 14,
         merge: int = 2,
         frames: int = 2,

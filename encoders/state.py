@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from encoders.checks import Count
 from encoders.encoder import Encoder
 from encoders.features import Features, Prepared
 
@@ -61,15 +62,10 @@ class StateEncoder(Encoder):
     kind = "state"
 
     def __init__(
-        self, size: int, dim: int | None = 192, tokens: int = 1, hidden: int = 256
+        self, size: Count, dim: Count | None = 192, tokens: Count = 1, hidden: Count = 256
     ) -> None:
         super().__init__()
         width = size if dim is None else dim
-        if min(size, width, tokens, hidden) < 1:
-            raise ValueError(
-                f"StateEncoder: size={size}, dim={dim}, tokens={tokens}, hidden={hidden}; "
-                "expected each to be at least 1"
-            )
         if dim is None and tokens != 1:
             raise ValueError(f"StateEncoder: tokens={tokens} with dim=None; expected 1")
         self.size, self.dim, self.tokens = size, width, tokens

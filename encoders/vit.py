@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from encoders.checks import Count, Deviation, Factor, Mean, Side
 from encoders.encoder import Encoder
 from encoders.features import Features, Prepared
 from encoders.image import ImageInput
@@ -88,18 +89,18 @@ class ViT(Encoder):
         self,
         name: str | None = None,
         *,
-        size: int | None = None,
-        patch: int | None = None,
-        dim: int | None = None,
-        depth: int | None = None,
-        heads: int | None = None,
-        mlp_ratio: float | None = None,
+        size: Side | None = None,
+        patch: Side | None = None,
+        dim: Count | None = None,
+        depth: Count | None = None,
+        heads: Count | None = None,
+        mlp_ratio: Factor | None = None,
         act: Literal["gelu", "gelu_tanh"] | None = None,
         stem: Literal["conv", "patch"] | None = None,
-        mean: tuple[float, float, float] | None = None,
-        std: tuple[float, float, float] | None = None,
+        mean: tuple[Mean, Mean, Mean] | None = None,
+        std: tuple[Deviation, Deviation, Deviation] | None = None,
         pretrained: bool = False,
-        layers: int | None = None,
+        layers: Count | None = None,
     ) -> None:
         super().__init__()
         if pretrained and name is None:

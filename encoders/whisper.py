@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from encoders.checks import Count, Factor
 from encoders.encoder import Encoder
 from encoders.features import Features, Prepared
 from encoders.mel import HOP, RATE, LogMel, waveform
@@ -106,13 +107,13 @@ class WhisperEncoder(Encoder):
 
     def __init__(
         self,
-        dim: int = 384,
-        layers: int = 4,
-        heads: int = 6,
-        mels: int = 80,
-        seconds: float | None = 30.0,
-        hidden: int | None = None,
-        positions: int = 1500,
+        dim: Count = 384,
+        layers: Count = 4,
+        heads: Count = 6,
+        mels: Count = 80,
+        seconds: Factor | None = 30.0,
+        hidden: Count | None = None,
+        positions: Count = 1500,
         hidden_layers: Sequence[int] = (),
     ) -> None:
         super().__init__()

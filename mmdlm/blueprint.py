@@ -12,19 +12,21 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from encoders.arguments import Recorded
+from encoders.checks import AtLeast, AtMost, Checked, Count
 from mmdlm import recipe
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
 from mmdlm.backbones.moe import MoEConfig
 from mmdlm.backbones.rotary import RopeScaling
 from mmdlm.chat import Template
+from mmdlm.files import blaming
 from mmdlm.model import MultimodalDLM
 from mmdlm.recipe import Recipe
 from mmdlm.text import Tokenizer
@@ -33,7 +35,6 @@ FORMAT = "mmdlm-2"
 # Packages a checkpoint may name classes of: a checkpoint must not name arbitrary code.
 PARTS = ("encoders", "adapters")
 STRATEGIES = ("mmdlm.decoding",)
-TASK_FIELDS = {"prompt", "length", "strategies", "tasks", "execute", "cameras", "placeholder"}
 TEMPLATE_FIELDS = {"chat", "media", "system", "first"}
 # Functions of torch that make tensors from sizes.
 FACTORIES = frozenset(
@@ -42,6 +43,22 @@ FACTORIES = frozenset(
 )
 # Parts may make tensors that no file holds: tables of positions, weights that are dropped again.
 TIMES, TENSORS, NUMBERS = 4, 1000, 2**22
+
+
+@dataclass(frozen=True)
+class Task(Checked):
+    """What an entry of `Blueprint.tasks` may hold, see there."""
+
+    prompt: str | None = None
+    length: Annotated[int, AtLeast(1), AtMost(2**20)] | None = None
+    strategies: Any = None
+    tasks: tuple[str, ...] | None = None
+    execute: Count | None = None
+    cameras: tuple[str, ...] | None = None
+    placeholder: Literal["mask", "zero"] | None = None
+
+
+TASK_FIELDS = {field.name for field in dataclasses.fields(Task)}
 
 
 @dataclass(frozen=True)
@@ -133,11 +150,13 @@ def check_tasks(tasks: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"task {task!r} has {sorted(unknown)}; expected some of {sorted(TASK_FIELDS)}"
             )
-        for each in entry.get("strategies") or ():
-            try:
+        with blaming(f"task {task!r}"):
+            Task(**entry)
+            strategies = entry.get("strategies")
+            if not isinstance(strategies, list | tuple | None):
+                raise ValueError(f"strategies is {strategies!r}, expected a list of recipes")
+            for each in strategies or ():
                 recipe.check(each, STRATEGIES)
-            except ValueError as error:
-                raise ValueError(f"task {task!r}: {error}") from error
 
 
 class Budget(TorchFunctionMode):
@@ -215,6 +234,13 @@ def build(
             tokenizer,
             robot,
             Template(**blueprint.template) if blueprint.template else None,
+        )
+    if robot is not None and max(robot.bins.ids.stop - 1, *robot.tail, 0) >= (
+        rows := blueprint.spec.transformer.vocab
+    ):
+        raise ValueError(
+            f"statistics.json: actions use ids up to {max(robot.bins.ids.stop - 1, *robot.tail)}, "
+            f"but the embedding has {rows} rows; the files are of different checkpoints"
         )
     model.preset = copy.deepcopy(dict(blueprint.tasks))
     model.system = blueprint.system

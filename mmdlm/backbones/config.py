@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from encoders.checks import Above, AtLeast, AtMost, Checked, Factor, Size, SizeOrZero
+from encoders.checks import Above, AtLeast, AtMost, Checked, Count, CountOrZero, Factor
 from mmdlm.backbones.moe import MoEConfig
 from mmdlm.backbones.rotary import RopeScaling
 
@@ -43,13 +43,13 @@ class TransformerConfig(Checked):
         moe: mixture of experts instead of the MLP; None for a dense model.
     """
 
-    width: Size
+    width: Count
     layers: Annotated[int, AtLeast(1), AtMost(LAYERS)]
-    heads: Size
-    inner: SizeOrZero
-    vocab: SizeOrZero = 0
-    kv_heads: Size | None = None
-    head_dim: Size | None = None
+    heads: Count
+    inner: CountOrZero
+    vocab: CountOrZero = 0
+    kv_heads: Count | None = None
+    head_dim: Count | None = None
     eps: Annotated[float, Above(0), AtMost(1)] = 1e-6
     theta: Annotated[float, Above(0), AtMost(1e15)] = 10_000.0
     theta_scale: Factor = 1.0

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from encoders.checks import AtLeast, AtMost, Checked, Size
+from encoders.checks import AtLeast, AtMost, Checked, Count
 from mmdlm.backbones.config import TransformerConfig
 
 Keys = dict[str, str | tuple[str, ...] | None]
@@ -45,7 +45,7 @@ class Spec(Checked):
     stop_ids: tuple[int, ...] = ()
     shift: bool = False
     attention: Literal["full", "prefix", "cascade", "block_causal"] = "full"
-    block_size: Size | None = None
+    block_size: Count | None = None
     template: str = "plain"
     context: Annotated[int, AtLeast(1), AtMost(2**40)] | None = None
 

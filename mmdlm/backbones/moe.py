@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoders.checks import Checked, Factor, Size, SizeOrZero
+from encoders.checks import Checked, Count, CountOrZero, Factor
 from mmdlm.backbones.linear import MLP
 
 
@@ -38,18 +38,18 @@ class MoEConfig(Checked):
         top_groups: groups per token; its experts are selected within them.
     """
 
-    experts: Size
-    top: Size
-    inner: Size
-    dense: tuple[SizeOrZero, ...] = ()
-    shared: SizeOrZero = 0
+    experts: Count
+    top: Count
+    inner: Count
+    dense: tuple[CountOrZero, ...] = ()
+    shared: CountOrZero = 0
     score: Literal["softmax", "sigmoid"] = "softmax"
     bias: bool = False
     bias_weighs: bool = False
     normalize: bool = False
     scale: Factor = 1.0
-    groups: Size = 1
-    top_groups: Size = 1
+    groups: Count = 1
+    top_groups: Count = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -69,6 +69,11 @@ def read_blueprint(folder: Path, config: Mapping[str, Any]) -> Blueprint:
     if config["format"] == FIRST:
         config = first_edition(config)
         outputs = {"actions": outputs} if outputs else {}
+    if "actions" in outputs:
+        from adapters.robot import Robot
+
+        with blaming(file):
+            Robot.from_dict(outputs["actions"])
     tasks = read_tasks(folder / DECODING) if present(folder / DECODING) else {}
     return Blueprint.from_dict({**config, "outputs": outputs, "tasks": tasks}, folder / CONFIG)
 

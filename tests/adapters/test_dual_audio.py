@@ -181,7 +181,7 @@ def test_sizes_follow_the_settings():
 def test_wrong_settings_and_features_are_named():
     with pytest.raises(ValueError, match="stage=2 with layers=0"):
         DualAudio(8, 12, stage=2)
-    with pytest.raises(ValueError, match="stage=3, expected 1 or 2"):
+    with pytest.raises(ValueError, match="stage is 3, expected 1 or 2"):
         DualAudio(8, 12, stage=3)
     with pytest.raises(ValueError, match="in_dim 8 is not a multiple of heads=3"):
         DualAudio(8, 12, layers=1, heads=3)

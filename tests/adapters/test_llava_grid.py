@@ -191,10 +191,13 @@ def test_bad_features_and_images_are_rejected() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"merge": "unpad"}, "merge='unpad'; expected one of flat, spatial, spatial_unpad"),
-        ({"pool": "mean"}, "pool='mean'; expected 'bilinear'"),
-        ({"factor": 0}, "factor=0"),
-        ({"most_tiles": 0}, "most_tiles=0"),
+        (
+            {"merge": "unpad"},
+            "merge is 'unpad', expected one of 'flat', 'spatial', 'spatial_unpad'",
+        ),
+        ({"pool": "mean"}, "pool is 'mean', expected one of 'bilinear'"),
+        ({"factor": 0}, "factor is 0"),
+        ({"most_tiles": 0}, "most_tiles is 0"),
         ({"merge": "flat", "most_tiles": 4}, "most_tiles=4 has no effect with merge='flat'"),
     ],
 )

@@ -43,5 +43,5 @@ def test_mlp_has_as_many_linear_layers_as_asked(layers):
 
 
 def test_mlp_needs_a_layer():
-    with pytest.raises(ValueError, match="layers=0"):
+    with pytest.raises(ValueError, match="layers is 0"):
         MLP(3, 5, layers=0)

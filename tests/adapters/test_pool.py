@@ -177,9 +177,9 @@ def test_pool_gradients_are_finite_with_a_fully_masked_row(kind):
 
 
 def test_pool_rejects_invalid_arguments():
-    with pytest.raises(ValueError, match="kind='mean'"):
+    with pytest.raises(ValueError, match="kind is 'mean'"):
         Pool(3, 5, kind="mean")
-    with pytest.raises(ValueError, match="factor=0"):
+    with pytest.raises(ValueError, match="factor is 0"):
         Pool(3, 5, factor=0)
     sequence = Features(torch.randn(1, 4, 3), torch.ones(1, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="needs a grid"):

@@ -126,5 +126,5 @@ def test_divprune_rejects_invalid_budgets(keep):
 
 
 def test_divprune_rejects_invalid_orders():
-    with pytest.raises(ValueError, match="order='random'"):
+    with pytest.raises(ValueError, match="order is 'random'"):
         DivPrune(3, 5, order="random")

@@ -209,10 +209,10 @@ def test_images_too_flat_are_refused():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"merge": 0}, "merge=0.*at least 1"),
+        ({"merge": 0}, "merge is 0.*at least 1"),
         ({"max_pixels": 500}, "max_pixels=500.*one token"),
         ({"min_pixels": 9000, "max_pixels": 8000}, "min_pixels <= max_pixels"),
-        ({"std": (1, 0, 1)}, "std > 0"),
+        ({"std": (1, 0, 1)}, "std is .*each at least"),
     ],
 )
 def test_bad_settings_of_the_preprocessing(given, message):

@@ -75,5 +75,5 @@ def test_state_forward_names_the_row_that_does_not_fit():
 
 
 def test_state_sizes_are_checked():
-    with pytest.raises(ValueError, match="tokens=0"):
+    with pytest.raises(ValueError, match="tokens is 0"):
         StateEncoder(4, tokens=0)
