@@ -115,6 +115,9 @@ KINDS = {
 }
 
 
+SHOWN = 300  # characters of a value in an error
+
+
 class Match(NamedTuple):
     """Result of comparing a value with an annotation.
 
@@ -157,32 +160,42 @@ def check(instance: Any) -> None:
         value = getattr(instance, name)
         match = _match(hint, value)
         if match.expected:
-            raise match.error(f"{cls.__name__}.{name} is {value!r}, expected {match.expected}")
+            raise match.error(f"{cls.__name__}.{name} is {shown(value)}, expected {match.expected}")
         if match.value is not value:
             object.__setattr__(instance, name, match.value)
 
 
-def check_arguments(cls: type, given: Mapping[str, Any]) -> None:
-    """Compares the arguments of a constructor with its annotations, see `check`.
+def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Compares the arguments of a function with its annotations, see `check`.
 
     Args:
-        cls: the class.
+        function: the function, or a class for its constructor.
         given: arguments by name; those that it does not name are not checked.
     Raises:
         ValueError: a value violates a constraint or is not one of the literals.
         TypeError: a value has another type.
     """
-    for name, hint in _parameters(cls).items():
+    for name, hint in _parameters(function).items():
         if name in given and (match := _match(hint, given[name])).expected:
             raise match.error(
-                f"{cls.__name__}: {name} is {given[name]!r}, expected {match.expected}"
+                f"{function.__name__}: {name} is {shown(given[name])}, expected {match.expected}"
             )
 
 
+def shown(value: Any) -> str:
+    """A value as errors print it, shortened where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # integers of thousands of digits, deep nesting
+        return f"a very large {type(value).__name__}"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
 @functools.cache
-def _parameters(cls: type) -> dict[str, Any]:
-    """Evaluated annotation of each argument of a constructor."""
-    return get_type_hints(cls.__init__, include_extras=True)
+def _parameters(function: Callable[..., Any]) -> dict[str, Any]:
+    """Evaluated annotation of each argument of a function or constructor."""
+    called = function.__init__ if isinstance(function, type) else function
+    return get_type_hints(called, include_extras=True)
 
 
 @functools.cache

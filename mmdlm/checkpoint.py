@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from encoders.checks import check_arguments, shown
 from mmdlm.backbones.linear import pack as pack_weights
 from mmdlm.blueprint import Budget, build, describe
 from mmdlm.decoding import preset
@@ -85,6 +86,9 @@ def load(
     if overrides:
         known = ("device", "dtype", "family", "quantize", "pack", "compile", "config")
         check_overrides(overrides, known)
+    check_arguments(load, {"family": family, "pack": pack, "compile": compile})
+    if config is not None and not isinstance(config, Mapping):
+        raise TypeError(f"config is {shown(config)}, expected a table of keys of config.json")
     over = devices(device)
     folder = find(source)
     with blaming(folder / "config.json"):

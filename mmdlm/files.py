@@ -12,7 +12,7 @@ import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 MODELS = Path(__file__).parent / "models"
@@ -43,7 +43,15 @@ def find(source: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: there is nothing of that name.
+        TypeError: it is not a name.
     """
+    if not isinstance(source, str | PurePath):
+        raise TypeError(
+            f"source is a {type(source).__name__}, expected the name of a bundled model, a folder "
+            "or a hub id"
+        )
+    if not str(source) or len(str(source)) > LONGEST:
+        raise FileNotFoundError(f"source is {str(source)[:80]!r}, expected a name or folder")
     names = bundled()
     if isinstance(source, str) and source in names:
         return MODELS / source

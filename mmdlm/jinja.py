@@ -15,6 +15,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 
+from mmdlm.files import weigh
 from mmdlm.sandbox import ABSENT, CHARACTERS, LONGEST, METER, Environment, Meter, bounded
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def rendered(
     """
     ready = compiled(template)
     usual = {"tools": None, "documents": None, "add_generation_prompt": begins}
-    given = sum(len(str(message)) for message in messages)
+    given = weigh(messages, 2**40, 1)
     with _metered("rejects this conversation", Meter(max(CHARACTERS, 8 * given))):
         return ready.render(messages=messages, **usual | variables)
 

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from operator import is_not
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -282,6 +283,24 @@ class MultimodalDLM(nn.Module):
         if not all(isinstance(part, Tensor) for part in parts):
             raise ValueError("the conversation contains media; use answer(model, messages)")
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
+
+
+def require_model(model: Any, call: str) -> None:
+    """Raises where something else is given as the model.
+
+    Args:
+        model: what was given.
+        call: name of the function, such as "caption".
+
+    Raises:
+        TypeError: it is not a model, such as the name of one.
+    """
+    if not isinstance(model, nn.Module):
+        name = repr(model) if isinstance(model, str | PurePath) else "..."
+        raise TypeError(
+            f"{call}: the model is a {type(model).__name__}, expected a loaded model: "
+            f"model = mmdlm.load({name}); mmdlm.{call}(model, ...)"
+        )
 
 
 def allowed(mask: Tensor, seen: Tensor | None, tokens: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from encoders.checks import AtLeast, AtMost, Checked, Count
 from mmdlm.backbones.config import TransformerConfig
 
+MOST_TOKENS = 2**20
+"""Maximum length of an answer, for models without a context as well."""
 Keys = dict[str, str | tuple[str, ...] | None]
 """Maps our tensor names to published ones; `{i}` is the layer. A tuple is concatenated along the
 first axis (fused projections). `{e}`, in published names only, is the expert: our tensor has an

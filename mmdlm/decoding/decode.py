@@ -13,7 +13,7 @@ from mmdlm.decoding import preset
 from mmdlm.decoding.session import NO_TOKEN, Finished, Session
 from mmdlm.decoding.state import Source
 from mmdlm.layout import Sequence
-from mmdlm.model import MultimodalDLM
+from mmdlm.model import MultimodalDLM, require_model
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ def decode(
             predicts the next one, both are longer than the context of the model, or nothing could
             be written because the model gave NaN.
     """
+    require_model(model, "decode")
     session = Session(model, strategies, columns=columns)
     keys = session.add_rows(prompt, length, mask=mask, generator=generator, canvas=canvas)
     found = {done.key: done for done in session.finished()}

@@ -17,7 +17,7 @@ from mmdlm.decoding.state import State
 from mmdlm.decoding.strategy import Strategy, check_model
 from mmdlm.decoding.view import View
 from mmdlm.layout import Sequence
-from mmdlm.model import MultimodalDLM
+from mmdlm.model import MultimodalDLM, require_model
 from mmdlm.processor import Packed
 
 NO_TOKEN = (
@@ -86,6 +86,7 @@ class Session:
         *,
         columns: slice | None = None,
     ) -> None:
+        require_model(model, "Session")
         self.model, self.columns = model, columns
         self.owners = assign(preset.strategies(strategies))
         ids = committable(columns, model)

@@ -8,7 +8,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from mmdlm.backbones.family import Spec
+from encoders.checks import shown
+from mmdlm.backbones.family import MOST_TOKENS, Spec
 from mmdlm.decoding.rows import pad
 from mmdlm.decoding.state import Source, State, Streams
 from mmdlm.layout import ANSWER, TOKEN, Sequence, check_ids, from_tokens, levels
@@ -42,8 +43,13 @@ def start(
     spec = model.spec
     if spec.mask_id is None:
         raise spec.unknown_mask()
-    if isinstance(length, bool) or not isinstance(length, Integral) or length < 1:
-        raise ValueError(f"length is {length!r}, expected a number of positions, at least 1")
+    if isinstance(length, bool) or not isinstance(length, Integral):
+        raise TypeError(f"length is {shown(length)}, expected an integer number of positions")
+    if not 1 <= length <= MOST_TOKENS:
+        raise ValueError(
+            f"length is {shown(length)}, expected at least one position to fill and at most "
+            f"{MOST_TOKENS:,}"
+        )
     if isinstance(prompt, Tensor):
         if prompt.ndim != 2:
             raise ValueError(f"prompt is {list(prompt.shape)}, expected token ids [B P]")

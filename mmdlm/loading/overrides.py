@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from encoders.checks import shown
 from mmdlm.backbones.family import Spec
 from mmdlm.chat import PLAIN, TEMPLATES
 from mmdlm.layout import Attention
@@ -36,7 +37,7 @@ def check(given: dict[str, Any], known: tuple[str, ...] = ()) -> None:
     for name, value in given.items():
         wanted = _wanted(name, value)
         if wanted is not None:
-            raise ValueError(f"{name}={value!r}, expected {wanted}")
+            raise ValueError(f"{name}={shown(value)}, expected {wanted}")
 
 
 def override(spec: Spec, given: dict[str, Any]) -> Spec:
@@ -90,6 +91,7 @@ def _wanted(name: str, value: Any) -> str | None:
         return "a number above 0"
     if name == "template" and value not in (*TEMPLATES, PLAIN):
         return f"one of {', '.join((*TEMPLATES, PLAIN))}"
-    if name == "stop_ids" and not all(isinstance(i, int) for i in value):
+    is_list = isinstance(value, list | tuple | set | frozenset | range)
+    if name == "stop_ids" and not (is_list and all(isinstance(i, int) for i in value)):
         return "token ids"
     return None

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from encoders.checks import shown
 from mmdlm.backbones.transformer import Transformer
 from mmdlm.files import preview
 from mmdlm.loading.keymap import FLOATS, Places, allocate, shapes, views
@@ -30,12 +31,19 @@ def devices(device: Device) -> list[torch.device]:
         ValueError: there is no such device.
     """
     if not isinstance(device, str | torch.device):
+        if not isinstance(device, Sequence):
+            raise TypeError(f"device is {shown(device)}, expected a name such as 'cpu', or a list")
         if not device:
             raise ValueError("device=[] names no device; expected one or several")
         return [devices(each)[0] for each in device]
     if device == "auto":
         return [torch.device("cuda" if torch.cuda.is_available() else "cpu")]
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device={device!r} does not exist; expected 'auto', 'cpu', 'cuda' or 'cuda:0'"
+        ) from error
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device={str(device)!r}, but torch finds no GPU; use device='cpu'")

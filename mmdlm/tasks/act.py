@@ -17,6 +17,7 @@ from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.decode import decode
 from mmdlm.layout import Row
 from mmdlm.messages import Example, Media, Slot, assistant, user
+from mmdlm.model import require_model
 
 if TYPE_CHECKING:
     from mmdlm.model import MultimodalDLM
@@ -48,6 +49,7 @@ class Policy:
         execute: int | None = None,
         strategies: preset.Choice = None,
     ) -> None:
+        require_model(model, "Policy")
         if model.robot is None:
             raise ValueError(
                 "this checkpoint has no statistics.json (action ids and normalization), which is "

@@ -22,7 +22,7 @@ from mmdlm.messages import (
     numbered,
     user,
 )
-from mmdlm.model import MultimodalDLM
+from mmdlm.model import MultimodalDLM, require_model
 from mmdlm.processor import MediaCache
 from mmdlm.tasks.generate import (
     Answer,
@@ -76,6 +76,7 @@ def answer(
     Raises:
         ValueError: lists differ in length, or an image, question or choice is not valid.
     """
+    require_model(model, "answer")
     if images is not None:
         if image is not None:
             raise ValueError("give image= or images=, not both")

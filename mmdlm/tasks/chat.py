@@ -16,7 +16,7 @@ from mmdlm.messages import (
     is_conversation,
     numbered,
 )
-from mmdlm.model import MultimodalDLM
+from mmdlm.model import MultimodalDLM, require_model
 from mmdlm.tasks.generate import (
     Settings,
     check_batch_size,
@@ -64,6 +64,7 @@ def generate(
         ValueError: a prompt contains the mask token or half of a surrogate pair, or is not a valid
             conversation, or the checkpoint has no tokenizer or chat template.
     """
+    require_model(model, "generate")
     is_many = isinstance(prompt, list) and not is_conversation(prompt)
     settings = resolve(model, length, strategies)
     prompts = prompt if is_many else [prompt]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmdlm.messages import RAW, Example, Media, Message, Text
-from mmdlm.model import MultimodalDLM
+from mmdlm.model import MultimodalDLM, require_model
 from mmdlm.processor import MediaCache
 from mmdlm.tasks.generate import as_list, check_batch_size
 
@@ -40,6 +40,7 @@ def embed(
     Raises:
         ValueError: nothing was given, lists differ in length, or an item is not valid.
     """
+    require_model(model, "embed")
     check_batch_size(batch_size)
     given = {"image": image, "audio": audio, "text": text}
     given = {name: value for name, value in given.items() if value is not None}

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from encoders.checks import shown
+from mmdlm.backbones.family import MOST_TOKENS
 from mmdlm.decoding import preset
 from mmdlm.decoding.decode import Decoded, decode
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.messages import Example, Media, Slot, assistant, user
-from mmdlm.model import MultimodalDLM
+from mmdlm.model import MultimodalDLM, require_model
 from mmdlm.processor import MediaCache
 from mmdlm.tasks.watch import on_step
 
@@ -128,6 +130,8 @@ def resolve_settings(
     Raises:
         ValueError: there is no instruction, or the length is not positive.
     """
+    if not isinstance(prompt, str | None):
+        raise TypeError(f"prompt is {shown(prompt)}, expected text")
     defaults = model.preset.get(task) or {}
     prompt = defaults.get("prompt") if prompt is None else prompt
     if prompt is None and needs_prompt:
@@ -138,8 +142,7 @@ def resolve_settings(
             + f"; pass prompt='...' (mmdlm {task} --prompt)"
         )
     length = defaults.get("length") or LENGTH if length is None else length
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise ValueError(f"length is {length!r}, expected an integer number of tokens, at least 1")
+    check_length(length)
     if strategies is None:  # the checkpoint's strategies need no check against the length
         return Settings(prompt, length, _default_strategies(defaults.get("strategies") or []))
     return Settings(prompt, length, preset.effective(strategies, length))
@@ -184,6 +187,7 @@ def generate_from_media(
         details: see `unwrap`.
         seed: see `fill`.
     """
+    require_model(model, task)
     model.processor.require(kind)
     settings = resolve_settings(model, task, prompt, length, strategies)
     examples = [
@@ -247,6 +251,8 @@ def fill(
     Raises:
         ValueError: an example is not valid; message or note give its index among several.
     """
+    if not isinstance(seed, int | None):
+        raise TypeError(f"seed is {shown(seed)}, expected an integer or None")
     processor, media = model.processor, MediaCache(examples)
     sizes = [len(processor.canvas(example.messages)) for example in examples]
     done: dict[int, Filled] = {}
@@ -333,7 +339,18 @@ def masked_canvas(model: MultimodalDLM, length: int) -> Tensor:
     """Canvas of mask tokens, int64 [length]."""
     if model.spec.mask_id is None:
         raise model.spec.unknown_mask()
+    check_length(length)
     return torch.full((length,), model.spec.mask_id)
+
+
+def check_length(length: int) -> None:
+    """Raises ValueError unless a length is an integer from 1 to `MOST_TOKENS`."""
+    is_whole = isinstance(length, int) and not isinstance(length, bool)
+    if not is_whole or not 1 <= length <= MOST_TOKENS:
+        raise ValueError(
+            f"length is {shown(length)}, expected an integer number of tokens, at least 1 and at "
+            f"most {MOST_TOKENS:,}"
+        )
 
 
 def end_ids(model: MultimodalDLM) -> set[int]:
@@ -342,9 +359,16 @@ def end_ids(model: MultimodalDLM) -> set[int]:
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Raises ValueError unless the batch size is a positive integer."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size!r}, expected an integer, at least 1")
+    """Raises unless the batch size is a positive integer.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is below 1.
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+        raise TypeError(f"batch_size is {shown(batch_size)}, expected an integer")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
 
 
 def as_list(item: Any) -> list[Any]:

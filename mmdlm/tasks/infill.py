@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from encoders.checks import shown
 from mmdlm.decoding.guidance.suppress import Suppress
 from mmdlm.decoding.preset import Choice
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.messages import RAW, Example, Media, Message, Slot, Text, assistant, numbered
-from mmdlm.model import MultimodalDLM
+from mmdlm.model import MultimodalDLM, require_model
 from mmdlm.processor import NOTHING
 from mmdlm.tasks.generate import (
     Answer,
@@ -27,7 +28,7 @@ from mmdlm.tasks.generate import (
 from mmdlm.tasks.scaffold import Form, complete
 from mmdlm.tasks.schema import STRING
 
-SLOT = re.compile(r"\[MASK(?::(\d+))?\]")
+SLOT = re.compile(r"\[MASK(?::(\d{1,12}))?\]")
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def infill(
         ValueError: a text has no slot or is longer than `length`, or the schema uses an
             unsupported keyword.
     """
+    require_model(model, "infill")
     if image is not None:
         model.processor.require("image")
     rows = _rows(template, image, prompt)
@@ -188,9 +190,10 @@ def parse(text: str) -> ClozeText:
     pieces = SLOT.split(text)
     sizes = tuple(1 if size is None else int(size) for size in pieces[1::2])
     if not sizes or min(sizes) < 1:
+        has = "a slot of 0 tokens" if sizes else "no slot"
         raise ValueError(
-            f"template {text!r} has {'a slot of 0 tokens' if sizes else 'no slot'}; write [MASK] "
-            "for one missing token, [MASK:3] for three"
+            f"template {shown(text)} has {has}; write [MASK] for one missing token, [MASK:3] for "
+            "three"
         )
     return ClozeText(tuple(pieces[::2]), sizes)
 

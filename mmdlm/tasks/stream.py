@@ -7,7 +7,7 @@ from queue import Empty, Queue
 from threading import Event, Thread
 from typing import Any
 
-from mmdlm.model import MultimodalDLM
+from mmdlm.model import MultimodalDLM, require_model
 from mmdlm.tasks.answer import answer
 from mmdlm.tasks.caption import caption
 from mmdlm.tasks.chat import generate
@@ -42,6 +42,7 @@ def stream(
     Raises:
         ValueError: there is no such task. What the task itself raises comes while iterating.
     """
+    require_model(model, "stream")
     if isinstance(task, str):
         if task not in TASKS:
             raise ValueError(f"task is {task!r}, expected one of {', '.join(TASKS)}")
