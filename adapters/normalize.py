@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -57,6 +59,8 @@ class Normalizer:
                 f"{sorted(statistics)}; compute them from the data (Episodes.statistics) or choose "
                 f"another of the modes {list(NEEDS)}"
             )
+        if not isinstance(zero_constant, bool):
+            raise ValueError(f"Normalizer: zero_constant is {zero_constant!r}, expected a bool")
         self.mode, self.zero_constant, self.statistics = mode, zero_constant, dict(statistics)
         mask = statistics.get("mask") if mask is None else mask
         self._mask = None if mask is None else _vector("mask", mask, torch.bool)
@@ -191,9 +195,15 @@ def _vector(name: str, values: Any, dtype: torch.dtype) -> Tensor:
     Raises:
         ValueError: the values are not a list of numbers, or there are none.
     """
-    kind = (bool,) if dtype == torch.bool else (int, float)
-    if isinstance(values, list | tuple) and not all(isinstance(each, kind) for each in values):
-        raise ValueError(f"Normalizer: {name!r} holds other values than {kind[-1].__name__}")
+    is_flag = dtype == torch.bool
+    if isinstance(values, list | tuple) and not all(
+        isinstance(each, bool) if is_flag else isinstance(each, Real) and each is not True
+        for each in values
+    ):
+        what = "true and false" if is_flag else "numbers"
+        raise ValueError(f"Normalizer: {name!r} holds other values than {what}")
+    if isinstance(values, str | Mapping):
+        raise ValueError(f"Normalizer: {name!r} is a {type(values).__name__}, expected a list")
     try:
         vector = torch.as_tensor(values, dtype=dtype)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:

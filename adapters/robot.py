@@ -131,6 +131,8 @@ class Robot(Codec, Checked):
             raise ValueError(
                 f"statistics.json has unknown bins {sorted(unknown)}; expected {fields}"
             )
+        if "last_id" not in missing and saved["bins"]["last_id"] is None:
+            raise ValueError("statistics.json: bins.last_id is null, expected an action id")
         if missing:
             raise KeyError(f"statistics.json lacks {sorted(missing)}; export the policy again")
         return cls(
@@ -138,6 +140,6 @@ class Robot(Codec, Checked):
             Normalizer.from_dict(saved["action"]),
             Normalizer.from_dict(saved["state"]),
             saved["chunk"],
-            tuple(saved.get("tail", ())),
+            saved.get("tail", ()),
             saved.get("dataset"),
         )

@@ -99,7 +99,7 @@ UnitFloat = Annotated[float, AtLeast(0), AtMost(1)]
 # Sizes and factors that files give; the bounds are far above those of any published model.
 Count = Annotated[int, AtLeast(1), AtMost(2**26)]
 CountOrZero = Annotated[int, AtLeast(0), AtMost(2**26)]
-Factor = Annotated[float, Above(0), AtMost(1e9)]
+Factor = Annotated[float, AtLeast(1e-6), AtMost(1e6)]
 # Side of an image in pixels, mean and standard deviation of its channels.
 Side = Annotated[int, AtLeast(1), AtMost(2**13)]
 Mean = Annotated[float, AtLeast(-1e3), AtMost(1e3)]

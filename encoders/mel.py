@@ -123,7 +123,7 @@ class LogMel:
     """
 
     def __init__(self, mels: int = 80, seconds: float | None = 30.0) -> None:
-        if seconds is not None and (seconds <= 0 or round(seconds * RATE) % HOP):
+        if seconds is not None and (round(seconds * RATE) < HOP or round(seconds * RATE) % HOP):
             raise ValueError(f"LogMel: seconds is {seconds}, expected a positive multiple of 0.01")
         self.mels = mels
         self.samples = None if seconds is None else round(seconds * RATE)

@@ -25,7 +25,7 @@ from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
 from mmdlm.backbones.moe import MoEConfig
 from mmdlm.backbones.rotary import RopeScaling
-from mmdlm.chat import Template
+from mmdlm.chat import PLAIN, TEMPLATES, Template
 from mmdlm.files import blaming
 from mmdlm.model import MultimodalDLM
 from mmdlm.recipe import Recipe
@@ -62,7 +62,7 @@ TASK_FIELDS = {field.name for field in dataclasses.fields(Task)}
 
 
 @dataclass(frozen=True)
-class Blueprint:
+class Blueprint(Checked):
     """What a checkpoint says about a model, in plain types that JSON and YAML can hold.
 
     Args:
@@ -93,6 +93,12 @@ class Blueprint:
     system: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.spec.template not in (*TEMPLATES, PLAIN):
+            raise ValueError(
+                f"spec.template is {self.spec.template!r}, expected one of "
+                f"{', '.join((*TEMPLATES, PLAIN))}"
+            )
         for name in ("encoders", "adapters", "outputs", "template", "tasks"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected a table")

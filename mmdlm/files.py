@@ -202,7 +202,7 @@ def read_lines(file: Path) -> list[str]:
     return [line for line in read_input(file).split("\n") if line.strip()]
 
 
-def parse_json(text: str | bytes, source: Path | str) -> Any:
+def parse_json(text: str, source: Path | str) -> Any:
     """The value of a JSON text.
 
     Args:
@@ -215,11 +215,35 @@ def parse_json(text: str | bytes, source: Path | str) -> Any:
     if not text.strip():
         raise ValueError(f"{source} is empty, expected JSON; download or export it again")
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{source} is not valid JSON ({error}); download or export it again"
         ) from error
+    if re.search(r"\\u[dD][89a-fA-F]", text):  # else there are no escaped surrogates
+        check_text(value, source)
+    return value
+
+
+def check_text(value: Any, source: Path | str) -> None:
+    """Raises unless the texts in nested data can be encoded.
+
+    Args:
+        value: plain data.
+        source: the file, for errors.
+
+    Raises:
+        ValueError: one holds half of a surrogate pair.
+    """
+    left = [value]
+    while left:
+        each = left.pop()
+        if isinstance(each, Mapping):
+            left += [*each.keys(), *each.values()]
+        elif isinstance(each, list | tuple):
+            left += each
+        elif isinstance(each, str) and re.search("[\ud800-\udfff]", each):
+            raise ValueError(f"{source} holds {each[:80]!r}, with half of a surrogate pair")
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmdlm.files import present, read_json, read_text
+from mmdlm.files import blaming, present, read_json, read_text
 from mmdlm.template_files import CHAT, MORE_CHATS, PROCESSOR_FILES, find
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ class Tokenizer:
         backend.no_padding()
         if getattr(backend.model, "dropout", None):
             backend.model.dropout = None
+        if not isinstance(template, str | None):
+            raise TypeError(f"chat_template is a {type(template).__name__}, expected text")
         self.backend = backend
         self.template = template
         self.names = dict(names or {})
@@ -107,7 +109,8 @@ class Tokenizer:
         if not present(whole) and not present(parts):
             return None
         config, files = _config(folder), _files(folder)
-        added = _added(folder, config)
+        with blaming(folder / SIDECAR_FILES[0]):
+            added = _added(folder, config)
         if present(whole):
             backend = parse(read_text(whole), whole)
             # Only those with an id: new ids would exceed the embedding.
@@ -118,7 +121,8 @@ class Tokenizer:
         if state := _state(backend):
             config = state | config
             files[SIDECAR_FILES[0]] = _written(state | _read(folder / SIDECAR_FILES[0]))
-        made = cls(backend, _template(folder, config), _names(config), files)
+        with blaming(folder / SIDECAR_FILES[0]):
+            made = cls(backend, _template(folder, config), _names(config), files)
         made.source = folder / (CHAT if (folder / CHAT).is_file() else SIDECAR_FILES[0])
         return made
 
@@ -292,8 +296,15 @@ def _byte_level(
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     wrong = next((pair for pair in merges if len(pair) != 2), None)
     if wrong is not None:
-        raise ValueError(f"{folder}: merges.txt has the line {' '.join(wrong)!r}, expected 2 parts")
-    backend = Backend(models.BPE(vocab, [(a, b) for a, b in merges]))
+        line = " ".join(wrong)[:100]
+        raise ValueError(f"{folder}: merges.txt has the line {line!r}, expected 2 parts")
+    try:
+        backend = Backend(models.BPE(vocab, [(a, b) for a, b in merges]))
+    except Exception as error:  # of any type
+        raise ValueError(
+            f"{folder}: vocab.json and merges.txt are not a tokenizer ({error}); download both "
+            "again"
+        ) from error
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -50,8 +50,8 @@ class TransformerConfig(Checked):
     vocab: CountOrZero = 0
     kv_heads: Count | None = None
     head_dim: Count | None = None
-    eps: Annotated[float, Above(0), AtMost(1)] = 1e-6
-    theta: Annotated[float, Above(0), AtMost(1e15)] = 10_000.0
+    eps: Annotated[float, AtLeast(1e-20), AtMost(1)] = 1e-6
+    theta: Annotated[float, AtLeast(1), AtMost(1e15)] = 10_000.0
     theta_scale: Factor = 1.0
     rotary: Annotated[float, Above(0), AtMost(1)] = 1.0
     rope: RopeScaling | None = None
@@ -74,7 +74,7 @@ class TransformerConfig(Checked):
         if self.head_dim is None and self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
         turned = (int(self.head_width * self.rotary) + 1) // 2 * 2
-        if turned > self.head_width:
+        if not 2 <= turned <= self.head_width:
             raise ValueError(f"a head of width {self.head_width} cannot rotate {turned} channels")
         if not self.inner and not all(map(self.is_sparse, range(self.layers))):
             raise ValueError("TransformerConfig.inner is 0, expected at least 1 for an MLP layer")

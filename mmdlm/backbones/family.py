@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from encoders.checks import AtLeast, AtMost, Checked, Count
+from encoders.checks import AtLeast, AtMost, Checked, Count, shown
 from mmdlm.backbones.config import TransformerConfig
 
+LARGEST = 2**40  # of the numbers in a config.json
 MOST_TOKENS = 2**20
 """Maximum length of an answer, for models without a context as well."""
 Keys = dict[str, str | tuple[str, ...] | None]
@@ -186,6 +187,36 @@ def special(config: dict[str, Any], key: str, published: int, vocab: int) -> Any
     if config.get(key) not in (None, []):
         return config[key]
     return published if published < vocab else None
+
+
+def filled(family: str, defaults: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with the defaults of absent keys, whose values are of the defaults' kinds.
+
+    Args:
+        family: name for the error.
+        defaults: usual value of each key that is read; None for any kind.
+        config: config.json.
+
+    Raises:
+        ValueError: a value is of another kind, or a number that is not finite. Null is of any.
+    """
+    full = defaults | config
+    for key, usual in defaults.items():
+        value = full[key]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is None or usual is None or key.endswith("token_id"):
+            continue
+        if isinstance(usual, bool):
+            fits, kind = isinstance(value, bool), "true or false"
+        elif isinstance(usual, int | float):
+            fits, kind = is_number and abs(value) < LARGEST, "a number"
+        else:
+            fits, kind = isinstance(value, type(usual)), f"a {type(usual).__name__}"
+        if not fits:
+            raise ValueError(
+                f"{family}: {key} is {shown(value)}, expected {kind} such as {usual!r}"
+            )
+    return full
 
 
 def require(family: str, config: dict[str, Any], expected: dict[str, tuple[Any, ...]]) -> None:

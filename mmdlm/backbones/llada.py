@@ -17,6 +17,7 @@ from mmdlm.backbones.family import (
     architecture,
     end_ids,
     expressible,
+    filled,
     require,
     special,
 )
@@ -114,7 +115,7 @@ class LLaDA(Family):
     @classmethod
     def read(cls, config: dict[str, Any], names: set[str]) -> Spec:
         """The spec; absent keys have the defaults of configuration_llada.py."""
-        c = DEFAULTS | config
+        c = filled("LLaDA", DEFAULTS, config)
         require("LLaDA", c, SUPPORTED)
         if c["attention_layer_norm"]:
             require("LLaDA", c, {"attention_layer_norm_with_affine": (True,)})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from mmdlm.backbones.family import Family, Keys, Spec, architecture, require
+from mmdlm.backbones.family import Family, Keys, Spec, architecture, filled, require
 from mmdlm.backbones.llada_moe import EXPERT_KEYS
 from mmdlm.backbones.llama_config import Ids, read_config, write_config
 from mmdlm.backbones.llama_keys import LAYER, LLAMA_KEYS
@@ -93,7 +93,7 @@ class LLaDA2MoE(Family):
         routed to more than one expert. Without a mask id in config.json it is the published one,
         or unknown in a smaller vocabulary.
         """
-        c = DEFAULTS | config
+        c = filled("LLaDA2MoE", DEFAULTS, config)
         require("LLaDA2MoE", c, SUPPORTED)
         switches = {
             "qkv_bias": bool(c["use_qkv_bias"]),

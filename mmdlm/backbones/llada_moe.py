@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from mmdlm.backbones.family import Family, Keys, Spec, architecture
+from mmdlm.backbones.family import Family, Keys, Spec, architecture, filled
 from mmdlm.backbones.llama_config import Ids, read_config, write_config
 from mmdlm.backbones.llama_keys import LAYER, LLAMA_KEYS
 from mmdlm.backbones.moe import MoEConfig
@@ -82,7 +82,7 @@ class LLaDAMoE(Family):
         `moe_router_score_function`, `router_num_group` and `router_topk_group`. Without a mask id
         in config.json it is the published one, or unknown in a smaller vocabulary.
         """
-        c = DEFAULTS | config
+        c = filled("LLaDAMoE", DEFAULTS, config)
         inside = config.get("rope_scaling") or config.get("rope_parameters") or {}
         _need({**inside, **config}, SIZES)
         layers, frequency = c["num_hidden_layers"], c["moe_layer_freq"]

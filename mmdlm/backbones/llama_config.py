@@ -16,6 +16,7 @@ from mmdlm.backbones.family import (
     Spec,
     end_ids,
     expressible,
+    filled,
     require,
     special,
 )
@@ -121,7 +122,7 @@ def read_config(
     Raises:
         ValueError: the config has a setting that no published checkpoint uses.
     """
-    c = defaults | config
+    c = filled(family.__name__, defaults, config)
     require(family.__name__, c, SUPPORTED)
     heads, kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
     rope, context = read_rope(c, rotary=rotary), c["max_position_embeddings"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmdlm.blueprint import Blueprint, Budget, build, describe
-from mmdlm.files import POINTER, blaming, check_pointer, present, preview
+from mmdlm.files import POINTER, blaming, check_pointer, check_text, present, preview
 from mmdlm.loading.contents import check_published
 from mmdlm.loading.own import FIRST, first_edition
 from mmdlm.model import MultimodalDLM
@@ -127,6 +127,7 @@ def read(checkpoint: str | Path) -> dict[str, Any]:
         ) from error
     if not isinstance(saved, dict) or not isinstance(saved.get(ENTRY), Mapping):
         raise ValueError(f"{path} holds no {ENTRY!r} entry; expected a checkpoint of mmdlm fit")
+    check_text(saved[ENTRY], path)
     weights = saved.get("state_dict")
     if not isinstance(weights, Mapping) or not all(map(_has_memory, weights.values())):
         raise ValueError(

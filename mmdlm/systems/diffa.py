@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from typing import Any, ClassVar
 
-from mmdlm.backbones.family import Keys, architecture, require
+from mmdlm.backbones.family import Keys, architecture, filled, require
 from mmdlm.backbones.llada import END_OF_TEXT, LLaDA
 from mmdlm.blueprint import Blueprint
 from mmdlm.model import MultimodalDLM
@@ -119,7 +119,7 @@ class DIFFA(System):
             ValueError: a part of the model is missing, or its sizes are missing or not supported.
         """
         _check_parts(config, names)
-        whisper = WHISPER | (config.get("whisper_config") or {})
+        whisper = filled("DIFFA", WHISPER, config.get("whisper_config") or {})
         require("DIFFA whisper_config", whisper, {"activation_function": ("gelu",)})
         width, heads = whisper["d_model"], whisper["encoder_attention_heads"]
         spec = LLaDA.read(_llm_config(config), names)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from adapters.normalize import choose, find_dataset
 from mmdlm.backbones.dream import Dream
-from mmdlm.backbones.family import Keys, Spec, architecture, require
+from mmdlm.backbones.family import Keys, Spec, architecture, filled, require
 from mmdlm.blueprint import Blueprint, describe
 from mmdlm.model import MultimodalDLM
 from mmdlm.recipe import Recipe
@@ -235,7 +235,7 @@ def _tower(config: dict[str, Any]) -> Recipe:
     Raises:
         ValueError: the preprocessing cuts other patches than the tower takes.
     """
-    vision = VISION | (config.get("vision_config") or {})
+    vision = filled("Dream-VLA", VISION, config.get("vision_config") or {})
     require("Dream-VLA", vision, {name: (VISION[name],) for name in ("hidden_act", "in_channels")})
     sizes = {ours: vision[published] for ours, published in TOWER.items()}
     file = config.get(PIXELS) or {}
@@ -272,9 +272,10 @@ def _robot(config: dict[str, Any], spec: Spec, has_state: bool) -> dict[str, Any
         ) from error
     proprio = statistics[name].get("proprio") if has_state else None
     first, tail = _ids(config, spec)
-    bins = config.get("n_action_bins") or BINS
+    bins = BINS if config.get("n_action_bins") is None else config["n_action_bins"]
     usual = [length for part, length in CHUNKS.items() if part in name.lower()]
-    chunks = [*(config[key] for key in CHUNK_KEYS if config.get(key)), *usual, CHUNKS["libero"]]
+    given = [config[key] for key in CHUNK_KEYS if config.get(key) is not None]
+    chunks = [*given, *usual, CHUNKS["libero"]]
     return {
         "chunk": chunks[0],
         "dataset": name,

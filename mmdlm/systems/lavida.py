@@ -14,7 +14,7 @@ import re
 from pathlib import PurePath
 from typing import Any
 
-from mmdlm.backbones.family import Keys, Spec, require
+from mmdlm.backbones.family import Keys, Spec, filled, require
 from mmdlm.backbones.llada import LLaDA, published_ids
 from mmdlm.blueprint import Blueprint, describe
 from mmdlm.model import MultimodalDLM
@@ -95,6 +95,12 @@ class LaViDa(System):
         Raises:
             ValueError: the tower is unknown, or a setting is not supported.
         """
+        kinds = {
+            "pooling_on": True,
+            "tokenizer_model_max_length": 0,
+            "image_template": AROUND_IMAGE,
+        }
+        filled("LaViDa", kinds, config)
         c = {key: allowed[0] for key, allowed in SUPPORTED.items()} | config
         require("LaViDa", c, SUPPORTED)
         spec = _spec(c, names)

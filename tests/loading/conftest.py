@@ -92,7 +92,7 @@ def same() -> Callable[[nn.Module, nn.Module], bool]:
     return compare
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def multimodal() -> Callable[[], MultimodalDLM]:
     """A function that makes an untrained model that sees, hears and acts."""
 
