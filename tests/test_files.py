@@ -1,4 +1,6 @@
+import os
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import mmdlm
 import mmdlm.files
 from mmdlm.checkpoint import load, save
 from mmdlm.model import MultimodalDLM
+
+PLACE = Path("somewhere/a.json")
 
 
 def test_unknown_source_names_what_is_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,3 +70,76 @@ def test_hub_that_cannot_be_reached_is_explained(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(FileNotFoundError, match="'nobody/nothing' is not a folder.*no route"):
         load("nobody/nothing")
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in pairwise("abcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "holds more than 100,000 values"),
+        ("&a [*a]", "holds more than 100,000 values"),
+        ("[" * 5000, "is not valid YAML"),
+        ("a: [", "is not valid YAML"),
+        ("a: 2001-99-99", "is not valid YAML"),
+        ("x" * 300_000, "has more than 262,144 bytes"),
+        ("!!python/object/apply:os.system [ls]", "is not valid YAML"),
+    ],
+)
+def test_hostile_yaml_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"a\.yaml .*{message}"):
+        mmdlm.files.read_yaml(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "is not valid JSON"),
+        ('{"a": ' + "9" * 5000 + "}", "is not valid JSON"),
+        ('{"a": "\\ud800"}', "holds .*half of a surrogate pair"),
+        ("", "is empty"),
+        ("{", "is not valid JSON"),
+        ("[]", "holds a list, expected an object"),
+        ("version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer.* git lfs pull"),
+    ],
+)
+def test_hostile_json_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"a\.json {message}"):
+        mmdlm.files.read_json(tmp_path / "a.json")
+
+
+def test_what_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "nothing").symlink_to(tmp_path / "absent")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    kinds = {
+        "folder": "a folder",
+        "pipe": "a pipe",
+        "loop": "not readable",
+        "nothing": "a link to a file that does not exist",
+        "device": "a device",
+    }
+    for name, kind in kinds.items():
+        with pytest.raises(ValueError, match=rf"{name} is {kind}.*expected a regular file"):
+            mmdlm.files.read_json(tmp_path / name)
+    assert not mmdlm.files.present(tmp_path / "absent")
+
+
+def test_values_of_a_file_are_blamed_on_it() -> None:
+    for wrong in (lambda: {}["size"], lambda: None.size, lambda: 1 // 0, lambda: int("x")):
+        with pytest.raises(ValueError, match=r"^somewhere/a\.json: "), mmdlm.files.blaming(PLACE):
+            wrong()
+
+
+def test_source_that_is_not_a_name_is_refused() -> None:
+    with pytest.raises(TypeError, match="source is a int, expected the name"):
+        load(5)
+    with pytest.raises(FileNotFoundError, match="source is 'aaa"):
+        load("a" * 5000)

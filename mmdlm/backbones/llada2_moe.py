@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from mmdlm.backbones.config import LAYERS
 from mmdlm.backbones.family import Family, Keys, Spec, architecture, filled, require
 from mmdlm.backbones.llada_moe import EXPERT_KEYS
 from mmdlm.backbones.llama_config import Ids, read_config, write_config
@@ -169,7 +170,7 @@ def _experts(config: dict[str, Any], names: set[str]) -> MoEConfig | None:
         experts=config["num_experts"],
         top=top,
         inner=inner,
-        dense=tuple(range(dense)),
+        dense=tuple(range(min(dense, LAYERS))),
         shared=inner * (config["num_shared_experts"] or 0),
         score="sigmoid",
         bias=is_enabled or any(name.endswith("mlp.gate.expert_bias") for name in names),

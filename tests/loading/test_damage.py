@@ -1,5 +1,7 @@
 import json
+import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,4 +132,105 @@ def test_config_that_is_missing_or_broken_is_named(published: Callable[..., Path
         load(folder)
     (folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="holds no config.json, only .*README.md"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_layers": 10**9},
+        {"n_layers": 9_999},
+        {"d_model": 2**26, "n_heads": 1},
+        {"embedding_size": 2**26},
+        {"mlp_hidden_size": 2**26},
+        {"n_heads": 0},
+        {"n_kv_heads": 0},
+        {"d_model": 1e308},
+        {"rms_norm_eps": 0},
+        {"rms_norm_eps": -1e-6},
+        {"rms_norm_eps": 1e-300},
+        {"rope_theta": 0},
+        {"rope_theta": float("nan")},
+        {"rope_theta": 1e308},
+        {"rope_theta": 10**400},
+        {"max_sequence_length": 0},
+        {"mask_token_id": 10**9},
+        {"eos_token_id": [1, 10**9]},
+        {"input_emb_norm": 1e308},
+        {"architectures": 5},
+    ],
+)
+def test_impossible_numbers_are_refused_before_anything_is_built(
+    change: dict, published: Callable[..., Path], configure: Callable[..., Path]
+) -> None:
+    folder = configure(published(), **change)
+    start = time.thread_time()
+    with pytest.raises(ValueError, match=re.escape(str(folder / "config.json"))):
+        load(folder, device="meta")
+    assert time.thread_time() - start < 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_experts": 2**20},
+        {"num_experts_per_tok": 10**6},
+        {"block_size": -1},
+        {"block_size": 1e308},
+        {"first_k_dense_replace": 10**9, "num_hidden_layers": 10**10},
+        {"moe_intermediate_size": 2**26},
+        {"partial_rotary_factor": 1e-300},
+        {"routed_scaling_factor": float("nan")},
+    ],
+)
+def test_impossible_experts_are_refused(
+    change: dict, published: Callable[..., Path], configure: Callable[..., Path]
+) -> None:
+    folder = configure(published("llada2_moe"), **change)
+    start = time.thread_time()
+    with pytest.raises(ValueError, match=re.escape(str(folder / "config.json"))):
+        load(folder, device="meta")
+    assert time.thread_time() - start < 2
+
+
+def test_shard_count_in_a_name_is_not_believed(published: Callable[..., Path]) -> None:
+    folder = published("dream")
+    (folder / "golden.safetensors").unlink()
+    (folder / SINGLE).rename(folder / "model-00001-of-999999999.safetensors")
+    with pytest.raises(FileNotFoundError, match="1 of 999999999 weight files"):
+        load(folder)
+
+
+@pytest.mark.parametrize("value", [None, [], {}, {"a": 5}, {"a": None}, 7])
+def test_weight_map_that_is_not_a_table_is_named(
+    value: object, published: Callable[..., Path]
+) -> None:
+    folder = published()
+    (folder / INDEX).write_text(json.dumps({"weight_map": value}))
+    with pytest.raises(ValueError, match=r"index.json: weight_map .*expected file names"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "tokenizer.json is empty"),
+        ('{"version": "1.0", "model', "tokenizer.json is not a valid tokenizer"),
+        ("version https://git-lfs.github.com/spec/v1\n", "tokenizer.json is a Git LFS pointer"),
+    ],
+)
+def test_damaged_tokenizer_is_named(
+    text: str, message: str, published: Callable[..., Path]
+) -> None:
+    folder = published()
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_token_without_a_row_is_named(published: Callable[..., Path]) -> None:
+    folder = published()
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "vocab.json").write_text(json.dumps({"a": 0, "b": 10**9}))
+    with pytest.raises(ValueError, match=r"'b' has id 1000000000 .* embedding has 160 rows"):
         load(folder)
