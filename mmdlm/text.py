@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmdlm.byte_level import byte_level
 from mmdlm.files import blaming, present, read_json, read_text
 from mmdlm.template_files import CHAT, MORE_CHATS, PROCESSOR_FILES, find
 
@@ -22,13 +23,6 @@ PAD, END, MASK = "<pad>", "<eos>", "<mask>"
 NAMES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 # Keys of tokenizer_config.json that do not outlive a change of the template or the names.
 ADAPTED = (*NAMES, "auto_map", "chat_template", "tokenizer_class")
-# Byte-level BPE with Qwen2's pre-tokenizer; Dream uses it under another name.
-# huggingface/transformers: models/qwen2/tokenization_qwen2.py
-BYTE_LEVEL = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "DreamTokenizer", "DreamTokenizerFast")
-PRETOKENIZE = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 SIDECAR_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # Files a tokenizer is read from, beside those in `MORE_CHATS`.
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", *SIDECAR_FILES, CHAT, PROCESSOR_FILES[0])
@@ -116,7 +110,7 @@ class Tokenizer:
             # Only those with an id: new ids would exceed the embedding.
             added = {text: entry for text, entry in added.items() if entry["id"] is not None}
         else:
-            backend = _byte_level(folder, config.get("tokenizer_class"), added)
+            backend = byte_level(folder, config.get("tokenizer_class"), added)
         _add(backend, added, folder)
         if state := _state(backend):
             config = state | config
@@ -264,56 +258,6 @@ def joined(text: str) -> str:
 
 def _is_word_level(backend: Any) -> bool:
     return type(backend.model).__name__ == "WordLevel"
-
-
-def _byte_level(
-    folder: Path, kind: str | None, added: Mapping[str, dict[str, Any]]
-) -> tokenizers.Tokenizer:
-    """Qwen2's tokenizer from `vocab.json` and `merges.txt`, without its added tokens."""
-    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
-
-    if kind is not None and kind not in BYTE_LEVEL:
-        raise ValueError(
-            f"{folder}: vocab.json of {kind}, expected one of {', '.join(BYTE_LEVEL)}; add the "
-            "tokenizer.json that transformers writes for this tokenizer"
-        )
-    if not present(folder / "merges.txt"):
-        raise ValueError(f"{folder}: vocab.json without merges.txt; download the folder again")
-    vocab = _read(folder / "vocab.json")
-    taken = {number: text for text, number in vocab.items()}
-    given = {text: entry["id"] for text, entry in added.items() if entry["id"] is not None}
-    for text, number in given.items():
-        if taken.setdefault(number, text) != text or vocab.get(text, number) != number:
-            raise ValueError(
-                f"{folder}: {text!r} has id {number} beside vocab.json, which gives that id to "
-                f"{taken[number]!r} and has {text!r} at {vocab.get(text)}; the files are of "
-                "different tokenizers"
-            )
-    # Ids in the vocabulary may have gaps; appended tokens would not.
-    vocab |= given
-    lines = read_text(folder / "merges.txt").split("\n")
-    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-    wrong = next((pair for pair in merges if len(pair) != 2), None)
-    if wrong is not None:
-        line = " ".join(wrong)[:100]
-        raise ValueError(f"{folder}: merges.txt has the line {line!r}, expected 2 parts")
-    try:
-        backend = Backend(models.BPE(vocab, [(a, b) for a, b in merges]))
-    except Exception as error:  # of any type
-        raise ValueError(
-            f"{folder}: vocab.json and merges.txt are not a tokenizer ({error}); download both "
-            "again"
-        ) from error
-    backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    return backend
 
 
 def _added(folder: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ PACKAGES = ("encoders", "adapters", "mmdlm")
 # Files and folders of mmdlm; each may import those in the lines above it, and itself.
 LEVELS = (
     {"atomic", "files"},
-    {"template_files"},
+    {"template_files", "byte_level"},
     {"text", "discover", "lines", "media", "messages", "sandbox"},
     {"recipe", "jinja"},
     {"backbones", "chat"},

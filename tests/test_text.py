@@ -8,7 +8,8 @@ import pytest
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from mmdlm.text import CHAT, PRETOKENIZE, Tokenizer
+from mmdlm.byte_level import PRETOKENIZE
+from mmdlm.text import CHAT, Tokenizer
 
 CORPUS = [
     "the red circle is left of the blue square, isn't it?\n\n  Yes: 3 of 1024 are.\n",

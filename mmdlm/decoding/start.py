@@ -43,13 +43,7 @@ def start(
     spec = model.spec
     if spec.mask_id is None:
         raise spec.unknown_mask()
-    if isinstance(length, bool) or not isinstance(length, Integral):
-        raise TypeError(f"length is {shown(length)}, expected an integer number of positions")
-    if not 1 <= length <= MOST_TOKENS:
-        raise ValueError(
-            f"length is {shown(length)}, expected at least one position to fill and at most "
-            f"{MOST_TOKENS:,}"
-        )
+    check_length(length)
     if isinstance(prompt, Tensor):
         if prompt.ndim != 2:
             raise ValueError(f"prompt is {list(prompt.shape)}, expected token ids [B P]")
@@ -133,3 +127,13 @@ def committable(columns: slice | None, model: MultimodalDLM) -> slice | None:
     if step != 1 or start >= stop or (start, stop) == (model.spec.mask_id, model.spec.mask_id + 1):
         raise ValueError(f"columns is {columns}, expected a range of ids besides the mask id")
     return slice(start, stop)
+
+
+def check_length(length: int) -> None:
+    """Raises ValueError unless a length is an integer from 1 to `MOST_TOKENS`."""
+    is_whole = isinstance(length, Integral) and not isinstance(length, bool)
+    if not is_whole or not 1 <= length <= MOST_TOKENS:
+        raise ValueError(
+            f"length is {shown(length)}, expected an integer number of tokens, at least 1 and at "
+            f"most {MOST_TOKENS:,}"
+        )

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from encoders.checks import shown
-from mmdlm.backbones.family import MOST_TOKENS
 from mmdlm.decoding import preset
 from mmdlm.decoding.decode import Decoded, decode
+from mmdlm.decoding.start import check_length
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.messages import Example, Media, Slot, assistant, user
 from mmdlm.model import MultimodalDLM, require_model
@@ -343,28 +343,13 @@ def masked_canvas(model: MultimodalDLM, length: int) -> Tensor:
     return torch.full((length,), model.spec.mask_id)
 
 
-def check_length(length: int) -> None:
-    """Raises ValueError unless a length is an integer from 1 to `MOST_TOKENS`."""
-    is_whole = isinstance(length, int) and not isinstance(length, bool)
-    if not is_whole or not 1 <= length <= MOST_TOKENS:
-        raise ValueError(
-            f"length is {shown(length)}, expected an integer number of tokens, at least 1 and at "
-            f"most {MOST_TOKENS:,}"
-        )
-
-
 def end_ids(model: MultimodalDLM) -> set[int]:
     """Token ids that end an answer."""
     return {model.spec.eos_id, *model.spec.stop_ids}
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Raises unless the batch size is a positive integer.
-
-    Raises:
-        TypeError: it is not an integer.
-        ValueError: it is below 1.
-    """
+    """Raises TypeError unless the batch size is an integer, ValueError unless it is positive."""
     if isinstance(batch_size, bool) or not isinstance(batch_size, int):
         raise TypeError(f"batch_size is {shown(batch_size)}, expected an integer")
     if batch_size < 1:

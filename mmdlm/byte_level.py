@@ -1,0 +1,70 @@
+"""Byte-level BPE tokenizers from vocab.json and merges.txt, as Qwen2 and Dream have them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmdlm.files import present, read_json, read_text
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# Byte-level BPE with Qwen2's pre-tokenizer; Dream uses it under another name.
+# huggingface/transformers: models/qwen2/tokenization_qwen2.py
+BYTE_LEVEL = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "DreamTokenizer", "DreamTokenizerFast")
+PRETOKENIZE = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def byte_level(
+    folder: Path, kind: str | None, added: Mapping[str, dict[str, Any]]
+) -> tokenizers.Tokenizer:
+    """Qwen2's tokenizer from `vocab.json` and `merges.txt`, without its added tokens."""
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    if kind is not None and kind not in BYTE_LEVEL:
+        raise ValueError(
+            f"{folder}: vocab.json of {kind}, expected one of {', '.join(BYTE_LEVEL)}; add the "
+            "tokenizer.json that transformers writes for this tokenizer"
+        )
+    if not present(folder / "merges.txt"):
+        raise ValueError(f"{folder}: vocab.json without merges.txt; download the folder again")
+    vocab = read_json(folder / "vocab.json")
+    taken = {number: text for text, number in vocab.items()}
+    given = {text: entry["id"] for text, entry in added.items() if entry["id"] is not None}
+    for text, number in given.items():
+        if taken.setdefault(number, text) != text or vocab.get(text, number) != number:
+            raise ValueError(
+                f"{folder}: {text!r} has id {number} beside vocab.json, which gives that id to "
+                f"{taken[number]!r} and has {text!r} at {vocab.get(text)}; the files are of "
+                "different tokenizers"
+            )
+    # Ids in the vocabulary may have gaps; appended tokens would not.
+    vocab |= given
+    lines = read_text(folder / "merges.txt").split("\n")
+    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    wrong = next((pair for pair in merges if len(pair) != 2), None)
+    if wrong is not None:
+        line = " ".join(wrong)[:100]
+        raise ValueError(f"{folder}: merges.txt has the line {line!r}, expected 2 parts")
+    try:
+        backend = Backend(models.BPE(vocab, [(a, b) for a, b in merges]))
+    except Exception as error:  # of any type
+        raise ValueError(
+            f"{folder}: vocab.json and merges.txt are not a tokenizer ({error}); download both "
+            "again"
+        ) from error
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
