@@ -35,6 +35,8 @@ def byte_level(
     if not present(folder / "merges.txt"):
         raise ValueError(f"{folder}: vocab.json without merges.txt; download the folder again")
     vocab = read_json(folder / "vocab.json")
+    if wrong := [text for text, i in vocab.items() if type(i) is not int or not 0 <= i < 2**32]:
+        raise ValueError(f"{folder}: vocab.json has no token id for {wrong[0][:80]!r}")
     taken = {number: text for text, number in vocab.items()}
     given = {text: entry["id"] for text, entry in added.items() if entry["id"] is not None}
     for text, number in given.items():

@@ -159,7 +159,11 @@ def folders(
     (root / "preset" / "fast.yaml").write_text(
         yaml.safe_dump(model.preset["caption"]["strategies"])
     )
-    return {folder.name: folder for folder in root.iterdir()}
+    found = {folder.name: folder for folder in root.iterdir()}
+    for folder in found.values():  # imports what is needed, so that later calls need no memory
+        opened(folder)
+    shutil.rmtree(root / "exported", ignore_errors=True)
+    return found
 
 
 def opened(folder: Path) -> None:
