@@ -202,7 +202,7 @@ def _vector(name: str, values: Any, dtype: torch.dtype) -> Tensor:
     ):
         what = "true and false" if is_flag else "numbers"
         raise ValueError(f"Normalizer: {name!r} holds other values than {what}")
-    if isinstance(values, str | Mapping):
+    if isinstance(values, str | Mapping | bool | None):
         raise ValueError(f"Normalizer: {name!r} is a {type(values).__name__}, expected a list")
     try:
         vector = torch.as_tensor(values, dtype=dtype)

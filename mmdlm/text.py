@@ -268,6 +268,8 @@ def _added(folder: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     special = dict.fromkeys(map(_content, named))
     found: dict[str, dict[str, Any]] = {}
     for number, entry in config.get("added_tokens_decoder", {}).items():
+        if not number.isdecimal():
+            raise ValueError(f"added_tokens_decoder has the key {number[:80]!r}, expected an id")
         found[entry["content"]] = {**entry, "id": int(number)}
     for text, number in _read(folder / SIDECAR_FILES[2]).items():
         found.setdefault(text, {"id": number, "normalized": text not in special})
