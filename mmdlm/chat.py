@@ -150,9 +150,9 @@ def turn_end(tokenizer: Tokenizer, jinja: str | None, family: str = "") -> int |
     """
     if jinja is None:
         return None
-    said = {"user": QUESTION, "assistant": ANSWER}
-    messages = [{"role": role, "content": text} for role, text in said.items()]
-    names = tokenizer.names | VARIABLES.get(family, {}) | {"add_generation_prompt": False}
+    said = (("user", QUESTION), ("assistant", ANSWER), ("user", QUESTION))
+    messages = [{"role": role, "content": text} for role, text in said]
+    names = tokenizer.names | VARIABLES.get(family, {})
     try:
         pieces = render(messages, jinja, tokenizer.added, **names)
     except Exception:  # what is wrong with a template is reported where it is used

@@ -295,7 +295,7 @@ def require_model(model: Any, call: str) -> None:
     Raises:
         TypeError: it is not a model, such as the name of one.
     """
-    if not isinstance(model, nn.Module):
+    if not hasattr(model, "spec"):
         name = repr(model) if isinstance(model, str | PurePath) else "..."
         raise TypeError(
             f"{call}: the model is a {type(model).__name__}, expected a loaded model: "

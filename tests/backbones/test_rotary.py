@@ -195,7 +195,9 @@ def test_own_layout_refuses_such_a_base_too() -> None:
     spec = A2D.read(SIZES | {"model_type": "a2d-llama", "mask_token_id": 3}, set())
     plain = Blueprint(spec).to_dict()
     plain["spec"]["transformer"]["theta"] = 0
-    with pytest.raises(ValueError, match=r"here: TransformerConfig\.theta is 0, expected above 0"):
+    with pytest.raises(
+        ValueError, match=r"here: TransformerConfig\.theta is 0, expected at least 1"
+    ):
         Blueprint.from_dict(plain, "here")
 
 

@@ -185,7 +185,7 @@ def test_generate_reads_files_of_windows(model, asked, tmp_path, capsys):
     assert asked.pop() == ["hi", "  why\u2028so"]
     file.write_bytes(b"gr\xfcn\n")
     assert main(["generate", "--file", str(file)]) == 2
-    assert f"{file} is not text in UTF-8" in capsys.readouterr().err
+    assert f"{file} is not valid UTF-8" in capsys.readouterr().err
 
 
 def test_generate_with_a_system_message(model, asked, capsys):

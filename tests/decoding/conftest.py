@@ -173,7 +173,7 @@ class Synthetic:
             block_size=None,
             context=None,
             fits=lambda length: None,
-            transformer=SimpleNamespace(vocab=self.vocab),
+            transformer=SimpleNamespace(vocab=max(self.vocab, model["mask_id"] + 1)),
         )
         nowhere = SimpleNamespace(keys=(), keep=lambda rows: None, whole_batch=False)
         nowhere.pad = lambda left, right: nowhere

@@ -291,7 +291,7 @@ def test_columns_that_leave_nothing_are_refused(columns: slice, toy: Toy) -> Non
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"length": 0}, "length is 0, expected a number of positions"),
+        ({"length": 0}, "length is 0, expected an integer number of tokens"),
         ({"length": -1}, "length is -1"),
         ({"length": 2.5}, "length is 2.5"),
         ({"length": float("nan")}, "length is nan"),

@@ -87,7 +87,10 @@ def text(folder: Path) -> None:
 def small_vocabulary(folder: Path) -> None:
     """Mixture of experts whose tokenizer is vocab.json and merges.txt."""
     shutil.copytree(GOLDEN / "backbones" / "llada2_moe", folder)
-    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    config = json.loads((folder / "config.json").read_text())
+    rows = config["vocab_size"]
+    config |= {"mask_token_id": rows - 1, "eos_token_id": rows - 2, "pad_token_id": rows - 2}
+    (folder / "config.json").write_text(json.dumps(config))
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())[: rows - 8]
     (folder / "vocab.json").write_text(json.dumps({a: i for i, a in enumerate(letters)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")

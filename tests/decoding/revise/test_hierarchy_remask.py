@@ -122,8 +122,8 @@ def test_a_row_in_a_batch_equals_the_row_alone(shift: bool, cache: list, toy, pr
         assert batch.forwards[i] == alone.nfe
 
 
-def test_bad_combinations_and_arguments() -> None:
+def test_bad_combinations_and_arguments(toy) -> None:
     with pytest.raises(ValueError, match="Entropy and HierarchyRemask both decide 'score'"):
-        decode(None, torch.tensor([[3]]), 2, [Entropy(), HierarchyRemask()])
+        decode(toy(), torch.tensor([[3]]), 2, [Entropy(), HierarchyRemask()])
     with pytest.raises(ValueError, match="HierarchyRemask.remask is -1, expected a probability"):
         HierarchyRemask(remask=-1)
