@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from encoders.features import Prepared
-from mmdlm.chat import Template, encode, find
+from mmdlm.chat import PLAIN, Template, encode, find
 from mmdlm.layout import Part, Row, Turn
 from mmdlm.media import read_audio, read_image
 from mmdlm.messages import RAW, Example, Media, Message, Slot, Text, conversation, number_error
@@ -211,7 +211,10 @@ class Processor:
     @property
     def jinja(self) -> str | None:
         """Chat template (Jinja text); None if prompts are encoded without one."""
-        return find(self.tokenizer, self.template.chat or self.spec.template)
+        chat = self.template.chat or self.spec.template
+        if chat == PLAIN and (self.tokenizer is None or self.tokenizer.template is None):
+            return None
+        return find(self.tokenizer, chat)
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import shutil
@@ -11,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmdlm import word_list
 from mmdlm.byte_level import byte_level
 from mmdlm.files import blaming, present, read_json, read_text
 from mmdlm.template_files import CHAT, MORE_CHATS, PROCESSOR_FILES, find
@@ -74,18 +74,11 @@ class Tokenizer:
         """Creates a word-level tokenizer: pad, end, mask, the words, then the action ids.
 
         Args:
-            words: distinct lower-case words and punctuation marks.
+            words: distinct words and punctuation marks, see `word_list.pieces`.
             actions: number of action ids appended as `<action_0>`, `<action_1>`, ...
         """
-        from tokenizers import Tokenizer as Backend
-        from tokenizers import models, normalizers, pre_tokenizers
-
         entries = [PAD, END, MASK, *sorted(set(words))]
-        entries += [f"<action_{i}>" for i in range(actions)]
-        backend = Backend(models.WordLevel({w: i for i, w in enumerate(entries)}, unk_token=PAD))
-        backend.normalizer = normalizers.Lowercase()
-        backend.pre_tokenizer = pre_tokenizers.Whitespace()
-        return cls(backend)
+        return cls(_word_level([*entries, *(f"<action_{i}>" for i in range(actions))]))
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer | None:
@@ -165,7 +158,7 @@ class Tokenizer:
         """
         text = joined(text)
         if self.words is not None:
-            self._check(text)
+            return word_list.encode(text, self.words)
         with _LOCK:
             self.backend.encode_special_tokens = not special
             try:
@@ -187,11 +180,7 @@ class Tokenizer:
             )
         if self.words is None:
             return self.backend.decode(list(ids), skip_special_tokens=True)
-        tokens = (self.backend.id_to_token(int(i)) for i in ids)
-        text = " ".join(t for t in tokens if t and not t.startswith("<"))
-        for mark in ",.?!":
-            text = text.replace(f" {mark}", mark)
-        return text
+        return word_list.decode(self.backend.id_to_token(int(i)) for i in ids)
 
     def continuation(self, ids: Sequence[int]) -> str:
         """Text of token ids that follow other text, with the white space they begin with.
@@ -203,18 +192,20 @@ class Tokenizer:
         before = self.encode("a", special=False)
         return self.decode([*before, *ids])[len(self.decode(before)) :]
 
-    def _check(self, text: str) -> None:
-        pieces = self.backend.pre_tokenizer.pre_tokenize_str(text.lower())
-        unknown = sorted({w for w, _ in pieces if w not in self.words})
-        if unknown:
-            near = {w: difflib.get_close_matches(w, self.words, 3, 0.6) for w in unknown}
-            hints = "; ".join(
-                f"{w!r}" + (f" (near: {', '.join(n)})" if n else "") for w, n in near.items()
-            )
-            raise ValueError(
-                f"text {text!r}: this model's vocabulary of {len(self.words)} words lacks {hints}; "
-                "use its words (mmdlm info shows them)"
-            )
+    def grown(self, words: Sequence[str]) -> Tokenizer:
+        """A copy of a word-level tokenizer with more words, whose ids follow the others.
+
+        Args:
+            words: words of any case and language, or marks; see `word_list.pieces`.
+        Raises:
+            ValueError: the vocabulary is not a word list, or a word is not valid.
+        """
+        if self.words is None:
+            raise ValueError("only a vocabulary of whole words can grow; this one encodes any text")
+        new = word_list.missing(words, self.words)
+        word_list.check_new(new)
+        entries = sorted(self.words, key=self.words.get)
+        return Tokenizer(_word_level([*entries, *new]), self.template, self.names)
 
 
 def parse(text: str, source: Path | str) -> tokenizers.Tokenizer:
@@ -254,6 +245,17 @@ def joined(text: str) -> str:
             "remove the half"
         )
     return PAIR.sub(lambda pair: pair[0].encode("utf-16", "surrogatepass").decode("utf-16"), text)
+
+
+def _word_level(entries: Sequence[str]) -> tokenizers.Tokenizer:
+    """The backend of a word list, in which an entry's place is its id."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, normalizers, pre_tokenizers
+
+    backend = Backend(models.WordLevel({w: i for i, w in enumerate(entries)}, unk_token=PAD))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return backend
 
 
 def _is_word_level(backend: Any) -> bool:

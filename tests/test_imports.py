@@ -18,7 +18,7 @@ PACKAGES = ("encoders", "adapters", "mmdlm")
 # Files and folders of mmdlm; each may import those in the lines above it, and itself.
 LEVELS = (
     {"atomic", "files"},
-    {"template_files", "byte_level"},
+    {"template_files", "byte_level", "word_list"},
     {"text", "discover", "lines", "media", "messages", "sandbox"},
     {"recipe", "jinja"},
     {"backbones", "chat"},
@@ -60,6 +60,7 @@ COMES_WITH = {
     "huggingface_hub": "transformers",
     "tokenizers": "transformers",
     "mujoco": "metaworld",
+    "rapidfuzz": "jiwer",
 }
 NOT_IN_TOWERS = {"lightning", "jsonargparse", "rich", "yaml", "soundfile", "safetensors", "tqdm"}
 

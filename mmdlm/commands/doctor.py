@@ -52,12 +52,12 @@ EXTRAS = {
     ),
     "data": (
         "LeRobot episodes, handwritten digits, HEIC, and sound from M4A, WebM and videos",
-        ("pyarrow", "scikit-learn", "av", "pillow-heif"),
+        ("pyarrow", "datasets", "scikit-learn", "av", "pillow-heif"),
     ),
     "speech": ("synthetic speech to train on", ("espeakng-loader",)),
-    "eval": ("word error rates", ("jiwer",)),
+    "eval": ("metrics of mmdlm eval", ("jiwer", "sacrebleu", "pycocoevalcap")),
     "demo": ("the demo's plots and videos", ("matplotlib", "imageio-ffmpeg")),
-    "train": ("TensorBoard logs", ("tensorboard",)),
+    "train": ("TensorBoard logs, LoRA", ("tensorboard", "peft")),
     "quant": ("weights in 8 or 4 bits", ("torchao",)),
     "dev": (
         "tests, style checks and builds",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +17,11 @@ if TYPE_CHECKING:
     from mmdlm.model import MultimodalDLM
 
 
-@dataclass(frozen=True)
 class Collated:
     """A batch of one data set before the encoders ran.
+
+    Not a dataclass: trainers change the type of every tensor in one for some precisions, and seeds
+    and phases must stay as they are.
 
     Args:
         packed: prompts, media and answers.
@@ -31,11 +32,16 @@ class Collated:
             such per token for an image; empty where the data do not tell.
     """
 
-    packed: Packed
-    seeds: Tensor
-    phase: Tensor
-    groups: tuple[str, ...]
-    names: list[Tensor | list[Tensor]] = field(default_factory=list)
+    def __init__(
+        self,
+        packed: Packed,
+        seeds: Tensor,
+        phase: Tensor,
+        groups: tuple[str, ...],
+        names: Items[Tensor | list[Tensor]] = (),
+    ) -> None:
+        self.packed, self.seeds, self.phase, self.groups = packed, seeds, phase, groups
+        self.names = list(names)
 
 
 def collate(

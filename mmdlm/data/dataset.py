@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from mmdlm.messages import Example, Media, Slot, Turn, assistant, user
+
+if TYPE_CHECKING:
+    from mmdlm.processor import Processor
 
 
 def example(turns: Items[Turn], *, group: str = "", names: Any = None, **media: Any) -> Example:
@@ -18,9 +22,13 @@ def example(turns: Items[Turn], *, group: str = "", names: Any = None, **media: 
             robot units.
         group: see `mmdlm.messages.Example`.
         names: see `mmdlm.messages.Example`.
-        **media: item of each modality, in the order they are laid out.
+        **media: item of each modality, or a list of items, in the order they are laid out.
     """
-    shared = tuple(Media(kind, item) for kind, item in media.items())
+    shared = tuple(
+        Media(kind, item)
+        for kind, items in media.items()
+        for item in (items if isinstance(items, list) else [items])
+    )
     branches = tuple(
         (user(turn.prompt), assistant(Slot(_output(turn.answer), turn.length, turn.answer)))
         for turn in turns
@@ -46,6 +54,40 @@ class Dataset:
         """The example at `index`; `rng` drives augmentation and the choice of questions only."""
         raise TypeError(f"{type(self).__name__} does not define sample(index, rng)")
 
+    def accepted(self, index: int) -> list[str]:
+        """All accepted answers of the last turn of an example, where the data list them."""
+        return []
+
+    def place(self, index: int) -> str:
+        """Where the example at `index` comes from, for messages to the user."""
+        return f"row {index + 1}"
+
     def vocabulary(self) -> list[str]:
         """Every word that prompts and text answers can hold, sorted."""
         raise TypeError(f"{type(self).__name__} does not define vocabulary()")
+
+    def connect(self, processor: Processor, prompts: Mapping[str, str] | None = None) -> Self:
+        """Called once before the first draw, for what only the model can know.
+
+        Args:
+            processor: of the model that is trained.
+            prompts: the model's default instruction per task.
+        """
+        return self
+
+    def tasks(self) -> list[tuple[str, str | None, int]]:
+        """(task, instruction or None, canvas length) of each task that the data teach.
+
+        They become the model's defaults where it has none; called after `connect`.
+        """
+        return []
+
+
+def __getattr__(name: str) -> Any:
+    """Names of earlier editions, with what took their place."""
+    if name == "Sample":
+        raise ImportError(
+            "mmdlm.data.dataset.Sample is now the function example(turns, **media); "
+            "write `from mmdlm.data.dataset import Dataset, Turn, example`"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from PIL import Image
@@ -13,6 +13,7 @@ from mmdlm.data.dataset import Dataset, example
 from mmdlm.data.lerobot import LeRobot
 from mmdlm.data.lerobot_writer import Writer
 from mmdlm.messages import Example, Turn
+from mmdlm.word_list import pieces
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -155,13 +156,23 @@ class Episodes(Dataset):
             positions.
         tasks: names of the folders to use; None: all.
         part: "train" excludes the last tenth of the episodes of each folder, "val" is that tenth.
-        camera: image feature to use; required if a data set has several.
+        camera: image feature to use, or several, whose images are laid out in this order; None:
+            the only one, if any.
+        state: feature of the robot's state; "" for a policy without one.
+        action: feature of the actions.
         tolerance_s: largest difference in seconds between the time stamps of a frame and its video
             frame.
     Raises:
         FileNotFoundError: there is no data set at `root`, or no folder of a task.
+        KeyError: there is no such camera or feature.
         ValueError: the data sets have different sizes, or the camera is ambiguous.
     """
+
+    EXAMPLE: ClassVar[str] = (
+        "pusht/meta/info.json, pusht/data/chunk-000/file-000.parquet,\n"
+        "pusht/videos/observation.image/chunk-000/file-000.mp4"
+    )
+    """How the files look, for `mmdlm data formats`."""
 
     def __init__(
         self,
@@ -171,7 +182,9 @@ class Episodes(Dataset):
         augment: bool = False,
         tasks: list[str] | None = None,
         part: Literal["all", "train", "val"] = "all",
-        camera: str | None = None,
+        camera: str | list[str] | None = None,
+        state: str = STATE,
+        action: str = ACTION,
         tolerance_s: float = 1e-4,
     ) -> None:
         if chunk < 1 or size < 1:
@@ -179,14 +192,17 @@ class Episodes(Dataset):
         if part not in ("all", "train", "val"):
             raise ValueError(f"Episodes: part is {part!r}, expected 'all', 'train' or 'val'")
         self.chunk, self.size, self.augment = chunk, size, augment
-        sources = [LeRobot(path, tolerance_s) for path in _folders(Path(root), tasks)]
-        loaded = [_load(source, size, part, camera) for source in sources]
+        self.folders, self.keys = folders(Path(root), tasks), (state, action)
+        sources = [LeRobot(path, tolerance_s) for path in self.folders]
+        loaded = [_load(source, size, part, camera, self.keys) for source in sources]
         kinds = sorted({(one.states.shape[1], one.actions.shape[1]) for one in loaded})
         if len(kinds) != 1:
             raise ValueError(
                 f"{root} mixes (state, action) sizes {kinds}; name the folders to use in tasks"
             )
-        self.images = np.concatenate([one.images for one in loaded])
+        images = np.concatenate([one.images for one in loaded])
+        self.images = images[:, 0] if images.shape[1] == 1 else images
+        """uint8 [frames Y X 3]; of several cameras [frames cameras Y X 3]."""
         self.states = np.concatenate([one.states for one in loaded])
         self.actions = np.concatenate([one.actions for one in loaded])
         lengths = np.concatenate([one.lengths for one in loaded])
@@ -205,20 +221,23 @@ class Episodes(Dataset):
             raise IndexError(f"frame {index} is outside the {len(self)} frames")
         ahead = np.minimum(np.arange(index, index + self.chunk), self.ends[index] - 1)
         answer, instruction = self.actions[ahead], self.instructions[index]
-        image, state = self.images[index].copy(), self.states[index].copy()
+        images, state = self.images[index].copy(), self.states[index].copy()
+        images = [images] if images.ndim == 3 else list(images)
         if self.augment:
-            image = jitter(image, rng)
+            images = [jitter(image, rng) for image in images]
             state += 0.02 * self._spread * rng.standard_normal(state.shape, np.float32)
         turn = Turn(prompt=instruction, answer=answer, length=answer.size)
-        return example((turn,), group=instruction, image=image, state=state)
+        media = {"image": images} | ({"state": state} if state.size else {})
+        return example((turn,), group=instruction, **media)
 
     def vocabulary(self) -> list[str]:
         """Every word of the instructions, sorted."""
-        return sorted({word for text in set(self.instructions) for word in text.split()})
+        return sorted({word for text in set(self.instructions) for word in pieces(text)})
 
     def statistics(self) -> dict[str, dict[str, list[float]]]:
         """Mean, std, min, max, q01 and q99 of "action" and "state", as lists over dimensions.
 
+        The lists of a state are empty if there is none.
         The format of `adapters.normalize.Normalizer` and statistics.json.
         """
         return {"action": describe(self.actions), "state": describe(self.states)}
@@ -245,14 +264,28 @@ def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Loaded:
-    images: np.ndarray
+    images: np.ndarray  # [frames cameras Y X 3]
     states: np.ndarray
     actions: np.ndarray
     lengths: np.ndarray
     instructions: list[str]
 
 
-def _folders(root: Path, tasks: list[str] | None) -> list[Path]:
+def is_robot(path: Path) -> bool:
+    """Whether a folder is a LeRobot data set or holds some."""
+    return any(next(path.glob(f"{at}meta/info.json"), None) for at in ("", "*/"))
+
+
+def folders(root: Path, tasks: list[str] | None = None) -> list[Path]:
+    """The LeRobot data sets of a folder, or the folder itself if it is one.
+
+    Args:
+        root: the folder.
+        tasks: names of the folders to use; None: all.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     if tasks is None and (root / "meta" / "info.json").is_file():
         return [root]
     found = sorted(path.parent.parent for path in root.glob("*/meta/info.json"))
@@ -270,10 +303,16 @@ def _folders(root: Path, tasks: list[str] | None) -> list[Path]:
     return found
 
 
-def _load(source: LeRobot, size: int, part: str, camera: str | None) -> _Loaded:
-    if camera is None and len(source.cameras) != 1:
+def _load(
+    source: LeRobot,
+    size: int,
+    part: str,
+    camera: str | list[str] | None,
+    keys: tuple[str, str],
+) -> _Loaded:
+    if not camera and len(source.cameras) > 1:
         raise ValueError(f"{source.root} has cameras {source.cameras}; select one with camera=...")
-    key = source.cameras[0] if camera is None else camera
+    cameras = [camera] if isinstance(camera, str) else camera or source.cameras
     first = len(source.episodes) - max(1, len(source.episodes) // 10)
     kept = {"all": source.episodes, "train": source.episodes[:first]}.get(
         part, source.episodes[first:]
@@ -282,20 +321,31 @@ def _load(source: LeRobot, size: int, part: str, camera: str | None) -> _Loaded:
         raise ValueError(f"{source.root} has only one episode, so part={part!r} is empty")
     start, stop = kept[0].start, kept[-1].stop
     numbers = source.column("task_index")[start:stop]
-    images = [_resized(image, size) for image in source.images(key, start, stop)]
+    images = np.zeros((stop - start, len(cameras), size, size, 3), np.uint8)
+    for i, name in enumerate(cameras):
+        for j, image in enumerate(source.images(name, start, stop)):
+            images[j, i] = _resized(image, size)
+    states, actions = (_vectors(source, key, start, stop) for key in keys)
     return _Loaded(
-        np.stack(images),
-        _vectors(source, STATE)[start:stop],
-        _vectors(source, ACTION)[start:stop],
+        images,
+        states,
+        actions,
         np.array([episode.stop - episode.start for episode in kept]),
         [source.tasks[int(number)] for number in numbers],
     )
 
 
-def _vectors(source: LeRobot, key: str) -> np.ndarray:
-    """A numeric feature of all frames, float32 [frames S]; one number per frame is a vector too."""
-    values = source.column(key).astype(np.float32, copy=False)
-    return values[:, None] if values.ndim == 1 else values
+def _vectors(source: LeRobot, key: str, start: int, stop: int) -> np.ndarray:
+    """A feature of some frames, float32 [frames S]; no columns if it has no name."""
+    if not key:
+        return np.zeros((stop - start, 0), np.float32)
+    try:
+        values = source.column(key)[start:stop]
+    except KeyError as error:
+        raise KeyError(
+            f"{error.args[0]}; name the feature with state= or action=, or give state='' for none"
+        ) from error
+    return values.reshape(stop - start, -1).astype(np.float32, copy=False)
 
 
 def _resized(image: np.ndarray, size: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Reader of LeRobotDataset v3.0 folders, without the `lerobot` package.
+"""Reader of LeRobotDataset v3.0, v2.1 and v2.0 folders, without the `lerobot` package.
 
 Parquet files are read with pyarrow, mp4 with PyAV. `lerobot_writer` writes. Format:
 huggingface/lerobot: src/lerobot/datasets.
@@ -7,12 +7,14 @@ huggingface/lerobot: src/lerobot/datasets.
 from __future__ import annotations
 
 import bisect
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmdlm.data import lerobot_v2
 from mmdlm.files import read_json
 from mmdlm.media import read_image
 
@@ -34,7 +36,7 @@ class Episode:
 
 
 class LeRobot:
-    """A LeRobotDataset v3.0 folder, read frame by frame or column by column.
+    """A LeRobotDataset folder of version 2 or 3, read frame by frame or column by column.
 
     Numbers are returned in their stored dtype, images as uint8 [Y X 3] RGB.
 
@@ -43,7 +45,8 @@ class LeRobot:
         tolerance_s: largest difference between the time stamps of a frame and its video frame.
     Raises:
         FileNotFoundError: the folder is not a LeRobot data set.
-        ValueError: the data set has another version, or the tolerance is negative.
+        ValueError: the data set has another version, its metadata are not valid, or the tolerance
+            is negative.
     """
 
     def __init__(self, root: str | Path, tolerance_s: float = 1e-4) -> None:
@@ -54,12 +57,13 @@ class LeRobot:
         if not path.is_file():
             raise FileNotFoundError(f"{self.root} is not a LeRobot data set: {path} is missing")
         self.info = read_json(path)
-        version = self.info.get("codebase_version")
-        if version != "v3.0":
+        self.version: str | None = self.info.get("codebase_version")
+        if self.version not in ("v3.0", *lerobot_v2.VERSIONS):
             raise ValueError(
-                f"{self.root} has version {version!r}, expected 'v3.0'; convert it with "
-                "lerobot's convert_dataset_v21_to_v30"
+                f"{self.root} has version {self.version!r}, expected 'v3.0', 'v2.1' or 'v2.0'; "
+                "convert it with the scripts of lerobot"
             )
+        self.is_v2 = self.version in lerobot_v2.VERSIONS
         self.fps: int = self.info["fps"]
         self.features: dict[str, dict[str, Any]] = self.info["features"]
         self.tasks = self._read_tasks()
@@ -76,7 +80,9 @@ class LeRobot:
         return [key for key, value in self.features.items() if value["dtype"] in ("image", "video")]
 
     def stats(self) -> dict[str, dict[str, Any]]:
-        """meta/stats.json: per feature min, max, mean, std, count and quantiles, as lists."""
+        """Per feature min, max, mean, std, count and (in v3.0) quantiles, as lists."""
+        if self.version == "v2.1":
+            return lerobot_v2.stats(self.root)
         return read_json(self.root / "meta" / "stats.json")
 
     def column(self, key: str) -> np.ndarray:
@@ -89,6 +95,12 @@ class LeRobot:
             values = np.concatenate([_numpy(part) for part in parts])
             dtype, shape = self.features[key]["dtype"], list(self.features[key]["shape"])
             shape = [] if shape == [1] else shape
+            rows = values.size // max(1, math.prod(shape))
+            if rows != len(self):
+                raise ValueError(
+                    f"{self.root}: {key} has {rows} rows, but the episodes have {len(self)} frames "
+                    "together; a file is damaged or of another data set"
+                )
             self._columns[key] = values.reshape(-1, *shape).astype(dtype, copy=False)
         return self._columns[key]
 
@@ -136,7 +148,8 @@ class LeRobot:
         if key not in self.cameras:
             raise KeyError(f"{self.root} has no camera {key!r}; it has {self.cameras}")
         stop = len(self) if stop is None else stop
-        for episode in self.episodes:
+        begin = max(0, bisect.bisect_right(self._starts, start) - 1)
+        for episode in self.episodes[begin : bisect.bisect_left(self._starts, stop)]:
             first, last = max(start, episode.start), min(stop, episode.stop)
             if first >= last:
                 continue
@@ -148,45 +161,52 @@ class LeRobot:
     def _video_frames(
         self, key: str, episode: Episode, first: int, last: int
     ) -> Iterator[np.ndarray]:
-        place = {k: episode.row[f"videos/{key}/{k}"] for k in ("chunk_index", "file_index")}
-        path = self.root / self.info["video_path"].format(video_key=key, **place)
+        path = self.root / self.info["video_path"].format(
+            video_key=key, **self._place(episode, f"videos/{key}")
+        )
         times = self.column("timestamp")[first:last].astype(np.float64)
-        times += episode.row[f"videos/{key}/from_timestamp"]
+        times += episode.row.get(f"videos/{key}/from_timestamp", 0.0)
         yield from decode_video(path, times, self.tolerance_s)
 
     def _stored_frames(
         self, key: str, episode: Episode, first: int, last: int
     ) -> Iterator[np.ndarray]:
+        # The files of v2 hold one episode; their "index" is wrong if others were removed.
+        name, begin = ("frame_index", episode.start) if self.is_v2 else ("index", 0)
         table = parquet().read_table(
             self._data_path(episode),
             columns=[key],
-            filters=[("index", ">=", first), ("index", "<", last)],
+            filters=[(name, ">=", first - begin), (name, "<", last - begin)],
         )
         for cell in table.column(key).to_pylist():
             data = cell["bytes"] or (self.root / cell["path"]).read_bytes()
             yield np.asarray(read_image(data))
 
     def _data_path(self, episode: Episode) -> Path:
-        place = {k: episode.row[f"data/{k}"] for k in ("chunk_index", "file_index")}
-        return self.root / self.info["data_path"].format(**place)
+        return self.root / self.info["data_path"].format(**self._place(episode, "data"))
+
+    def _place(self, episode: Episode, kind: str) -> dict[str, int]:
+        """Numbers in the path of a file of an episode."""
+        if self.is_v2:
+            return {key: episode.row[key] for key in ("episode_chunk", "episode_index")}
+        return {key: episode.row[f"{kind}/{key}"] for key in ("chunk_index", "file_index")}
 
     def _tables(self, columns: list[str]) -> Iterator[pa.Table]:
         for path in dict.fromkeys(self._data_path(episode) for episode in self.episodes):
             yield parquet().read_table(path, columns=columns)
 
     def _read_tasks(self) -> dict[int, str]:
+        if self.is_v2:
+            return lerobot_v2.tasks(self.root)
         table = parquet().read_table(self.root / "meta" / "tasks.parquet")
         name = "task" if "task" in table.column_names else "__index_level_0__"
         return dict(zip(*(table.column(c).to_pylist() for c in ("task_index", name)), strict=True))
 
     def _read_episodes(self) -> list[Episode]:
-        rows: list[dict[str, Any]] = []
-        for path in sorted((self.root / "meta" / "episodes").glob("*/*.parquet")):
-            file = parquet().ParquetFile(path)
-            # Most of the file are statistics of each episode, which are not needed.
-            wanted = [c for c in file.schema_arrow.names if not c.startswith("stats/")]
-            rows += file.read(columns=wanted).to_pylist()
-        rows.sort(key=lambda row: row["episode_index"])
+        if self.is_v2:
+            rows = lerobot_v2.episodes(self.root, self.info["chunks_size"])
+        else:
+            rows = self._episode_rows()
         return [
             Episode(
                 row["episode_index"],
@@ -197,6 +217,15 @@ class LeRobot:
             )
             for row in rows
         ]
+
+    def _episode_rows(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        for path in sorted((self.root / "meta" / "episodes").glob("*/*.parquet")):
+            file = parquet().ParquetFile(path)
+            # Most of the file are statistics of each episode, which are not needed.
+            wanted = [c for c in file.schema_arrow.names if not c.startswith("stats/")]
+            rows += file.read(columns=wanted).to_pylist()
+        return sorted(rows, key=lambda row: row["episode_index"])
 
 
 def decode_video(

@@ -21,7 +21,7 @@ from mmdlm.decoding.strategy import Strategy
 from mmdlm.messages import Example, Media, Slot, assistant, user
 from mmdlm.model import MultimodalDLM, require_model
 from mmdlm.processor import MediaCache
-from mmdlm.tasks.watch import on_step
+from mmdlm.tasks.watch import WATCHER, Watched
 
 LENGTH = 32  # default canvas length in tokens
 WORD_STARTS = ("Ġ", "Ċ", "▁", " ", "\n")  # word prefixes of byte-level BPE and sentencepiece
@@ -253,7 +253,7 @@ def fill(
     """
     if not isinstance(seed, int | None):
         raise TypeError(f"seed is {shown(seed)}, expected an integer or None")
-    processor, media = model.processor, MediaCache(examples)
+    processor, media, show = model.processor, MediaCache(examples), WATCHER.get()
     sizes = [len(processor.canvas(example.messages)) for example in examples]
     done: dict[int, Filled] = {}
     for batch in batches(sizes, batch_size):
@@ -270,7 +270,7 @@ def fill(
             strategies,
             generator=generators,
             canvas=packed.canvas,
-            on_step=on_step(batch),
+            on_step=None if show is None else Watched(batch, show),
         )
         seconds = time.perf_counter() - begin
         done |= zip(batch, _filled(decoded, seconds), strict=True)

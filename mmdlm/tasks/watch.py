@@ -38,7 +38,8 @@ class Canvas:
 
 
 Watcher = Callable[[Canvas], None]
-_WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+"""Set by `watching`."""
 
 
 @contextmanager
@@ -48,31 +49,27 @@ def watching(show: Watcher) -> Iterator[None]:
     Args:
         show: called with one canvas at a time.
     """
-    token = _WATCHER.set(show)
+    token = WATCHER.set(show)
     try:
         yield
     finally:
-        _WATCHER.reset(token)
+        WATCHER.reset(token)
 
 
-def on_step(items: Items[int]) -> Callable[[Session, Mapping[int, Finished]], None] | None:
-    """What a decode has to call after each step, see `mmdlm.decode`; None if nobody watches.
+class Watched:
+    """Shows the canvases of a session that have changed or are complete; see `mmdlm.decode`.
 
     Args:
         items: index of each row among the answers that were asked for.
+        show: see `watching`.
     """
-    show = _WATCHER.get()
-    return None if show is None else _Watched(items, show)
-
-
-class _Watched:
-    """Shows the canvases of a session that have changed or are complete."""
 
     def __init__(self, items: Items[int], show: Watcher) -> None:
         self.items, self.show, self.step = items, show, 0
         self.shown: dict[int, Canvas] = {}
 
     def __call__(self, session: Session, done: Mapping[int, Finished]) -> None:
+        """See `on_step` of `mmdlm.decode`."""
         for key, item in enumerate(self.items):
             before = self.shown.get(key)
             if before is not None and before.finished:

@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("pyarrow", reason='pip install "mmdlm[data]"')
 
+from adapters.robot import Robot  # noqa: E402
 from mmdlm.data.episodes import (  # noqa: E402
     ACTION,
     AFTER_SUCCESS,
@@ -21,6 +22,7 @@ from mmdlm.data.episodes import (  # noqa: E402
 from mmdlm.data.lerobot import LeRobot  # noqa: E402
 from mmdlm.data.lerobot_writer import Writer  # noqa: E402
 from mmdlm.simulators.toy import Toy  # noqa: E402
+from mmdlm.training.new_model import new_robot  # noqa: E402
 
 PUBLISHED = Path(__file__).parents[1] / "golden" / "lerobot" / "v3_video"
 
@@ -191,6 +193,60 @@ def test_normalizer_accepts_the_statistics(root):
     normal = Normalizer(data.statistics()["action"], "bounds").normalize(torch.tensor(data.actions))
     assert normal.min() == pytest.approx(-1, abs=1e-5)
     assert normal.max() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.fixture
+def arm(tmp_path):
+    """A data set of a one-number robot with two cameras and an unusual name of its state."""
+    rng = np.random.default_rng(0)
+    shapes = {"front": (8, 8, 3), "wrist": (8, 8, 3), "joint": (1,), "command": (1,)}
+    frames = {key: rng.random((5, *shape), np.float32) for key, shape in shapes.items()}
+    frames |= {key: (255 * frames[key]).astype(np.uint8) for key in ("front", "wrist")}
+    with Writer(tmp_path, shapes, fps=10) as writer:
+        writer.add_episode("open", frames)
+    return tmp_path, frames
+
+
+def test_several_cameras_any_state_and_one_number(arm):
+    root, frames = arm
+    data = Episodes(
+        root, chunk=2, size=8, camera=["wrist", "front"], state="joint", action="command"
+    )
+    sample = data.sample(3, np.random.default_rng(0))
+    first, second = sample.media("image")
+    assert np.array_equal(first, frames["wrist"][3])
+    assert np.array_equal(second, frames["front"][3])
+    assert np.array_equal(sample.media("state")[0], frames["joint"][3])
+    assert np.array_equal(sample.turns[0].answer, frames["command"][3:5])
+    assert len(data.statistics()["action"]["mean"]) == 1
+    augmented = Episodes(root, size=8, camera=["wrist", "front"], state="joint", action="command")
+    augmented.augment = True
+    changed = augmented.sample(3, np.random.default_rng(0))
+    assert len(changed.media("image")) == 2
+    assert not np.array_equal(changed.media("image")[1], second)
+
+
+def test_without_state_or_cameras(arm, tmp_path):
+    root, frames = arm
+    data = Episodes(root, size=8, camera="front", state="", action="command", augment=True)
+    sample = data.sample(0, np.random.default_rng(0))
+    assert sample.media("state") == []
+    robot = new_robot(data.statistics(), bins=16, last_id=20, chunk=8)
+    assert Robot.from_dict(robot.to_dict()).state.mode == "identity"
+    assert robot.decode(robot.encode(sample.turns[0].answer)).shape == (8, 1)
+    with Writer(tmp_path / "blind", {"joint": (2,), "command": (1,)}, fps=10) as writer:
+        writer.add_episode("open", {"joint": np.ones((3, 2)), "command": frames["command"][:3]})
+    data = Episodes(tmp_path / "blind", state="joint", action="command")
+    sample = data.sample(0, np.random.default_rng(0))
+    assert [part.kind for message in sample.messages for part in message.parts] == ["state"]
+
+
+def test_unknown_features_are_named(arm):
+    root, _ = arm
+    with pytest.raises(KeyError, match="no numeric feature 'observation.state'.*state=''"):
+        Episodes(root, camera="front")
+    with pytest.raises(ValueError, match="front.*wrist.*camera="):
+        Episodes(root, state="joint")
 
 
 def test_error_for_missing_data_names_the_next_step(root, tmp_path):

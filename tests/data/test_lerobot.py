@@ -91,8 +91,8 @@ def test_unknown_names_and_versions_are_rejected(published, tmp_path):
     with pytest.raises(FileNotFoundError, match="not a LeRobot data set"):
         LeRobot(tmp_path)
     (tmp_path / "meta").mkdir()
-    (tmp_path / "meta" / "info.json").write_text('{"codebase_version": "v2.1"}')
-    with pytest.raises(ValueError, match="v2.1.*convert"):
+    (tmp_path / "meta" / "info.json").write_text('{"codebase_version": "v1.6"}')
+    with pytest.raises(ValueError, match="v1.6.*convert"):
         LeRobot(tmp_path)
 
 

@@ -92,6 +92,6 @@ def test_decoding_files_and_data_sets_may_have_a_mark(tmp_path: Path) -> None:
     (tmp_path / "decoding.yaml").write_bytes(MARK + b"caption: {length: 8}\n")
     assert read_tasks(tmp_path / "decoding.yaml") == {"caption": {"length": 8}}
     (tmp_path / "meta").mkdir()
-    (tmp_path / "meta" / "info.json").write_bytes(MARK + b'{"codebase_version": "v2.1"}')
-    with pytest.raises(ValueError, match=r"has version 'v2\.1', expected 'v3\.0'"):
+    (tmp_path / "meta" / "info.json").write_bytes(MARK + b'{"codebase_version": "v1.6"}')
+    with pytest.raises(ValueError, match=r"has version 'v1\.6', expected 'v3\.0'"):
         LeRobot(tmp_path)
