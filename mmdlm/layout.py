@@ -156,7 +156,7 @@ class Sequence:
 
 
 def chosen(sequence: Sequence, rows: Tensor) -> Sequence:
-    """Selected rows of a batch without branches, with their media.
+    """Selected rows of a batch, with their media.
 
     Args:
         sequence: batch.
@@ -167,8 +167,8 @@ def chosen(sequence: Sequence, rows: Tensor) -> Sequence:
         slots = sequence.source == MEDIUM
         number = (slots.flatten().cumsum(0) - 1).view_as(slots)[rows]
         media = media[number[slots[rows]]]
-    names = ("tokens", "role", "source", "mask", "positions", "level")
-    return replace(sequence, **{n: getattr(sequence, n)[rows] for n in names}, media=media)
+    tables = {n: x[rows] for n, x in vars(sequence).items() if x is not None and n != "media"}
+    return replace(sequence, **tables, media=media)
 
 
 def visible(

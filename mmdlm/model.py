@@ -158,18 +158,18 @@ class MultimodalDLM(nn.Module):
             held.update(zip(keys, encoded, strict=True))
         return self.arrange([row.map(lambda item: held[item.digest]) for row in rows])
 
-    def hidden(self, sequence: Sequence) -> Tensor:
-        """Final hidden states [B L D] of a sequence."""
+    def hidden(self, sequence: Sequence, at: Tensor | None = None) -> Tensor:
+        """Final hidden states [B L D] of a sequence, or [N D] where `at` [B L] is True."""
         x = self.backbone.tokens(sequence.tokens)
         if sequence.media is not None:
             x = x.masked_scatter(sequence.is_medium[..., None], sequence.media.to(x.dtype))
-        return self.backbone(x, sequence.positions, mask=sequence.visible())
+        return self.backbone(x, sequence.positions, mask=sequence.visible(), read=at)
 
     def hidden_at(self, sequence: Sequence, at: Tensor) -> Tensor:
         """Hidden states [N D] that score the tokens where `at` [B L] is True, row by row."""
         if self.spec.shift:
             at = torch.cat([at[:, 1:], torch.zeros_like(at[:, :1])], 1)
-        return self.hidden(sequence)[at]
+        return self.hidden(sequence, at)
 
     def logits_at(self, sequence: Sequence, at: Tensor, columns: slice | None = None) -> Tensor:
         """Logits [N V] of the tokens where `at` [B L] is True, in row-major order."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.kv import KV, Rows, take
-from mmdlm.backbones.linear import MLP, Linear, linear
+from mmdlm.backbones.linear import MLP, Linear, is_plain, outputs
 from mmdlm.backbones.moe import MoE
 from mmdlm.backbones.rotary import rotate
 
@@ -110,13 +110,13 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, read: Rows | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B H R hd] of the read rows; keys and values [B KV M hd] of all rows."""
-        weight, bias = self.qkv.weight, self.qkv.bias
-        if read is None or type(weight) is not nn.Parameter:  # quantized weights cannot be sliced
+        if read is None or not is_plain(self.qkv):
             q, k, v = self.qkv(x).split([self.q_size, self.kv_size, self.kv_size], -1)
             q = take(q, read)
         else:
-            q = linear(take(x, read), weight, bias, slice(0, self.q_size))
-            k, v = linear(x, weight, bias, slice(self.q_size, len(weight))).chunk(2, -1)
+            keys = slice(self.q_size, self.q_size + 2 * self.kv_size)
+            q = outputs(self.qkv, take(x, read), slice(0, self.q_size))
+            k, v = outputs(self.qkv, x, keys).chunk(2, -1)
         if self.q_norm is not None and not self.per_head:
             q, k = self.q_norm(q), self.k_norm(k)
         # Not einops: its overhead per call is longer than a GPU kernel.
@@ -181,12 +181,19 @@ class Block(nn.Module):
         mask: Tensor | None,
         cache: tuple[KV, int, Rows] | None,
         read: Rows | None,
+        kept: Tensor | None = None,
     ) -> Tensor:
-        """[B R D] of the read rows; all rows of x serve as keys and values."""
+        """[B R D] of the read rows; all rows of x serve as keys and values.
+
+        With `kept`, bool [B R], only [N D] of the N True ones among them.
+        """
         q, k, v = self.parts.qkv(self, x, rotary, read)
         if cache is not None:
             kv, layer, rows = cache
             k, v = kv.write(layer, k, v, rows)
             kv.watch(layer, q, rows)
         y = attend(q, k, v, mask, self.attn.heads // self.attn.kv_heads)
-        return self.parts.post_attention(self, take(x, read), y.transpose(1, 2).flatten(2))
+        x, y = take(x, read), y.transpose(1, 2).flatten(2)
+        if kept is not None:
+            x, y = x[kept], y[kept]
+        return self.parts.post_attention(self, x, y)

@@ -237,13 +237,13 @@ def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """The True columns of each row as indices of equal number.
 
     Args:
-        chosen: [B L] bool on the CPU.
+        chosen: [B L] bool; the largest number of True is a host sync.
     Returns:
         [B M] int64, ascending; a row with fewer repeats its last one. And [B M] bool, False where
         it does.
     """
     count = chosen.sum(1, keepdim=True)
     order = chosen.int().sort(dim=1, descending=True, stable=True).indices
-    place = torch.arange(max(1, int(count.max()))).expand(len(chosen), -1)
+    place = torch.arange(max(1, int(count.max())), device=chosen.device).expand(len(chosen), -1)
     at = order.gather(1, place.minimum((count - 1).clamp(min=0)))
     return at, place < count

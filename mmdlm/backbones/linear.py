@@ -170,6 +170,29 @@ def linear(
     return torch.ops.mkldnn._linear_pointwise(x, copy, bias, "none", [], "")
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is x @ weight.T + bias and nothing else, so that `linear` may stand for it.
+
+    It is not if LoRA or a parametrization wraps it, or if its weight is quantized: then the layer
+    itself must be called.
+    """
+    return type(layer) in (Linear, nn.Linear) and type(layer.weight) is nn.Parameter
+
+
+def outputs(layer: nn.Module, x: Tensor, columns: slice | None = None) -> Tensor:
+    """Output of a linear layer, or some of its columns only.
+
+    Args:
+        layer: see `is_plain`; any other layer computes all columns.
+        x: [... K].
+        columns: None for all.
+    """
+    if is_plain(layer):
+        return linear(x, layer.weight, layer.bias, columns)
+    y = layer(x)
+    return y if columns is None else y[..., columns]
+
+
 def _can_pack(weight: Tensor) -> bool:
     """Whether a weight has the type and layout of a packed copy's source."""
     is_float32 = weight.device.type == "cpu" and weight.dtype == torch.float32

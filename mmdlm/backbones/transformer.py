@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mmdlm.backbones.block import Block, Parts, RMSNorm, post_attention, qkv
 from mmdlm.backbones.config import TransformerConfig
-from mmdlm.backbones.kv import KV, Pass, Rows, indices, take
-from mmdlm.backbones.linear import Linear, linear
+from mmdlm.backbones.kv import KV, Pass, Rows, indices, listed, take
+from mmdlm.backbones.linear import Linear, linear, outputs
 from mmdlm.backbones.rotary import Rotary
 
 # A score this much lower has weight zero in every type, whatever the other scores are.
@@ -107,10 +107,14 @@ class Transformer(nn.Module):
                 canvas. Rows that may attend to nothing attend to everything.
             rows: the M canvas rows of x inside `kv`; None: all of them.
             read: the rows of x (counted within x) whose states are wanted; the last block
-                computes nothing else for the others but keys and values.
+                computes nothing else for the others but keys and values. Without `kv`, also bool
+                [B M], with another number of True in each batch row.
         Returns:
-            [B R D], R = M when `read` is None.
+            [B R D], R = M when `read` is None; [N D] of the N True rows when it is bool.
         """
+        chosen = None
+        if isinstance(read, Tensor) and read.dtype == torch.bool:
+            read, chosen = listed(read)
         if self.step is not None and isinstance(read, slice):  # a slice is compiled for its bounds
             read = indices(read, len(x), x.device)
         now = Pass(x, positions, finite(mask, x.dtype), slice(None) if rows is None else rows, read)
@@ -127,7 +131,8 @@ class Transformer(nn.Module):
             here = now.mask if only is None or now.mask is None else take(now.mask, only)
             rotary = (tuple(take_rows(t, only) for t in cos_sin), cos_sin)
             cache = None if kv is None else (kv, i, now.rows)
-            args = (now.x, rotary, None if here is None else here[:, None], cache, only)
+            kept = None if only is None else chosen
+            args = (now.x, rotary, None if here is None else here[:, None], cache, only, kept)
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *args, use_reentrant=False)
             else:
@@ -144,9 +149,10 @@ class Transformer(nn.Module):
             hidden: [... D], what `forward` gave.
             columns: ids to score; a slice of the vocabulary costs its share of the head only.
         """
-        weight = self.embed.weight if self.out is None else self.out.weight
-        bias = None if self.out is None else self.out.bias
-        logits = linear(hidden, weight, bias, columns)
+        if self.out is None:
+            logits = linear(hidden, self.embed.weight, None, columns)
+        else:
+            logits = outputs(self.out, hidden, columns)
         return logits if self.config.logit_scale == 1.0 else logits * self.config.logit_scale
 
     def cache(self, batch: int, length: int) -> KV:

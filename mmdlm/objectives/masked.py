@@ -2,94 +2,150 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from encoders.checks import AtLeast, Below, Checked, PositiveInt, UnitFloat
-from mmdlm.layout import GOLDEN
-from mmdlm.objectives.cross_entropy import cross_entropy
-from mmdlm.objectives.noise import uniform
+from encoders.checks import Above, AtLeast, AtMost, Below, Checked, PositiveInt, UnitFloat
+from mmdlm.objectives.cross_entropy import Scores, cross_entropy, weighted_cross_entropy
+from mmdlm.objectives.denoising import Denoising, noisy, scored, without_repeated_ends
+from mmdlm.objectives.draw import Draw
+from mmdlm.objectives.logits import measured
+from mmdlm.objectives.noise import Noise
+from mmdlm.objectives.normaliser import Normaliser, normalised
 from mmdlm.objectives.objective import Batch, Losses, Objective
+from mmdlm.objectives.schedule import Schedule
+from mmdlm.objectives.weights import Weight, weights
 
 if TYPE_CHECKING:
     from mmdlm.model import MultimodalDLM
 
+BINS = 10
+"""Ranges of the mask probability in which the cross entropy is logged."""
+
 
 @dataclass(frozen=True)
-class Masked(Checked, Objective):
+class Masked(Checked, Denoising, Objective):
     """Cross entropy of masked answer tokens, with a random noise level per dialogue turn.
 
-    With level t every answer token is masked with probability p = (1 - eps) t + eps, and
-    loss = sum over masked of w CE / Z. The defaults, w = 1/p and Z = answer tokens of a batch, are
-    the bound LLaDA trains on (ML-GSAI/LLaDA: GUIDELINES.md; one divisor for the batch as in
-    dllm-reasoning/d1 and ZHZisZZ/dllm). weight "one" with normaliser "masked" is the plain mean of
-    LaViDa (jacklishufan/LaViDa). Prompt, media and padding are never masked or scored; end tokens
-    inside the answer's canvas are. Levels are antithetic over the global batch.
+    With level t every answer token is masked with probability p(t), t from eps to 1, and
+    loss = sum over masked of w CE / Z. The defaults, p = t, w = 1/p and Z = answer tokens of a
+    batch, are the bound LLaDA trains on (ML-GSAI/LLaDA: GUIDELINES.md; one divisor for the batch as
+    in dllm-reasoning/d1 and ZHZisZZ/dllm). weight "one" with normaliser "masked" is the plain mean
+    of LaViDa (jacklishufan/LaViDa). Prompt, media and padding are never masked or scored; end
+    tokens inside the answer's canvas are. Whether position i predicts token i or i + 1 is a
+    property of the model (`shift`). `configs/objectives` has the settings of published systems.
 
     Args:
-        weight: w, "1/t" or "one".
-        normaliser: Z, "answer" (all answer tokens) or "masked" (those that were masked).
-        eps: lowest mask probability.
+        weight: w, see `mmdlm.objectives.weights.Weight`.
+        normaliser: Z, see `mmdlm.objectives.normaliser.Normaliser`.
+        eps: lowest noise level.
         full: share of turns whose whole answer is masked, as at the start of decoding (the
             full_mask_ratio of DreamLM/Dream-VLX: vla/vla-scripts/finetune_dream.py); with "1/t"
             w is 1 for these.
         chunk: positions whose logits exist at a time, see `mmdlm.objectives.cross_entropy`.
+        draw: how levels and masks are drawn.
+        schedule: mask probability of a level.
+        ends: end tokens that fill an answer's canvas. "all": maskable, so that the model learns
+            the length (LLaDA, LLaDA-V, LaViDa, DIFFA, d1, dParallel). "first": those after the
+            first are padding (SDAR, Open-dLLM).
+        cart_p: p of the weight "cart".
+        exclude_mask: probability is shared among the tokens other than the mask, as in MDLM (its
+            SUBS parameterization); LLaDA's code includes the mask.
     """
 
-    weight: Literal["1/t", "one"] = "1/t"
-    normaliser: Literal["answer", "masked"] = "answer"
+    weight: Weight = "1/t"
+    normaliser: Normaliser = "answer"
     eps: Annotated[float, AtLeast(0), Below(1)] = 1e-3
     full: UnitFloat = 0.0
-    chunk: PositiveInt = 2048
+    chunk: PositiveInt = 512
+    draw: Draw = Draw()
+    schedule: Schedule = Schedule()
+    ends: Literal["all", "first"] = "all"
+    cart_p: Annotated[float, Above(0), AtMost(1)] = 0.1
+    exclude_mask: bool = False
 
-    def corrupt(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Which tokens are masked, bool [B L], and their mask probability, float32 [B L]."""
+    @property
+    def is_bound(self) -> bool:
+        """Whether levels are uniform, so that slope / p is the weight of the likelihood's bound."""
+        draw = self.draw
+        is_uniform = draw.level == "uniform" and draw.clip is None and self.full == 0
+        return is_uniform and draw.count != "rounded" and not draw.at_least_one
+
+    def prepare(self, model: MultimodalDLM, batch: Batch) -> Batch:
+        """The batch, without repeated end tokens where `ends` is "first"."""
+        if self.ends == "all":
+            return batch
+        sequence = without_repeated_ends(batch.sequence, model.spec.eos_id)
+        return replace(batch, sequence=sequence)
+
+    def corrupt(self, batch: Batch) -> Noise:
+        """Random noise for a batch."""
+        return self.draw(batch, self.schedule, self.eps, self.full)
+
+    def loss(self, model: MultimodalDLM, batch: Batch, noise: Noise) -> Losses:
+        """The loss of a batch with given noise; a zero with a gradient graph if none is masked."""
         sequence = batch.sequence
-        answer = sequence.is_answer
-        answer &= sequence.mask
-        branch = torch.ones_like(sequence.role) if sequence.branch is None else sequence.branch
-        turns = int(branch.max()) + 1
-        turn = torch.arange(turns, device=branch.device)
-        level = batch.phase[:, None] + GOLDEN * turn  # [B turns]
-        p = (1 - self.eps) * (level % 1) + self.eps  # [B turns]
-        whole = uniform(batch.seeds, turns, stream=2) < self.full
-        p = torch.where(whole, torch.ones_like(p), p).gather(1, branch)  # [B L]
-        # Counted from the right, so that padding on the left does not change a draw.
-        noise = uniform(batch.seeds, answer.shape[1], stream=3).flip(1)
-        return answer & (noise < p), p.float()
+        at = scored(model, sequence, noise)
+        w = weights(self.weight, noise, sequence, self.cart_p, self.schedule.guard)[at]
+        share, count = normalised(self.normaliser, noise, at)
+        if self.exclude_mask or self.weight == "path":
+            losses, right = self.scores(model, batch, noise, at)
+            if self.weight == "path":
+                w = 1 + w * (-losses.detach()).exp()
+            total = (w * share * losses).sum()
+        else:
+            given, clean = noisy(model, sequence, noise), sequence.tokens[at]
+            total, (losses, right) = weighted_cross_entropy(
+                model, given, at, clean, w * share, self.chunk
+            )
+        return Losses(total, count, self.logs(losses.detach(), right, noise, at))
 
-    def step(self, model: MultimodalDLM, batch: Batch) -> Losses:
-        """Loss with one random mask per turn."""
-        masked, p = self.corrupt(batch)
-        clean = batch.sequence.tokens
-        if model.spec.mask_id is None:
-            raise model.spec.unknown_mask()
-        noisy = batch.sequence.with_tokens(clean.masked_fill(masked, model.spec.mask_id))
-        losses, right = cross_entropy(model, noisy, masked, clean[masked], self.chunk)
-        answer = batch.sequence.is_answer
-        total, count = self.reduce(losses, p[masked], answer.sum())
-        ones = torch.ones_like(losses)
-        hard = (p[masked] > 0.9).float()
-        logs = {
-            "ce": (losses.detach().sum(), ones.sum()),
+    def scores(self, model: MultimodalDLM, batch: Batch, noise: Noise, at: Tensor) -> Scores:
+        """Cross entropy of the tokens at some positions of the noisy sequence.
+
+        Args:
+            model: the model that scores.
+            batch: with the clean sequence.
+            noise: of the batch.
+            at: [B L] bool.
+        """
+        clean, given = batch.sequence.tokens[at], noisy(model, batch.sequence, noise)
+        if not self.exclude_mask:
+            return cross_entropy(model, given, at, clean, self.chunk)
+
+        def score(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+            mask = torch.full_like(target[:, None], model.spec.mask_id)
+            logits = logits.scatter(1, mask, -torch.inf)
+            losses = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+            return losses, (logits.detach().argmax(-1) == target).float()
+
+        return Scores(*measured(model, given, at, self.chunk, score, clean))
+
+    def logs(
+        self, losses: Tensor, right: Tensor, noise: Noise, at: Tensor
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Sum and count of each metric.
+
+        ce: cross entropy of masked tokens. ce_p0.0 to ce_p0.9: of those with a mask probability
+        from there to 0.1 more, which vary much less than the loss. nll: the bound of the negative
+        log likelihood per maskable token, whatever the weights of the loss.
+        """
+        p = noise.p[at]
+        ones, hard = torch.ones_like(losses), (p > 0.9).float()
+        found = {
+            "ce": (losses.sum(), ones.sum()),
             "accuracy": (right.sum(), ones.sum()),
             "accuracy_t>0.9": ((right * hard).sum(), hard.sum()),
         }
-        return Losses(total, count, logs)
-
-    def reduce(self, losses: Tensor, p: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum and count of the loss.
-
-        Args:
-            losses: [N] cross entropy of the masked tokens.
-            p: [N] their mask probability.
-            answers: scalar, answer tokens of the batch.
-        Returns:
-            two float scalars.
-        """
-        total = losses.sum() if self.weight == "one" else (losses / p).sum()
-        count = answers if self.normaliser == "answer" else losses.new_tensor(len(losses))
-        return total, count.float()
+        if self.is_bound:
+            elbo = noise.slope[at] / p * losses
+            found["nll"] = (elbo.sum(), noise.maskable.sum().float())
+        part = (p * BINS).long().clamp(0, BINS - 1)
+        zeros = losses.new_zeros(BINS)
+        sums, counts = zeros.index_add(0, part, losses), zeros.index_add(0, part, ones)
+        for i in range(BINS):
+            found[f"ce_p{i / BINS:.1f}"] = (sums[i], counts[i])
+        return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from encoders.checks import Checked, PositiveInt
-from mmdlm.objectives.cross_entropy import cross_entropy
+from mmdlm.objectives.cross_entropy import weighted_cross_entropy
 from mmdlm.objectives.objective import Batch, Losses, Objective
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class NextToken(Checked, Objective):
         chunk: positions whose logits exist at a time, see `mmdlm.objectives.cross_entropy`.
     """
 
-    chunk: PositiveInt = 2048
+    chunk: PositiveInt = 512
 
     def step(self, model: MultimodalDLM, batch: Batch) -> Losses:
         """Loss of all answer tokens.
@@ -42,7 +42,9 @@ class NextToken(Checked, Objective):
         sequence = batch.sequence
         answer = sequence.is_answer
         target = sequence.tokens[answer]
-        losses, right = cross_entropy(model, sequence, answer, target, self.chunk)
+        total, (losses, right) = weighted_cross_entropy(
+            model, sequence, answer, target, 1.0, self.chunk
+        )
         count = torch.ones_like(losses).sum()
-        logs = {"ce": (losses.detach().sum(), count), "accuracy": (right.sum(), count)}
-        return Losses(losses.sum(), count, logs)
+        logs = {"ce": (losses.sum(), count), "accuracy": (right.sum(), count)}
+        return Losses(total, count, logs)

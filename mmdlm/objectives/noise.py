@@ -1,4 +1,4 @@
-"""Random numbers that depend only on the seed of a batch row.
+"""Random numbers that depend only on the seed of a batch row, and the noise drawn from them.
 
 A counter-based generator (the SplitMix64 finaliser, Steele et al. 2014): the number at position i
 of a row is a hash of (seed, i). The masks of a training sample therefore do not depend on the rest
@@ -7,8 +7,54 @@ of the batch, the number of processes or a resume, and a checkpoint needs no gen
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields, replace
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Which tokens of a batch are masked, and how probable that was.
+
+    Args:
+        masked: [B L] bool, tokens that the model has to predict.
+        maskable: [B L] bool, tokens that could have been masked.
+        real: [B L] bool, False at padding; these positions count in Z = batch x length.
+        p: [B L] float32 mask probability.
+        slope: [B L] float32, dp/dt of the schedule at the level that was drawn.
+        covered: [B L] bool, tokens that are masked in the input but not predicted; None if all
+            masked tokens are predicted.
+    """
+
+    masked: Tensor
+    maskable: Tensor
+    real: Tensor
+    p: Tensor
+    slope: Tensor
+    covered: Tensor | None = None
+
+    @property
+    def hidden(self) -> Tensor:
+        """[B L] bool, tokens that are masked in the input."""
+        return self.masked if self.covered is None else self.masked | self.covered
+
+    def complement(self) -> Noise:
+        """The noise that masks the other maskable tokens, each with probability 1 - p.
+
+        The levels were drawn for p, so the slope stays, and slope / (1 - p) is the weight of the
+        bound for the complement.
+        """
+        return replace(self, masked=self.maskable & ~self.masked, p=1 - self.p)
+
+    def joined(self, other: Noise) -> Noise:
+        """The noise of two batches of equal length, one after the other."""
+        values = {
+            f.name: torch.cat([getattr(self, f.name), getattr(other, f.name)])
+            for f in fields(self)
+            if getattr(self, f.name) is not None
+        }
+        return replace(self, **values)
 
 
 def uniform(seeds: Tensor, count: int, stream: int = 0) -> Tensor:
@@ -19,9 +65,31 @@ def uniform(seeds: Tensor, count: int, stream: int = 0) -> Tensor:
         count: numbers per row.
         stream: numbers of different streams are independent.
     """
-    at = torch.arange(count, device=seeds.device) + (stream << 32)
-    mixed = _mix(_mix(seeds)[:, None] + _mix(at)[None])
+    return uniform_at(seeds, torch.arange(count, device=seeds.device)[None], stream)
+
+
+def uniform_at(seeds: Tensor, at: Tensor, stream: int = 0) -> Tensor:
+    """[B N] float64 in [0, 1), the numbers of `uniform` at chosen indices.
+
+    Args:
+        seeds: [B] int64, one per row.
+        at: [B N] or [1 N] int64, indices of a row's numbers; equal indices have equal numbers.
+        stream: numbers of different streams are independent.
+    """
+    mixed = _mix(_mix(seeds)[:, None] + _mix(at + (stream << 32)))
     return (mixed >> 11 & (1 << 53) - 1).double() * 2.0**-53
+
+
+def stratified(draws: Tensor) -> Tensor:
+    """[n] one number in each of n equal parts of [0, 1): (u_i + i) / n mod 1.
+
+    Source: kuleshov-group/mdlm: diffusion.py, antithetic sampling.
+
+    Args:
+        draws: [n] uniform in [0, 1).
+    """
+    n = len(draws)
+    return (draws + torch.arange(n, device=draws.device)) / n % 1
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -198,6 +198,19 @@ def _scored(network: Filter, test: Samples, accept: float, epochs: int) -> Score
     )
 
 
+def filter_loss(logits: Tensor, final: Tensor, real: Tensor) -> Tensor:
+    """Mean binary cross entropy of a filter, over all positions of all blocks.
+
+    Source: ims-kdks/Learning-to-Parallel-Decoding: train.ipynb.
+
+    Args:
+        logits: [N size] of the filter.
+        final: [N size] float, 1 where the prediction is final.
+        real: [N size] float, 0 where the position does not exist; it adds no loss.
+    """
+    return F.binary_cross_entropy_with_logits(logits, final, weight=real)
+
+
 def fit(
     network: Filter,
     train: Samples,
@@ -214,9 +227,7 @@ def fit(
     bar = tqdm(range(1, epochs + 1), desc="filter", unit="epoch", disable=hide)
     for epoch in bar:
         optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(
-            network(train.confidences), train.final.float(), weight=train.real.float()
-        )
+        loss = filter_loss(network(train.confidences), train.final.float(), train.real.float())
         loss.backward()
         optimizer.step()
         if epoch % EVERY and epoch < epochs:

@@ -2,7 +2,7 @@
 
 import torch
 
-from mmdlm.objectives.noise import uniform
+from mmdlm.objectives.noise import stratified, uniform, uniform_at
 
 
 def test_rows_do_not_depend_on_the_batch():
@@ -46,3 +46,13 @@ def test_matches_python_integers():
     for seed in (0, 1, 987654321, (1 << 62) - 1):
         want = [(mix((mix(seed) + mix(i + (3 << 32))) & mask) >> 11) * 2.0**-53 for i in range(6)]
         assert uniform(torch.tensor([seed]), 6, stream=3)[0].tolist() == want
+
+
+def test_numbers_at_indices_are_those_of_the_row():
+    seeds, at = torch.tensor([3, 9]), torch.tensor([[4, 0, 4], [1, 2, 5]])
+    assert torch.equal(uniform_at(seeds, at, 2), uniform(seeds, 6, 2).gather(1, at))
+
+
+def test_stratified_numbers_fill_every_part():
+    numbers = stratified(torch.rand(50))
+    assert torch.equal((numbers * 50).floor().long().sort().values, torch.arange(50))

@@ -12,7 +12,17 @@ from rich.console import Console
 from rich.table import Table
 
 from mmdlm.benchmarks.report import machine, terminal
-from tests.speed import compare, decode_speed, encode_speed, encoder_shapes, floors, shapes, systems
+from tests.speed import (
+    compare,
+    decode_speed,
+    encode_speed,
+    encoder_shapes,
+    floors,
+    shapes,
+    systems,
+    train_shapes,
+    train_speed,
+)
 from tests.speed.decode_speed import Record, Setting
 
 DECODE = """Time our decode against the published samplers' way, with equal weights and prompts.
@@ -42,6 +52,17 @@ ENCODE = """Time encoders of published sizes with random weights.
 
 Shapes: vit-64x1 (the default ViT), siglip-384x5 (five views; a minute per round on one core),
 whisper-s-30s. Preprocessing of the raw image or clip is not counted."""
+TRAIN = """Time our training step against the published trainers' way, with equal weights and masks.
+
+  python -m tests.speed train --shape train-tiny                a second, to try it
+  python -m tests.speed train                                   all four; half an hour on one core
+
+Each runs in a separate process, in alternating rounds. A step is forward, backward and AdamW, and
+its memory is what it takes above weights and moments: gradients, activations, logits. A speed
+counts only if the losses of a round are equal to 1e-5. A second table names where our time goes.
+
+Shapes: four rows, 8 blocks of width 512. answer64: 256 tokens of prompt and 64 of answer; all512:
+512 tokens that may all be masked; -v126 has LLaDA's vocabulary of 126,464, the others 32,768."""
 ROOFLINE = """Print the least time a decode can take here, and the share of it that ours reaches.
 
   python -m tests.speed roofline --shape cap256,act178-4 --mode none,dual
@@ -99,6 +120,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--mode", **modes, help="what is recomputed, separated by commas")
     one = command("encode", encode, ENCODE, parents=[timing])
     one.add_argument("--shape", **cap256 | {"default": ["whisper-s-30s"]})
+    one = command("train", train, TRAIN, parents=[timing])
+    four = [name for name in train_shapes.TRAININGS if name != "train-tiny"]
+    one.add_argument("--shape", **cap256 | {"default": four})
     one = command("roofline", roofline, ROOFLINE, parents=[timing])
     one.add_argument("--shape", **cap256)
     one.add_argument("--mode", **modes, help="see decode --help")
@@ -123,6 +147,15 @@ def encode(given: argparse.Namespace) -> int:
     chosen = encoder_shapes.find(given.shape)
     records = encode_speed.time_encoders(chosen, _setting(given), _progress)
     return _finish(given, records, encode_speed.table(records))
+
+
+def train(given: argparse.Namespace) -> int:
+    """See `TRAIN`."""
+    if given.compile:
+        raise ValueError("--compile has no effect on a training step; leave it out")
+    chosen = train_shapes.find(given.shape)
+    records = train_speed.race(chosen, _setting(given), on_record=_progress)
+    return _finish(given, records, train_speed.table(records), train_speed.parts(records))
 
 
 def roofline(given: argparse.Namespace) -> int:
@@ -166,7 +199,8 @@ def _finish(given: argparse.Namespace, records: list[Record], *tables: Table) ->
         console.print(f"written to {decode_speed.write(given.json, records)}", markup=False)
     failed = [r for r in records if r.get("gate") is False and not r["warmup"]]
     if failed:
-        console.print("gate: false: tokens or forwards differ, so these speeds do not count")
+        what = "losses" if failed[0]["mode"] == train_speed.MODE else "tokens or forwards"
+        console.print(f"gate: false: {what} differ, so these speeds do not count")
     return int(bool(failed))
 
 

@@ -186,9 +186,9 @@ def table(records: Items[Record]) -> Table:
         if not theirs or not ours:
             continue
         built.add_row(
-            *(shape, mode, _middle(theirs, ours, "seconds", 1e3)),
+            *(shape, mode, middle(theirs, ours, "seconds", 1e3)),
             *(spread(ratios(theirs, ours, key)) for key in ("cpu_seconds", "seconds")),
-            _middle(theirs, ours, "peak_extra_mb", 1),
+            middle(theirs, ours, "peak_extra_mb", 1),
             _peaks(theirs, ours),
             f"{theirs[0]['forwards']} > {ours[0]['forwards']}",
             _gate(ours),
@@ -196,10 +196,12 @@ def table(records: Items[Record]) -> Table:
     return built
 
 
-def _middle(theirs: Items[Record], ours: Items[Record], key: str, scale: float) -> str:
+def middle(
+    theirs: Items[Record], ours: Items[Record], key: str, scale: float, digits: int = 0
+) -> str:
     """Two medians, for example 120 > 60."""
     sides = [[r[key] for r in side if r[key] is not None] for side in (theirs, ours)]
-    return " > ".join(f"{scale * median(side):.0f}" if side else "-" for side in sides)
+    return " > ".join(f"{scale * median(side):.{digits}f}" if side else "-" for side in sides)
 
 
 def _peaks(theirs: Items[Record], ours: Items[Record]) -> str:

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.speed import decode_speed, encode_speed, floors, roofline, shapes, systems
+from tests.speed import (
+    decode_speed,
+    encode_speed,
+    floors,
+    roofline,
+    shapes,
+    systems,
+    train_shapes,
+    train_speed,
+)
 from tests.speed.__main__ import main, parser
 from tests.speed.shapes import SHAPES, Shape
 from tests.speed.systems import Answer, runner
@@ -32,7 +41,7 @@ class Inline(Server):
 
 @pytest.fixture
 def inline(monkeypatch):
-    for module in (decode_speed, encode_speed, floors):
+    for module in (decode_speed, encode_speed, floors, train_speed):
         monkeypatch.setattr(module, "Worker", lambda name, threads: Inline())
 
 
@@ -85,11 +94,43 @@ def test_gate_fails_for_other_tokens_or_more_forwards(inline, monkeypatch, capsy
     assert "do not count" in printed
 
 
+def test_train_compares_losses_and_names_where_time_goes(inline, tmp_path, capsys):
+    out = tmp_path / "t.jsonl"
+    assert main(["train", "--shape", "train-tiny", "--rounds", "2", "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "optimizer" in printed
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    losses = {s: [r["loss"] for r in rows if r["system"] == s] for s in ("plain", "mmdlm")}
+    assert losses["mmdlm"] == pytest.approx(losses["plain"], rel=1e-5)
+    assert len(set(losses["mmdlm"])) == 3  # each round is a further step
+    last = rows[-1]
+    assert last["gate"] is True
+    assert sum(last["parts"].values()) == pytest.approx(last["cpu_seconds"], rel=0.3)
+
+
+def test_published_loss_is_the_exact_one():
+    shape = train_shapes.TRAININGS["train-tiny"]
+    plain = train_shapes.trainer("plain", shapes.synthetic(shape.transformer), shape, 0)
+    for _ in range(2):
+        wanted = plain.exact()
+        assert plain.step()[0] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_train_gate_fails_for_another_loss(inline, monkeypatch, capsys):
+    class Half(train_shapes.PlainTrainer):
+        def exact(self, *given):
+            return super().exact(*given) / 2
+
+    monkeypatch.setattr(train_shapes, "PlainTrainer", Half)
+    assert main(["train", "--shape", "train-tiny", "--rounds", "1"]) == 1
+    assert "losses differ" in capsys.readouterr().out
+
+
 def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     printed = capsys.readouterr().out
-    for name in ("decode", "encode", "roofline", "compare"):
+    for name in ("decode", "encode", "train", "roofline", "compare"):
         assert f"    {name} " in printed
 
 
@@ -99,6 +140,9 @@ def test_commands_of_the_readme_are_valid():
     assert len(commands) >= 3
     for command in commands:
         given = parser().parse_args(shlex.split(command))
+        if command.startswith("train"):
+            assert train_shapes.find(given.shape)
+            continue
         assert shapes.find(given.shape)
         assert systems.check_modes(given.mode)
 
@@ -109,6 +153,8 @@ def test_commands_of_the_readme_are_valid():
         (["decode", "--shape", "tinny"], "did you mean tiny? known: tiny, cap256, cap768"),
         (["encode", "--shape", "whisper"], "known: vit-64x1, siglip-384x5, whisper-s-30s"),
         (["decode", "--mode", "triple"], "no mode 'triple'; known: none, prefix, dual, prefix-lm"),
+        (["train", "--shape", "all51"], "did you mean all512? known: train-tiny"),
+        (["train", "--compile"], "--compile has no effect on a training step"),
         (["decode", "--rounds", "0"], "rounds is 0, expected at least 1"),
         (["decode", "--dtype", "int8"], "dtype is 'int8', expected one of 'auto', 'float32'"),
         (["roofline", "--shape", "thr256", "--rates", "h200"], "no fixed number of steps"),

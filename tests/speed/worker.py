@@ -160,7 +160,8 @@ class Server:
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Processes one request; its "do" names the method."""
         do = request.pop("do")
-        return {"decode": self.decode, "encode": self.encode, "rates": self.rates}[do](**request)
+        known = (self.decode, self.encode, self.train, self.rates)
+        return {method.__name__: method for method in known}[do](**request)
 
     def decode(
         self,
@@ -203,6 +204,24 @@ class Server:
         setup = time.perf_counter() - begin
         tokens, cost = measured(self.kept[1], torch.device(device))
         return {**cost, "setup_s": setup, "new_tokens": tokens}
+
+    def train(self, system: str, shape: str, device: str, dtype: str, seed: int) -> dict[str, Any]:
+        """One timed training step, after those before."""
+        from tests.speed.shapes import synthetic
+        from tests.speed.train_shapes import find, trainer
+
+        what = find([shape])[0]
+        key, begin = (system, shape, seed, device, dtype), time.perf_counter()
+        if self.kept[0] != key:
+            self.kept = (None, None)
+            model = synthetic(what.transformer, seed, device, getattr(torch, dtype))
+            self.kept = (key, trainer(system, model, what, seed))
+        setup = time.perf_counter() - begin
+        step, exact = self.kept[1]
+        wanted = None if exact is None else exact()
+        (loss, parts), cost = measured(step, torch.device(device))
+        loss = loss if wanted is None else wanted
+        return {**cost, "setup_s": setup, "loss": loss, "parts": parts}
 
     def rates(self, device: str, dtype: str) -> dict[str, Any]:
         """Rates of the device."""

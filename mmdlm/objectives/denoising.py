@@ -1,0 +1,90 @@
+"""What all masked objectives and their wrappers have in common."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mmdlm.objectives.objective import Batch, Losses, Objective
+
+if TYPE_CHECKING:
+    from mmdlm.layout import Sequence
+    from mmdlm.model import MultimodalDLM
+    from mmdlm.objectives.noise import Noise
+
+
+class Denoising:
+    """A step in three parts, so that objectives can be wrapped: prepare, corrupt, loss."""
+
+    def prepare(self, model: MultimodalDLM, batch: Batch) -> Batch:
+        """The batch, without what is not trained on."""
+        return batch
+
+    def corrupt(self, batch: Batch) -> Noise:
+        """Random noise for a batch."""
+        raise TypeError(f"{type(self).__name__} does not define corrupt(batch)")
+
+    def loss(self, model: MultimodalDLM, batch: Batch, noise: Noise) -> Losses:
+        """The loss of a batch with given noise."""
+        raise TypeError(f"{type(self).__name__} does not define loss(model, batch, noise)")
+
+    def step(self, model: MultimodalDLM, batch: Batch) -> Losses:
+        """The loss of a batch with random noise."""
+        batch = self.prepare(model, batch)
+        return self.loss(model, batch, self.corrupt(batch))
+
+
+class Wrapping(Denoising):
+    """Changes the loss of another objective; `objective` is the other one."""
+
+    objective: Objective
+
+    def check_objective(self) -> None:
+        """Raises TypeError if the other objective does not mask tokens."""
+        if not isinstance(self.objective, Denoising):
+            raise TypeError(
+                f"{type(self).__name__}.objective is {type(self.objective).__name__}, which does "
+                "not mask tokens; use mmdlm.objectives.masked.Masked"
+            )
+
+    def prepare(self, model: MultimodalDLM, batch: Batch) -> Batch:
+        """As the other objective does."""
+        return self.objective.prepare(model, batch)
+
+    def corrupt(self, batch: Batch) -> Noise:
+        """The noise of the other objective."""
+        return self.objective.corrupt(batch)
+
+
+def noisy(model: MultimodalDLM, sequence: Sequence, noise: Noise) -> Sequence:
+    """The sequence with the mask token at masked positions.
+
+    Raises:
+        ValueError: the mask id of the model is unknown.
+    """
+    if model.spec.mask_id is None:
+        raise model.spec.unknown_mask()
+    return sequence.with_tokens(sequence.tokens.masked_fill(noise.hidden, model.spec.mask_id))
+
+
+def scored(model: MultimodalDLM, sequence: Sequence, noise: Noise) -> Tensor:
+    """[B L] bool, masked tokens that the model predicts.
+
+    A model with `shift` predicts a token from the position before it, so not the first of a row.
+    """
+    return noise.masked & (sequence.positions > 0) if model.spec.shift else noise.masked
+
+
+def without_repeated_ends(sequence: Sequence, eos: int | None) -> Sequence:
+    """The sequence in which end tokens after an answer's first are padding.
+
+    Args:
+        sequence: answers may end in several end tokens.
+        eos: end token.
+    """
+    end = sequence.is_answer & (sequence.tokens == (-1 if eos is None else eos))
+    repeated = end & torch.cat([torch.zeros_like(end[:, :1]), end[:, :-1]], 1)
+    return replace(sequence, mask=sequence.mask & ~repeated)
