@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mmdlm.tasks.describe import describe
     from mmdlm.tasks.embed import embed
     from mmdlm.tasks.infill import infill
+    from mmdlm.tasks.likelihood import likelihood
     from mmdlm.tasks.stream import stream
     from mmdlm.tasks.transcribe import transcribe
 
@@ -42,6 +43,7 @@ __all__ = [
     "embed",
     "generate",
     "infill",
+    "likelihood",
     "load",
     "load_policy",
     "stream",
@@ -61,6 +63,7 @@ _FILES = {
     "embed": "mmdlm.tasks.embed",
     "generate": "mmdlm.tasks.chat",
     "infill": "mmdlm.tasks.infill",
+    "likelihood": "mmdlm.tasks.likelihood",
     "stream": "mmdlm.tasks.stream",
     "transcribe": "mmdlm.tasks.transcribe",
 }

@@ -19,7 +19,10 @@ from rich.table import Table
 import mmdlm
 from mmdlm.atomic import write_text
 
-DISTRIBUTIONS = ("torch", "numpy", "transformers", "timm", "jiwer", "mujoco", "metaworld")
+DISTRIBUTIONS = ("torch", "numpy", "transformers", "timm", "jiwer", "mujoco", "metaworld") + (
+    "sacrebleu",
+    "pycocoevalcap",
+)
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,42 @@ class Race:
     threads: int
 
 
-Line = Score | Race
+@dataclass(frozen=True)
+class Comparison:
+    """Two models, or two decodings, on the same questions.
+
+    Args:
+        what: benchmark.
+        part: subset of the benchmark.
+        model: the first.
+        against: the second.
+        metric: name of the metric.
+        value: score of the first, see `Score`.
+        other: score of the second.
+        difference: value minus other.
+        low: lower end of the 95 % interval of the difference, from paired resamples.
+        high: upper end.
+        wins: answers of the first that score better than those of the second.
+        losses: answers that score worse.
+        ties: answers that score the same.
+    """
+
+    what: str
+    part: str
+    model: str
+    against: str
+    metric: str
+    value: float
+    other: float
+    difference: float
+    low: float
+    high: float
+    wins: int
+    losses: int
+    ties: int
+
+
+Line = Score | Race | Comparison
 
 
 def machine() -> dict[str, Any]:
@@ -137,11 +175,16 @@ def write(out: Path, lines: Items[Line]) -> Path:
         out: file to write; it is overwritten.
         lines: measurements.
     """
+    write_text(out, "".join(line + "\n" for line in as_json(lines)))
+    return out
+
+
+def as_json(lines: Items[Line]) -> list[str]:
+    """One JSON object per measurement, with the machine it was taken on."""
     about = machine()
     # The thread count of a race has priority over the current one.
-    rows = [about | {"kind": type(line).__name__.lower()} | asdict(line) for line in lines]
-    write_text(out, "".join(json.dumps(row) + "\n" for row in rows))
-    return out
+    rows = (about | {"kind": type(line).__name__.lower()} | asdict(line) for line in lines)
+    return [json.dumps(row) for row in rows]
 
 
 def terminal() -> Console:
@@ -164,6 +207,11 @@ def show(lines: Items[Line], console: Console | None = None) -> None:
         console.print(_scores(scores))
     if races:
         console.print(_races(races))
+    sign(console)
+
+
+def sign(console: Console) -> None:
+    """Prints date, machine and versions below results."""
     about = machine()
     console.print(
         f"{about['date']}  {about['cpu']}, {about['cores']} cores, {about['threads']} threads, "

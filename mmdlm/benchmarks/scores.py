@@ -45,11 +45,17 @@ class Bench:
     batch: int
     rounds: int
     device: str
+    adapter: str | None
+
+    @property
+    def label(self) -> str:
+        """Name of the model in tables."""
+        return self.model if self.adapter is None else f"{self.model} + {self.adapter}"
 
     @cached_property
     def first(self) -> MultimodalDLM:
         """The model."""
-        return load(self.model, device=self.device)
+        return load(self.model, device=self.device, adapter=self.adapter)
 
     @cached_property
     def second(self) -> MultimodalDLM | None:
@@ -66,12 +72,12 @@ class Bench:
         task, count, inputs = TASKS[what]
         parts = self.parts(what, self.count or (inputs if timed_only else count))
         lines: list[Line] = []
-        for name, model in ((self.model, self.first), (self.twin, self.second)):
+        for name, model in ((self.label, self.first), (self.twin, self.second)):
             if model is not None and not timed_only:
                 lines += self.scores(what, task, model, str(name), parts, self.count or count)
         if self.second is not None:
             samples = mixed(parts, inputs) or success.act_samples(self.first, inputs)
-            names = (self.model, str(self.twin))
+            names = (self.label, str(self.twin))
             lines += race(self.first, self.second, what, task, samples, names, rounds=self.rounds)
         return lines
 
@@ -124,6 +130,7 @@ def bench(
     rounds: int = 5,
     out: Path | None = None,
     device: str = "cpu",
+    adapter: str | None = None,
 ) -> int:
     """Measure the quality and the speed of a model and print a table.
 
@@ -156,10 +163,11 @@ def bench(
         rounds: rounds of the race.
         out: JSON-lines file for the results, with versions, threads and processor.
         device: "cpu", "cuda" or "auto".
+        adapter: folder or hub id of a LoRA adapter of the model, merged into its weights.
     """
     if what == "twin" and twin is None:
         raise ValueError("bench twin compares two models; give the second one as twin")
-    run = Bench(model, twin, count, seed, data, decoding, batch, rounds, device)
+    run = Bench(model, twin, count, seed, data, decoding, batch, rounds, device, adapter)
     console = report.terminal()
     lines: list[Line] = []
     is_group = what in ("all", "twin")

@@ -151,7 +151,7 @@ class Results:
         for number, record in read_records(self.out):
             self._count = number
             try:
-                if record["task"] and self._is_own(record):
+                if record["task"] and self.is_own(record):
                     self._note(number, record)
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise ValueError(
@@ -159,7 +159,7 @@ class Results:
                     "file"
                 ) from error
 
-    def _is_own(self, record: dict[str, Any]) -> bool:
+    def is_own(self, record: dict[str, Any]) -> bool:
         """Whether a record belongs to this job."""
         return all(record.get(name) == value for name, value in self.job.items())
 
@@ -190,7 +190,7 @@ class Results:
 
     def _forget_failures(self, is_old: Callable[[Any], bool]) -> None:
         lines = [record for _, record in read_records(self.failures)]
-        kept = [r for r in lines if not (self._is_own(r) and is_old(self.key(r)))]
+        kept = [r for r in lines if not (self.is_own(r) and is_old(self.key(r)))]
         if len(kept) < len(lines):
             _replace(self.failures, map(as_line, kept)) if kept else self.failures.unlink()
 

@@ -165,7 +165,9 @@ def test_mixed_alternates_between_parts():
 
 @pytest.fixture
 def loads(monkeypatch, model, twin):
-    monkeypatch.setattr(scores, "load", lambda name, device: {"m": model, "t": twin}[name])
+    monkeypatch.setattr(
+        scores, "load", lambda name, device, adapter=None: {"m": model, "t": twin}[name]
+    )
 
 
 def test_bench_scores_and_writes_one_line_each(loads, tmp_path, capsys):

@@ -94,7 +94,7 @@ def test_choices_match_a_slow_reference(make_model, images, attention, shift):
 def test_choices_take_one_forward_per_batch(model, images, monkeypatch):
     calls = []
     hidden = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda s: calls.append(len(s.tokens)) or hidden(s))
+    monkeypatch.setattr(model, "hidden", lambda s, at: calls.append(len(s.tokens)) or hidden(s, at))
     found = mmdlm.answer(model, "is it red ?", images, choices=["yes", "no"], batch_size=3)
     assert calls == [3, 2]
     assert set(found) <= {"yes", "no"}
