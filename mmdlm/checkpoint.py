@@ -18,10 +18,13 @@ from encoders.checks import check_arguments, shown
 from mmdlm.backbones.linear import pack as pack_weights
 from mmdlm.blueprint import Budget, build, describe
 from mmdlm.decoding import preset
-from mmdlm.files import blaming, find, read_json
+from mmdlm.files import blaming, find, present, read_json
 from mmdlm.loading import own, publish, published
-from mmdlm.loading.contents import Contents, with_overrides
+from mmdlm.loading.contents import CONFIG, Contents, with_overrides
 from mmdlm.loading.keymap import tensors
+from mmdlm.loading.lora import CONFIG as ADAPTER
+from mmdlm.loading.lora import LoraAdapter
+from mmdlm.loading.lora_changes import attach
 from mmdlm.loading.overrides import check as check_overrides
 from mmdlm.loading.overrides import override, replaced
 from mmdlm.loading.shards import write
@@ -42,6 +45,7 @@ def load(
     pack: bool | None = None,
     compile: bool = False,
     config: Mapping[str, Any] | None = None,
+    adapter: str | Path | LoraAdapter | None = None,
     **overrides: Any,
 ) -> MultimodalDLM:
     """The model of a checkpoint, ready to use (eval mode); `model.report` lists what was read.
@@ -67,6 +71,8 @@ def load(
             `MultimodalDLM.compile`.
         config: keys that complete or replace those of a published config.json, such as
             {"unnorm_key": "bridge_orig"} for a policy with statistics of several data sets.
+        adapter: folder or hub id of a LoRA adapter in peft's format, of `mmdlm fit` or of another
+            program, see `mmdlm.loading.lora`. It is merged into the weights as they are read.
         **overrides: what config.json leaves out or gets wrong: mask_id, eos_id, pad_id, stop_ids,
             shift, attention, block_size, template and context of `Spec`; theta and theta_scale of
             `TransformerConfig`. Ids and theta that they replace are not looked at; `eos_id` takes
@@ -84,28 +90,36 @@ def load(
         ImportError: `quantize` needs torchao.
     """
     if overrides:
-        known = ("device", "dtype", "family", "quantize", "pack", "compile", "config")
+        options = ("device", "dtype", "family", "quantize", "pack", "compile", "config")
+        known = (*options, "adapter")
         check_overrides(overrides, known)
     check_arguments(load, {"family": family, "pack": pack, "compile": compile})
     if config is not None and not isinstance(config, Mapping):
         raise TypeError(f"config is {shown(config)}, expected a table of keys of config.json")
     over = devices(device)
+    if not isinstance(adapter, LoraAdapter | None):
+        adapter = LoraAdapter.read(find(adapter))
     folder = find(source)
-    with blaming(folder / "config.json"):
+    with blaming(folder / CONFIG):
         contents = _read(folder, family, overrides, config)
     blueprint = contents.blueprint
     if overrides:
         blueprint = replace(blueprint, spec=override(blueprint.spec, overrides))
     if blueprint.tasks:
         preset.check(blueprint.tasks, folder)
-    with blaming(folder / "config.json"):
+    with blaming(folder / CONFIG):
         budget = Budget.of(each.shape for each in contents.stored.values())
         model = build(blueprint, contents.tokenizer, budget)
         _check_tokenizer(model, folder)
         places, report = contents.resolve(model)
+    change = None
+    if adapter is not None:
+        places, changes = attach(adapter, model, contents, places)
+        change = changes.apply
+        preset.check(adapter.tasks, Path(adapter.source))
     model.published = with_overrides(contents.published, model.spec, overrides)
     kept = published.kept(model.spec.family)
-    fill(model, contents.stored, places, over, dtype, quantize, kept)
+    fill(model, contents.stored, places, over, dtype, quantize, kept, change)
     model.report = report
     size = sum(weight.nbytes for weight in model.backbone.parameters())
     if pack or (pack is None and size <= PACKED_BYTES):
@@ -122,7 +136,13 @@ def _read(
     given: Mapping[str, Any] | None,
 ) -> Contents:
     """What a folder holds, in whichever layout it is."""
-    config = read_json(folder / "config.json")
+    if not present(folder / CONFIG) and present(folder / ADAPTER):
+        base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+        raise FileNotFoundError(
+            f"{folder} holds a LoRA adapter of {base!r}, not a model; load that model, and give "
+            "this folder as its adapter (adapter=, --adapter)"
+        )
+    config = read_json(folder / CONFIG)
     if "format" not in config:
         return published.read(folder, config | dict(given or {}), family, overrides)
     if given:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import codecs
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mmdlm import discover
 from mmdlm.atomic import replacing_folder
 from mmdlm.checkpoint import load, save, save_published
 from mmdlm.decoding import preset
 from mmdlm.files import find, read_input, read_json
-from mmdlm.loading.ckpt import trained
+from mmdlm.loading.ckpt import Base, digest, is_checkpoint, read, trained
 from mmdlm.loading.contents import BESIDE, CONFIG
+from mmdlm.loading.lora import CONFIG as ADAPTER
+from mmdlm.loading.lora import WEIGHTS as ADAPTER_WEIGHTS
+from mmdlm.loading.lora import LoraAdapter
 from mmdlm.loading.own import CARD, DECODING, PUBLISHED, STATISTICS, read_tasks
 from mmdlm.loading.published import SYSTEMS
 from mmdlm.model import MultimodalDLM
@@ -28,7 +32,17 @@ COPIED = ("vocab.json", "merges.txt", "tokenizer.model", CARD)
 # What an earlier export may have written, by pattern; other files of its folder stay.
 REPLACED = (
     *("model.safetensors", "model-*-of-*.safetensors", "*.safetensors.index.json", "config.json"),
-    *(STATISTICS, DECODING, PUBLISHED, *BESIDE, *TOKENIZER, "tokenizer.model", MORE_CHATS),
+    *(
+        ADAPTER,
+        ADAPTER_WEIGHTS,
+        STATISTICS,
+        DECODING,
+        PUBLISHED,
+        *BESIDE,
+        *TOKENIZER,
+        "tokenizer.model",
+        MORE_CHATS,
+    ),
 )
 
 
@@ -42,8 +56,12 @@ def export(
     layout: Literal["own", "published"] = "own",
     family: str | None = None,
     shard_bytes: float = 5e9,
-) -> MultimodalDLM:
+    adapter: str | Path | None = None,
+    merge: bool = False,
+) -> MultimodalDLM | None:
     """A model written as a folder that `mmdlm.load` opens, from a training or from another folder.
+
+    The `.ckpt` file of a training with LoRA becomes an adapter folder in peft's format.
 
     An earlier export there is replaced at once when everything is written, or not at all. Files of
     other kinds in the folder stay.
@@ -60,8 +78,13 @@ def export(
         family: how to read a published checkpoint that config.json does not identify; for any other
             source, the family whose published layout is written (None: the model's own).
         shard_bytes: most bytes per file of weights in the published layout.
+        adapter: a LoRA adapter that is merged into the weights of a folder, see `mmdlm.load`.
+        merge: of the training with LoRA, write the whole model with the adapter merged into it.
+    Returns:
+        the model, None if an adapter was written.
     Raises:
-        FileNotFoundError: there is no such checkpoint, decoding file or card.
+        FileNotFoundError: there is no such checkpoint, decoding file or card; or the model that an
+            adapter was trained on is gone.
         NotADirectoryError: `out` is a file.
         ValueError: the checkpoint is damaged, the decoding file is wrong, the layout has no place
             for what the model is, or `out` cannot be replaced.
@@ -75,10 +98,26 @@ def export(
         raise ValueError("the published layout has no decoding.yaml and no README.md of ours")
     out = replaceable(out)
     folder, written = None, family
-    if Path(checkpoint).suffix == ".ckpt" or Path(checkpoint).is_file():
-        model = trained(checkpoint)
+    if is_checkpoint(checkpoint):
+        if adapter is not None:
+            raise ValueError(
+                f"adapter={str(adapter)!r} has no effect on {checkpoint}; leave it out"
+            )
+        saved = read(checkpoint)
+        base = Base.of(saved)
+        if base is not None and not merge:
+            if (layout, dtype, family) != ("own", None, None):
+                raise ValueError(
+                    "layout, dtype and family are about a whole model; give merge=True"
+                )
+            found = base.adapter(saved, Path(checkpoint))
+            _write_adapter(found if tasks is None else replace(found, tasks=tasks), out, text)
+            return None
+        _check_merge(merge, base is None, checkpoint)
+        model = trained(checkpoint, saved) if base is None else merged(saved, Path(checkpoint))
     else:
-        model, folder, written = opened(checkpoint, out, family)
+        _check_merge(merge, adapter is None, checkpoint)
+        model, folder, written = opened(checkpoint, out, family, adapter)
     if layout == "own" and written is not None:
         raise ValueError(f"family={family!r} has no effect on {checkpoint}; leave it out")
     with replacing_folder(out) as new:
@@ -92,6 +131,71 @@ def export(
         if out.is_dir():
             keep_others(out, new)
     return model
+
+
+def _check_merge(merge: bool, has_none: bool, checkpoint: str | Path) -> None:
+    if merge and has_none:
+        raise ValueError(f"merge has no effect: {checkpoint} holds no LoRA adapter; leave it out")
+
+
+def merged(saved: Mapping[str, Any], checkpoint: Path) -> MultimodalDLM:
+    """The model of a training with LoRA, the adapter merged into the weights, in float32.
+
+    Args:
+        saved: what `mmdlm.loading.ckpt.read` found in the checkpoint.
+        checkpoint: the file, for errors.
+
+    Raises:
+        FileNotFoundError: the model that the adapter was trained on is gone.
+        ValueError: it has changed.
+    """
+    base = Base.of(saved)
+    try:
+        find(base.source)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{checkpoint} holds a LoRA adapter of {base.source}, which is not there: put it back; "
+            "or export the adapter without merge, and merge that: mmdlm export MODEL --adapter DIR"
+        ) from error
+    adapter = base.adapter(saved, checkpoint)
+    model = load(base.source, device="cpu", dtype="float32", pack=False, adapter=adapter)
+    base.check(digest(model.report.files), checkpoint)
+    return model
+
+
+def _write_adapter(adapter: LoraAdapter, out: Path, card: str | None) -> None:
+    """Writes an adapter folder in place of what was there."""
+    with replacing_folder(out) as new:
+        adapter.write(new)
+        if card is not None:
+            (new / CARD).write_text(card, encoding="utf-8")
+        if out.is_dir():
+            keep_others(out, new)
+
+
+def push(folder: str | Path, repository: str) -> str:
+    """Uploads an exported folder to the Hugging Face hub; a new repository is private.
+
+    Args:
+        folder: model or adapter.
+        repository: owner/name; made if it does not exist.
+    Returns:
+        the address of the upload.
+    Raises:
+        ValueError: the hub refuses it.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    api = HfApi()
+    try:
+        made = api.create_repo(repository, private=True, exist_ok=True)
+        return str(api.upload_folder(folder_path=str(folder), repo_id=made.repo_id))
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
+        raise ValueError(
+            f"{folder} is written, but the hub did not take it as {repository!r}: {error}; log in "
+            "with hf auth login, or check the name (owner/name)"
+        ) from error
 
 
 def replaceable(out: str | Path) -> Path:
@@ -155,9 +259,15 @@ def keep_others(old: Path, new: Path) -> None:
 
 
 def opened(
-    source: str | Path, out: Path, family: str | None
+    source: str | Path, out: Path, family: str | None, adapter: str | Path | None = None
 ) -> tuple[MultimodalDLM, Path, str | None]:
     """The model of a folder in its stored types, that folder, and the family that is left to write.
+
+    Args:
+        source: bundled name, folder or hub id.
+        out: where it is written.
+        family: see `export`.
+        adapter: see `mmdlm.load`.
 
     Raises:
         ValueError: it would be overwritten.
@@ -166,5 +276,6 @@ def opened(
     if folder.resolve() == out:
         raise ValueError(f"{out} is the checkpoint itself; give another folder to write")
     own = "format" in read_json(folder / "config.json")
-    model = load(folder, device="cpu", dtype="stored", family=None if own else family)
+    options = {"family": None if own else family, "adapter": adapter}
+    model = load(folder, device="cpu", dtype="stored", **options)
     return model, folder, family if own else None

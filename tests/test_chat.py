@@ -187,7 +187,7 @@ def test_checkpoint_template_is_rendered_as_in_transformers(tokenizer, theirs, s
 @pytest.mark.parametrize(
     ("template", "source"), [("llada", LLADA), ("qwen", QWEN), ("full", FULL)], ids=lambda x: x[:5]
 )
-def test_messages_of_chat_programs_are_served_as_in_transformers(
+def test_conversation_chat_programs_are_served_as_in_transformers(
     tokenizer, theirs, template, source, name
 ):
     talk, names = TALKS[name], {"bos_token": "<|startoftext|>"}

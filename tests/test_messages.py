@@ -120,7 +120,7 @@ def test_branches_continue_the_shared_message():
     assert example.media("audio") == []
 
 
-def test_adjacent_messages_of_one_role_are_merged():
+def test_adjacent_conversation_one_role_are_merged():
     merged = merge((user("a"), user("b"), assistant("c")))
     assert [message.role for message in merged] == ["user", "assistant"]
     assert [message.text for message in merged] == ["ab", "c"]

@@ -30,7 +30,7 @@ def test_short_commands_run_as_written(tmp_path, monkeypatch, capsys):
     pytest.importorskip("espeakng_loader", reason='pip install "mmdlm[speech]"')
     monkeypatch.chdir(tmp_path)
     for command in COMMANDS:
-        made_later = "my-tiny" in " ".join(command) or "data/" in " ".join(command)
+        made_later = any(name in " ".join(command) for name in ("my-tiny", "data/", "my.jsonl"))
         if command[0] in LONG or made_later:
             continue
         assert main(command) == 0, command
@@ -61,6 +61,33 @@ def test_first_lines_caption_an_image(tmp_path, monkeypatch, capsys):
     first = next(block for kind, block in BLOCKS if kind == "python")
     exec(compile(first, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip() == sample.turns[0].answer
+
+
+def test_own_data_of_the_readme_are_checked_shown_and_learned(tmp_path, monkeypatch, capsys):
+    import numpy as np
+    import soundfile
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    rows = re.search(r"```json\n(.*?)```", README, re.DOTALL)[1]
+    (tmp_path / "my.jsonl").write_text(rows, encoding="utf-8")
+    Path("photos").mkdir()
+    Path("clips").mkdir()
+    for name in ("cat", "dog"):
+        Image.effect_noise((64, 64), 99).save(f"photos/{name}.png")
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 16000)
+    soundfile.write("clips/hello.wav", noise.astype(np.float32), 16000)
+    mine = [command for command in COMMANDS if "my.jsonl" in command]
+    assert [command[:2] for command in mine] == [["data", "check"], ["data", "show"], ["fit", "-c"]]
+    for command in mine:
+        more = ["--steps", "1"] if command[0] == "fit" else []
+        assert main([*command, *more]) == 0, command
+    said = capsys.readouterr().out
+    assert "What│does│it│do│?│It│sleeps│." in said
+    assert Path("sheet.png").is_file()
+    Path("photos/cat.png").unlink()
+    assert main(mine[0]) == 1
+    assert "my.jsonl, line 1: missing file" in capsys.readouterr().out
 
 
 def test_streams_and_sessions_of_the_readme_run(tmp_path, monkeypatch, capsys):

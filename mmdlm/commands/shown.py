@@ -27,6 +27,7 @@ class Run:
         compile: compile the model first; worth a minute on a GPU when there is much to do.
         batch_size: items computed together; in float32 it does not change the results.
         json: print one JSON object per line.
+        adapter: folder or hub id of a LoRA adapter of the model, merged into its weights.
         on_damage: what a damaged or truncated image or recording is: an "error", or a warning
             ("warn") after which its readable part is used.
     """
@@ -37,13 +38,15 @@ class Run:
     compile: bool = False
     batch_size: int = 16
     json: bool = False
+    adapter: str | None = None
     on_damage: Literal["error", "warn"] = "error"
 
     def load(self) -> MultimodalDLM:
         """The model."""
         from mmdlm.checkpoint import load
 
-        model = load(self.model, device=self.device, dtype=self.dtype, compile=self.compile)
+        names = ("device", "dtype", "compile", "adapter")
+        model = load(self.model, **{name: getattr(self, name) for name in names})
         model.on_damage = self.on_damage
         return model
 

@@ -36,11 +36,20 @@ COMMANDS = {
     "chat": Command("text:chat", "talk with a text model", ASK, ("checkpoint",)),
     "infill": Command("ask:infill", "the [MASK]s of a text", ASK, ("templates",)),
     "embed": Command("ask:embed", "vectors of pictures or sounds", ASK, ("files",)),
+    "likelihood": Command(
+        "likelihood:likelihood",
+        "how probable answers are",
+        ASK,
+        ("prompt", "answers"),
+        ("image", "audio"),
+    ),
     "act": Command("mmdlm.simulators.rollout:act", "drive a simulated robot", ASK),
     "demo": Command("demo:demo", "all of it at once, with the bundled model", ASK),
     "fit": Command(TRAINING, "train: mmdlm fit -c train/tiny", TRAIN),
     "validate": Command(TRAINING, "losses on held-out data", TRAIN),
     "test": Command(TRAINING, "losses on test data", TRAIN),
+    "eval": Command("evaluate:evaluate", "scores on your own data", TRAIN),
+    "predict": Command(TRAINING, "answers to questions of test data, as JSON Lines", TRAIN),
     "bench": Command("mmdlm.benchmarks.scores:bench", "quality and speed", TRAIN, ("what",)),
     "bench presets": Command(
         "mmdlm.benchmarks.tradeoff:bench_presets",
@@ -55,6 +64,19 @@ COMMANDS = {
         ("checkpoint",),
     ),
     "filter": Command("filter:train", "a filter for Learn2PD, from prompts", TRAIN, ("prompts",)),
+    "data formats": Command(
+        "own_data:formats", "the forms of data that training reads", TRAIN, ("name",)
+    ),
+    "data check": Command(
+        "own_data:check",
+        "every problem of your data: mmdlm data check FILE",
+        TRAIN,
+        ("file",),
+        ("option",),
+    ),
+    "data show": Command(
+        "show:show", "your rows as the model gets them", TRAIN, ("file",), ("option",)
+    ),
     "data make scenes": Command(
         "data:make_scenes",
         "drawn pictures with captions and questions",

@@ -185,7 +185,13 @@ def _answered(
             yield line.record | plain(found)
 
 
-def chat(checkpoint: str, say: Say, device: str = "auto", dtype: str = "auto") -> int:
+def chat(
+    checkpoint: str,
+    say: Say,
+    device: str = "auto",
+    dtype: str = "auto",
+    adapter: str | None = None,
+) -> int:
     """Talks with a checkpoint, line by line, about images and clips if it takes them.
 
     mmdlm chat GSAI-ML/LLaDA-8B-Instruct
@@ -199,9 +205,10 @@ def chat(checkpoint: str, say: Say, device: str = "auto", dtype: str = "auto") -
         checkpoint: bundled name, folder, or hub id (owner/name).
         device: "auto" takes the GPU if there is one; "cpu", "cuda".
         dtype: "float32", "bfloat16", "float16"; "auto" is float32 on a CPU.
+        adapter: folder or hub id of a LoRA adapter of the model, merged into its weights.
         say: how answers are made.
     """
-    talk = Conversation(Run(checkpoint, device, dtype).load(), say)
+    talk = Conversation(Run(checkpoint, device, dtype, adapter=adapter).load(), say)
     if talk.is_single:
         print(SINGLE, flush=True)
     failed = False

@@ -1,11 +1,16 @@
-"""The `.ckpt` files of `mmdlm fit`: a description of the model, and its weights."""
+"""The `.ckpt` files of `mmdlm fit`: a description of the model, and its weights.
+
+With `ModelParallelStrategy` a folder takes the place of the file, see `mmdlm.loading.sharded`.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -13,7 +18,9 @@ from torch import Tensor
 from mmdlm.blueprint import Blueprint, Budget, build, describe
 from mmdlm.files import POINTER, blaming, check_pointer, check_text, present, preview
 from mmdlm.loading.contents import check_published
+from mmdlm.loading.lora import LoraAdapter, exported
 from mmdlm.loading.own import FIRST, first_edition
+from mmdlm.loading.sharded import check_shards, is_sharded, read_shards
 from mmdlm.model import MultimodalDLM
 from mmdlm.text import Tokenizer, parse
 
@@ -81,15 +88,93 @@ def _first(saved: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def trained(checkpoint: str | Path) -> MultimodalDLM:
+def digest(files: Iterable[Path]) -> str:
+    """24 hex digits that change with the contents of weight files, not with their place."""
+    found = hashlib.blake2b(digest_size=12)
+    for file in sorted(files):
+        with file.open("rb") as data:
+            found.update(hashlib.file_digest(data, hashlib.blake2b).digest())
+    return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that a LoRA adapter was trained on, and what was added to it.
+
+    Args:
+        source: its name, folder or hub id, as the user gave it.
+        digest: of its weights.
+        lora: adapter_config.json.
+        trained: names of the parameters in the checkpoint that were trained.
+    """
+
+    source: str
+    digest: str
+    lora: dict[str, Any]
+    trained: list[str]
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> Self | None:
+        """What `read` found of it; None in a checkpoint of a whole model."""
+        return cls(**saved[ENTRY]["base"]) if saved[ENTRY].get("base") else None
+
+    def not_whole(self, checkpoint: str | Path) -> ValueError:
+        """The error where a checkpoint of a whole model is expected."""
+        return ValueError(
+            f"{checkpoint} holds a LoRA adapter of {self.source} only; export it with "
+            "mmdlm export --merge for a whole model"
+        )
+
+    def check(self, digest: str, checkpoint: str | Path) -> None:
+        """Raises if weights are not those of the model that was trained on.
+
+        Args:
+            digest: of the weights.
+            checkpoint: the file, for the error.
+
+        Raises:
+            ValueError: they are not.
+        """
+        if digest != self.digest:
+            raise ValueError(
+                f"{checkpoint} holds a LoRA adapter of {self.source}, whose weights have changed "
+                f"since (digest {digest}, expected {self.digest}); restore them"
+            )
+
+    def adapter(self, saved: Mapping[str, Any], checkpoint: Path) -> LoraAdapter:
+        """The adapter in a checkpoint.
+
+        Args:
+            saved: what `read` found.
+            checkpoint: the file, for errors.
+
+        Raises:
+            ValueError: a tensor is missing.
+        """
+        with blaming(checkpoint):
+            model = from_entry(saved[ENTRY], checkpoint)
+            named = {
+                exported(name.removeprefix(PREFIX)): saved["state_dict"][name]
+                for name in self.trained
+            }
+            return LoraAdapter.trained(self.lora, named, model.tokenizer, model.preset)
+
+
+def trained(checkpoint: str | Path, saved: Mapping[str, Any] | None = None) -> MultimodalDLM:
     """The model of a `.ckpt` file, on the CPU in the type it was trained in (eval mode).
+
+    Args:
+        checkpoint: the file.
+        saved: what `read` found in it, if it was read already.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged or of another program.
+        ValueError: it is damaged or of another program, or holds an adapter only.
     """
     path = Path(checkpoint)
-    saved = read(path)
+    saved = read(path) if saved is None else saved
+    if (base := Base.of(saved)) is not None:
+        raise base.not_whole(path)
     with blaming(path):
         weights = {
             name.removeprefix(PREFIX): tensor
@@ -107,19 +192,30 @@ def trained(checkpoint: str | Path) -> MultimodalDLM:
     return model.eval()
 
 
+def is_checkpoint(source: str | Path) -> bool:
+    """Whether a source is a checkpoint of a run and not the folder or name of a model."""
+    path = Path(source)
+    return path.suffix == ".ckpt" or path.is_file() or is_sharded(path)
+
+
+def is_averaged(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint holds averaged weights, with those of the last step beside them."""
+    path = Path(checkpoint)
+    if not path.is_file():
+        return False
+    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return "current_model_state" in saved
+
+
 def read(checkpoint: str | Path) -> dict[str, Any]:
     """The contents of a `.ckpt` file; see `trained` for the errors."""
     path = Path(checkpoint)
-    if present(path):
+    if not is_sharded(path) and present(path):
         with path.open("rb") as file:
             check_pointer(file.read(len(POINTER)), path)
     check_whole(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            packed = [each.filename for each in archive.infolist() if each.compress_type]
-        if packed:  # torch.save stores; small compressed entries may unpack to any size
-            raise ValueError(f"it holds compressed entries ({preview(packed)})")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = read_shards(path) if path.is_dir() else _read_file(path)
     except Exception as error:  # unpickling damaged or hostile bytes raises anything
         raise ValueError(
             f"{path} is damaged, or holds more than tensors and plain types, which is not read "
@@ -134,6 +230,14 @@ def read(checkpoint: str | Path) -> dict[str, Any]:
             f"{path}: its state_dict is not a table of tensors; expected a checkpoint of mmdlm fit"
         )
     return saved
+
+
+def _read_file(path: Path) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        packed = [each.filename for each in archive.infolist() if each.compress_type]
+    if packed:  # torch.save stores; small compressed entries may unpack to any size
+        raise ValueError(f"it holds compressed entries ({preview(packed)})")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _first_line(error: Exception) -> str:
@@ -154,9 +258,7 @@ def check_whole(path: Path) -> None:
         FileNotFoundError: there is no such file.
         DamagedError: it is cut short or damaged; the error names the newest whole one beside it.
     """
-    if path.is_dir():  # of a sharded run
-        return
-    if not path.is_file():
+    if not path.is_file() and not is_sharded(path):
         raise FileNotFoundError(f"no checkpoint {path}; see runs/*/version_*/checkpoints")
     if is_whole(path):
         return
@@ -174,8 +276,14 @@ def newest_whole(files: Iterable[Path]) -> Path | None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file is an archive of torch.save with the right checksum for every tensor."""
+    """Whether a file is an archive of torch.save with the right checksum for every tensor.
+
+    Of a folder of shards, whether each file has the size that the index says.
+    """
     try:
+        if path.is_dir():
+            check_shards(path)
+            return True
         with zipfile.ZipFile(path) as archive:
             is_plain = all(e.compress_type == zipfile.ZIP_STORED for e in archive.infolist())
             return is_plain and archive.testzip() is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +123,7 @@ def fill(
     dtype: str | torch.dtype,
     kind: str | None = None,
     kept: tuple[str, ...] = (),
+    change: Callable[[MultimodalDLM, str], None] | None = None,
 ) -> None:
     """Reads the weights of a model part by part, so that quantizing sees one block at a time.
 
@@ -134,6 +135,8 @@ def fill(
         dtype: see `mmdlm.checkpoint.load`. "stored" is each part's own type.
         kind: "int8" or "int4" quantizes the blocks.
         kept: ends of names that keep their type.
+        change: called with the model and the start of the names of each part that was read, before
+            it is quantized.
 
     Raises:
         ValueError: the model cannot be quantized in this way.
@@ -158,10 +161,15 @@ def fill(
         allocate(part, where[name], kinds["backbone"], kept, name)
         inside = {n: p for n, p in places.items() if p.ours.startswith(f"backbone.{name}.")}
         copy(stored, views(model, inside))
+        if change is not None:
+            change(model, f"backbone.{name}.")
         if kind is not None and name.startswith("blocks."):
             quantize_block(part, kind)
     rest = {n: p for n, p in places.items() if not p.ours.startswith("backbone.")}
     copy(stored, views(model, rest))
+    if change is not None:
+        for group in ("encoders.", "adapters."):
+            change(model, group)
 
 
 def _types(

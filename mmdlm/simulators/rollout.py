@@ -290,6 +290,7 @@ def act(
     out: Path | None = None,
     render_quality: Literal["default", "near", "fast"] = "fast",
     device: str = "auto",
+    adapter: str | None = None,
 ) -> int:
     """Run a policy in simulators and print the success rate per task.
 
@@ -306,12 +307,14 @@ def act(
         out: JSON file for the results, with every setting.
         render_quality: of Meta-World; use the one of the training data.
         device: "auto", "cpu", "cuda".
+        adapter: folder or hub id of a LoRA adapter of the model, merged into its weights.
     Returns:
         0, independent of the success.
     """
     if episodes < 1:
         raise ValueError(f"episodes is {episodes}, expected at least 1")
-    policy = load_policy(model, device=device)
+    policy = load_policy(model, device=device, adapter=adapter)
+    made_with = {"model": model} | ({} if adapter is None else {"adapter": adapter})
     if decoding is not None:
         policy = Policy(policy.model, policy.execute, decoding)
     names = simulators(sim, policy)
@@ -329,7 +332,7 @@ def act(
         print(result, flush=True)
         if video is not None:
             print(f"  {save_video(result, video, len(names))}")
-        results.append(replace(result, settings={"model": model, **result.settings}))
+        results.append(replace(result, settings=made_with | result.settings))
     if out is not None:
         write_text(out, json.dumps([result.to_dict() for result in results], indent=2) + "\n")
     return 0

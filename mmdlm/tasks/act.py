@@ -266,7 +266,7 @@ def load_policy(source: str | Path, execute: int | None = None, **options: Any) 
     Args:
         source: name of a bundled model ("tiny"), folder, or hub id.
         execute: actions of a chunk to execute before the next query, see `Policy`.
-        **options: device, dtype, family and compile, see `mmdlm.checkpoint.load`.
+        **options: device, dtype, family, compile and adapter, see `mmdlm.checkpoint.load`.
     Raises:
         FileNotFoundError: there is no such checkpoint.
         ValueError: the checkpoint has no statistics.

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import warnings
-from typing import Any, Self
+from collections.abc import Sequence as Items
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, Timer
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
+from mmdlm.checkpoint import load, save
 from mmdlm.data.collate import Collated, batch
-from mmdlm.loading.ckpt import ENTRY, entry, read
+from mmdlm.loading.ckpt import ENTRY, PREFIX, Base, digest, entry, read
 from mmdlm.model import MultimodalDLM
 from mmdlm.objectives.objective import Losses, Objective
+from mmdlm.training import lora, ranges, sharding, strategies
 from mmdlm.training import tune as tuning
-from mmdlm.training.checkpoints import KeepLast, WholeFileIO
+from mmdlm.training.checkpoints import KeepLast
+from mmdlm.training.data import Rows
 from mmdlm.training.new_model import NewModel
 from mmdlm.training.optimizer import AdamW, Schedule
 from mmdlm.training.reduction import Totals, totals
 from mmdlm.training.tune import Rule
+from mmdlm.training.vocabulary import grow
 
 ADAMW, SCHEDULE = AdamW(), Schedule()
 
@@ -35,21 +47,30 @@ class Module(lightning.LightningModule):
         objective: what is minimised.
         blueprint: a new model; its vocabulary and action statistics come from the data.
         source: an existing model instead: a bundled name, a folder or a hub id. It keeps its
-            vocabulary, encoders, attention and action statistics.
+            encoders and attention; a vocabulary of whole words gets the words of the data that it
+            lacks.
         init: checkpoint of an earlier stage (`.ckpt`) whose weights the new model starts from.
-        tune: per pattern of parameter names, "frozen", or lr and weight_decay; the last matching
-            pattern decides, see `mmdlm.training.tune`.
-        optimizer: settings of AdamW.
-        schedule: warm-up and decay of the learning rate.
+        tune: per pattern of parameter names, "frozen", or lr, weight_decay and lora; the last
+            matching pattern decides, see `mmdlm.training.tune`.
+        optimizer: settings of our AdamW, or a class of `torch.optim` with its arguments.
+        schedule: warm-up and decay of the learning rate, or a class of
+            `torch.optim.lr_scheduler`, which is called after every step.
+        quantize: "int8" to hold the blocks of the source in 8 bits, which needs torchao. They are
+            frozen, so `tune` must train them by LoRA or freeze them; export merges the adapter
+            into the weights as they were.
         checkpointing: compute the activations of each backbone block again in the backward pass
             instead of keeping them: less memory, about a third more time.
         weights: weight of each data set in the loss; 1 where not given.
-        words: vocabulary of a new model; filled in from the data.
-        statistics: action and state statistics of the data; filled in from the data.
+        statistics: of the actions and states of a policy that is trained further: "data" for
+            those of the data, "source" for its own, which its other skills need. None: "data", and
+            one line says so where they differ.
+        words: words of the data; filled in from the data.
+        data_statistics: action and state statistics of the data; filled in from the data.
 
     Raises:
-        ValueError: neither or both of `blueprint` and `source` are given, `init` is given beside
-            `source`, or `tune` does not fit the model; see also `NewModel.build`.
+        ValueError: neither or both of `blueprint` and `source` are given, an option has no effect
+            beside them, or `tune` does not fit the model, or asks for LoRA of a new one; see also
+            `NewModel.build`.
     """
 
     def __init__(
@@ -59,15 +80,18 @@ class Module(lightning.LightningModule):
         source: str | None = None,
         init: str | None = None,
         tune: dict[str, Rule] | None = None,
-        optimizer: AdamW = ADAMW,
-        schedule: Schedule = SCHEDULE,
+        optimizer: AdamW | OptimizerCallable = ADAMW,
+        schedule: Schedule | LRSchedulerCallable = SCHEDULE,
+        quantize: Literal["int8"] | None = None,
         checkpointing: bool = False,
         weights: dict[str, float] | None = None,
+        statistics: Literal["data", "source"] | None = None,
         words: list[str] | None = None,
-        statistics: dict[str, Any] | None = None,
+        data_statistics: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.objective = objective
+        self.seed = torch.initial_seed()
         self.optimizer, self.schedule = optimizer, schedule
         self.weights, self.tune = weights or {}, tune or {}
         if (source is None) == (blueprint is None):
@@ -76,19 +100,38 @@ class Module(lightning.LightningModule):
                 f"{seen} of source and blueprint are given; give either source (train an existing "
                 "model further) or blueprint (train a new one)"
             )
+        if quantize is not None and not any(map(tuning.lora_of, self.tune.values())):
+            raise ValueError(f"quantize={quantize!r} has no effect without LoRA; see tune")
+        if statistics is not None and (source is None or data_statistics is None):
+            why = "without source" if source is None else "as the data hold no actions"
+            raise ValueError(f"statistics={statistics!r} has no effect {why}; leave it out")
         if blueprint is not None:
-            self.model = blueprint.build(words or [], statistics)
+            self.model = blueprint.build(words or [], data_statistics)
         else:
             if init is not None:
                 raise ValueError(
                     f"init={init!r} has no effect beside source={source!r}, which has weights; "
                     "leave one of them out"
                 )
-            self.model = existing(source, statistics)
+            self.model, new = existing(source, data_statistics, words or [], statistics, quantize)
         if init is not None:
             self.start_from(init)
         self.model.backbone.checkpointing = checkpointing
         tuning.freeze(self.model, self.tune)
+        self.base: tuple[str, str] | None = None
+        """Source and digest of the weights that a LoRA adapter is trained on."""
+        if any(map(tuning.lora_of, self.tune.values())):
+            if source is None:
+                raise ValueError("tune: LoRA trains an existing model further; give source")
+            self.base = (source, digest(self.model.report.files))
+            self._is_reached = False
+            lora.inject(self.model, self.tune, len(new), source)
+        elif source is not None and new and not self.model.backbone.embed.weight.requires_grad:
+            warnings.warn(
+                "tune freezes the embedding, so the new words are not learned; add "
+                "'backbone.embed.*': {} and 'backbone.out.*': {} to it, or use LoRA",
+                stacklevel=2,
+            )
         self.train()
 
     def train(self, mode: bool = True) -> Self:
@@ -107,6 +150,8 @@ class Module(lightning.LightningModule):
             RuntimeError: the weights do not fit the model.
         """
         saved = read(checkpoint)
+        if (base := Base.of(saved)) is not None:
+            raise base.not_whole(checkpoint)
         if saved[ENTRY]["tokenizer"] != self.model.tokenizer.backend.to_str():
             raise ValueError(
                 f"{checkpoint} was trained with another vocabulary; use the data sets of that stage"
@@ -114,18 +159,34 @@ class Module(lightning.LightningModule):
         self.load_state_dict(saved["state_dict"])
 
     def setup(self, stage: str) -> None:
-        """Has checkpoints written as a whole, unless the trainer has its own way to write them."""
-        strategy = self.trainer.strategy
-        if type(strategy.checkpoint_io) is TorchCheckpointIO:
-            strategy.checkpoint_io = WholeFileIO()
+        """Prepares the trainer for our batches, weights and checkpoints."""
+        trainer = self.trainer
+        if stage == "fit" and (
+            unknown := sorted(set(self.weights) - set(trainer.datamodule.train))
+        ):
+            raise ValueError(
+                f"weights: there is no data set {unknown[0]!r}, only "
+                f"{sorted(trainer.datamodule.train)}"
+            )
+        strategies.prepare(trainer, self.model)
+
+    def configure_model(self) -> None:
+        """Splits the weights over processes if the strategy asks for it."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            sharding.shard(self, self.device_mesh)
 
     def configure_callbacks(self) -> list[Callback]:
         """The callback that keeps the last step."""
         return [KeepLast()]
 
+    def on_train_batch_start(self, batch: dict[str, Collated], index: int) -> None:
+        """Lets dropout depend on the seed, the process and the step only, also after a resume."""
+        done = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        torch.manual_seed((self.seed + 1_000_003 * done + self.global_rank) % 2**63)
+
     def training_step(self, batch: dict[str, Collated], index: int) -> Tensor:
         """Loss of one step over all data sets."""
-        losses = {name: self.losses(part) for name, part in batch.items()}
+        losses = self.losses(batch)
         logged = {
             name: each._replace(logs={"loss": (each.sum, each.count), **each.logs})
             for name, each in losses.items()
@@ -142,15 +203,27 @@ class Module(lightning.LightningModule):
 
     def validation_step(self, batch: dict[str, Collated], index: int) -> None:
         """Metrics on held-out data with fixed noise."""
-        self._log("val", self.totals({name: self.losses(part) for name, part in batch.items()}))
+        self._log("val", self.totals(self.losses(batch)))
 
     def test_step(self, batch: dict[str, Collated], index: int) -> None:
         """Metrics on test data with fixed noise."""
-        self._log("test", self.totals({name: self.losses(part) for name, part in batch.items()}))
+        self._log("test", self.totals(self.losses(batch)))
 
-    def losses(self, part: Collated) -> Losses:
-        """Sum and count of the loss of one data set's rows."""
-        return self.objective.step(self.model, batch(self.model, part))
+    def predict_step(self, batch: Rows, index: int) -> Rows:
+        """The rows as they are; a callback of `mmdlm predict` answers them."""
+        return batch
+
+    def losses(self, parts: dict[str, Collated]) -> dict[str, Losses]:
+        """Sum and count of the loss of each data set's rows."""
+        losses = {
+            name: self.objective.step(self.model, batch(self.model, part))
+            for name, part in parts.items()
+        }
+        if isinstance(self, FSDPModule) and torch.is_grad_enabled():
+            name, first = next(iter(losses.items()))
+            zero = sharding.zero_of_used(self.model, parts.values(), self)
+            losses[name] = first._replace(sum=first.sum + zero)
+        return losses
 
     def totals(self, losses: dict[str, Losses]) -> Totals:
         """Sums and counts over all processes; at most one collective call."""
@@ -159,21 +232,85 @@ class Module(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what `mmdlm export` needs to build the model without this module's arguments."""
         checkpoint[ENTRY] = entry(self.model)
+        if self.base is not None:
+            trained = [PREFIX + name for name, _ in lora.trainable(self.model)]
+            base = Base(*self.base, lora.settings(self.model), trained)
+            checkpoint[ENTRY]["base"] = dataclasses.asdict(base)
+            frozen, state = self.frozen(), checkpoint["state_dict"]
+            checkpoint["state_dict"] = {n: v for n, v in state.items() if n not in frozen}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Completes a checkpoint of a LoRA adapter with the weights of its source.
+
+        Raises:
+            ValueError: they are not those it was trained on, or only one of run and checkpoint
+                has an adapter.
+        """
+        base = Base.of(checkpoint) if ENTRY in checkpoint else None
+        if (base is None) != (self.base is None):
+            seen = "no LoRA adapter" if base is None else f"a LoRA adapter of {base.source}"
+            raise ValueError(
+                f"the checkpoint holds {seen}, and this run trains "
+                f"{'none' if self.base is None else 'one'}; resume with the settings of its run"
+            )
+        if base is not None:
+            base.check(self.base[1], "the checkpoint")
+            checkpoint["state_dict"] = self.frozen() | checkpoint["state_dict"]
+
+    def frozen(self) -> dict[str, Tensor]:
+        """Parameters that are not trained, by name."""
+        return {n: each.detach() for n, each in self.named_parameters() if not each.requires_grad}
+
+    def write(self, folder: Path) -> str:
+        """Writes the model, or the LoRA adapter, into an empty or new folder.
+
+        Returns:
+            what to give as --model to use it.
+        """
+        if self.base is None:
+            save(self.model, folder)
+            return str(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        lora.extract(self.model).write(folder)
+        return f"{self.base[0]} --adapter {folder}"
+
+    def on_after_backward(self) -> None:
+        """Checks that every layer with a LoRA adapter is called."""
+        if self.base is not None and not self._is_reached:
+            self._is_reached = lora.check_reached(self.model)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW with one or two parameter groups per pattern of `tune`, and the schedule."""
+        """The optimizer with one or two parameter groups per pattern of `tune`, and the rate."""
         settings = self.optimizer
-        groups = tuning.groups(self.model, self.tune, settings.lr, settings.weight_decay)
-        optimizer = settings.build(groups)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
+        ours = isinstance(settings, AdamW)
+        lr, decay = (settings.lr, settings.weight_decay) if ours else (None, None)
+        groups = tuning.groups(self.model, self.tune, lr, decay)
+        optimizer = settings.build(groups) if ours else settings(groups)
+        if isinstance(self.schedule, Schedule):
+            timer = next((c for c in self.trainer.callbacks if isinstance(c, Timer)), None)
+            rate = partial(self.rate, timer=timer)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        else:
+            scheduler = self.schedule(optimizer)
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
-    def rate(self, step: int) -> float:
-        """Learning rate at a step as a fraction of the peak."""
-        return self.schedule.factor(step, self.trainer.max_steps)
+    def rate(self, step: int, timer: Timer | None = None) -> float:
+        """Learning rate at a step as a fraction of the peak.
+
+        Args:
+            step: from 0.
+            timer: the time that the run has, if that is given.
+        """
+        done = step / total_steps(self.trainer)
+        left = None if timer is None else timer.time_remaining()
+        if left is not None:
+            passed = timer.time_elapsed()
+            # The processes' clocks differ, and their weights must not.
+            done = max(done, self.trainer.strategy.broadcast(passed / (passed + left)))
+        return self.schedule.factor(step, done)
 
     def _over_processes(self, values: Tensor) -> Tensor:
         """[M] summed over all processes."""
@@ -192,34 +329,48 @@ class Module(lightning.LightningModule):
             self.log(f"{prefix}/{name}", value, prog_bar=shown, batch_size=1)
 
 
-def existing(source: str, statistics: dict[str, Any] | None) -> MultimodalDLM:
-    """The model of a source on the CPU in float32, ready to be trained.
+def total_steps(trainer: lightning.Trainer) -> float:
+    """Optimizer steps of a run; infinite if unknown, as before its data are set up.
 
-    A policy keeps its own action and state statistics, as they define its action ids. It warns if
-    those of the data differ.
+    `Trainer.estimated_stepping_batches` would set up the data before a checkpoint is read, and thus
+    start a resumed run at its first batch.
+    """
+    total = trainer.max_steps if trainer.max_steps > 0 else math.inf
+    if trainer.max_epochs > 0 and math.isfinite(trainer.num_training_batches):
+        steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        total = min(total, steps * trainer.max_epochs)
+    return total
+
+
+def existing(
+    source: str,
+    statistics: dict[str, Any] | None,
+    words: Items[str] = (),
+    keep: Literal["data", "source"] | None = None,
+    quantize: str | None = None,
+) -> tuple[MultimodalDLM, list[str]]:
+    """The model of a source on the CPU in float32, ready to be trained, and its new words.
 
     Args:
         source: see `mmdlm.load`.
         statistics: "action" and "state" of the data, None if they hold no actions.
+        words: of the data, see `mmdlm.training.vocabulary.grow`.
+        keep: whose statistics a policy gets, see `Module`.
+        quantize: see `mmdlm.load`.
 
     Raises:
         ValueError: the data hold actions and the model has no action vocabulary.
     """
-    from mmdlm.checkpoint import load
-
-    model = load(source, device="cpu", dtype="float32", pack=False)
+    model = load(source, device="cpu", dtype="float32", pack=False, quantize=quantize)
     if statistics is not None:
         if model.robot is None:
             raise ValueError(
                 f"the data hold actions, but {source} has no action vocabulary; train a policy, or "
                 "a new model (blueprint)"
             )
-        own = {"action": model.robot.action, "state": model.robot.state}
-        other = sorted(name for name in own if own[name].statistics != statistics[name])
-        if other:
-            warnings.warn(
-                f"{' and '.join(other)} statistics of the data differ from those of {source}, "
-                "which are kept; values outside their range are clipped",
-                stacklevel=2,
-            )
-    return model.train()
+        ranges.settle(model, statistics, source, keep)
+    new = grow(model, words)
+    if new:
+        some = ", ".join(new[:6]) + (", ..." if len(new) > 6 else "")
+        rank_zero_info(f"{source} learns {len(new)} new words: {some}")
+    return model.train(), new

@@ -21,6 +21,7 @@ from mmdlm.layout import Attention
 from mmdlm.model import MultimodalDLM
 from mmdlm.recipe import recipe
 from mmdlm.text import Tokenizer
+from mmdlm.training.seed import given_or_global
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class NewModel(Checked):
         template: how prompts are written: "chat", "media", "system", see `mmdlm.blueprint`.
         chunk: actions per answer of a policy; used if a data set holds actions.
         bins: bins per action number of a policy; used if a data set holds actions.
-        seed: of the initial weights of the backbone.
+        seed: of the initial weights of the backbone; None for that of `--seed_everything`.
     """
 
     backbone: TransformerConfig
@@ -51,7 +52,7 @@ class NewModel(Checked):
     template: dict[str, Any] = field(default_factory=dict)
     chunk: PositiveInt = 8
     bins: PositiveInt = 64
-    seed: NonNegativeInt = 0
+    seed: NonNegativeInt | None = None
 
     def build(self, words: list[str], statistics: dict[str, Any] | None) -> MultimodalDLM:
         """The model with initial weights, on the CPU in float32.
@@ -86,7 +87,7 @@ class NewModel(Checked):
         model.encoders.update(self.encoders)
         model.adapters.update(adapters)
         model.backbone.to_empty(device="cpu")
-        model.backbone.reset(torch.Generator().manual_seed(self.seed))
+        model.backbone.reset(torch.Generator().manual_seed(given_or_global(self.seed)))
         return model.train()
 
     def _blueprint(
@@ -123,14 +124,15 @@ def new_robot(statistics: dict[str, Any], bins: int, last_id: int, chunk: int) -
     """A robot whose action ids are the last ones of the vocabulary.
 
     Args:
-        statistics: "action" and "state", see `Normalizer`.
+        statistics: "action" and "state", see `Normalizer`; of no state, empty lists.
         bins: number of action ids.
         last_id: the largest of them.
         chunk: actions per answer.
     """
+    state = statistics["state"]
     return Robot(
         ActionBins(bins, last_id=last_id, reverse=False),
         Normalizer(statistics["action"]),
-        Normalizer(statistics["state"]),
+        Normalizer(state) if state["mean"] else Normalizer({}, "identity"),
         chunk,
     )

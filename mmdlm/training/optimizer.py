@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -58,29 +58,32 @@ class AdamW(Checked):
 
 @dataclass(frozen=True)
 class Schedule(Checked):
-    """Linear warm-up, a plateau, and a cosine decay at the end of the run.
+    """Linear warm-up, a plateau, and a decay at the end of the run.
 
     Args:
+        kind: shape of the decay, "cosine" or "linear"; "constant" for none.
         warmup: steps of linear warm-up.
         decay: fraction of the run, at its end, over which the rate decays.
         final: last learning rate as a fraction of the peak.
     """
 
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: NonNegativeInt = 100
     decay: UnitFloat = 1.0
     final: NonNegativeFloat = 0.05
 
-    def factor(self, step: int, steps: int) -> float:
+    def factor(self, step: int, done: float) -> float:
         """Learning rate at a step as a fraction of the peak.
 
         Args:
             step: from 0.
-            steps: length of the run; 0 or less if it is unknown, which means no decay.
+            done: fraction of the run before this step, 0 if its length is unknown.
         """
         if step < self.warmup:
             return (step + 1) / self.warmup
-        begin = steps * (1 - self.decay)
-        if steps <= 0 or step < begin:
+        begin = 1 - self.decay
+        if self.kind == "constant" or self.decay == 0 or done < begin:
             return 1.0
-        done = min(1.0, (step - begin) / max(1.0, steps - begin))
-        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))
+        past = min(1.0, (done - begin) / self.decay)
+        left = 1 - past if self.kind == "linear" else 0.5 * (1 + math.cos(math.pi * past))
+        return self.final + (1 - self.final) * left

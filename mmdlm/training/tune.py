@@ -5,30 +5,56 @@
       "backbone.*": {lr: 1.0e-5}
       "*.norm.weight": {lr: 1.0e-4, weight_decay: 0.0}
 
+    tune:
+      "*": frozen
+      "backbone.blocks.*": {lora: {rank: 8, alpha: 16}, lr: 1.0e-3}
+
 A pattern is compared with the whole name of a parameter in the model, such as
 `encoders.image.blocks.0.norm1.weight`; `*` matches any text, dots included. If several patterns
 match a parameter, the last one decides about it alone: nothing is merged. Parameters that no
 pattern matches are trained with the settings of the optimizer.
 
-Low-rank adapters (LoRA) belong here too: as a third kind of rule beside "frozen" and `Rate`, which
-`freeze` would apply to the linear layers of the matched parameters before any group is made.
+With `lora`, the matched parameters are frozen, and the linear layers among them get low-rank
+adapters, which are trained instead (`mmdlm.training.lora`).
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from torch import nn
 
-from encoders.checks import Checked, NonNegativeFloat, PositiveFloat
+from encoders.checks import AtLeast, Below, Checked, Count, NonNegativeFloat, PositiveFloat
 
 FROZEN = "frozen"
 DEFAULT = "default"
 """Name of the group of parameters that no pattern matches."""
+
+
+@dataclass(frozen=True)
+class Lora(Checked):
+    """Low-rank adapters of linear layers (LoRA, arXiv 2106.09685), made by peft.
+
+    The head of the backbone gets none, as with peft's "all-linear".
+
+    Args:
+        rank: of the product that is added to a weight.
+        alpha: the product is scaled by alpha / rank.
+        dropout: share of inputs of the product that are set to zero in training.
+        dora: also train the length of each row of the sum (DoRA, arXiv 2402.09353).
+        rslora: scale by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
+    """
+
+    rank: Count = 8
+    alpha: PositiveFloat = 16.0
+    dropout: Annotated[float, AtLeast(0), Below(1)] = 0.0
+    dora: bool = False
+    rslora: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,10 +64,13 @@ class Rate(Checked):
     Args:
         lr: peak learning rate; None for the optimizer's.
         weight_decay: weight decay of the matrices among them; None for the optimizer's.
+        lora: train low-rank adapters of the linear layers among them, not the parameters; None to
+            train the parameters.
     """
 
     lr: PositiveFloat | None = None
     weight_decay: NonNegativeFloat | None = None
+    lora: Lora | None = None
 
 
 Rule = Literal["frozen"] | Rate
@@ -63,7 +92,7 @@ def assign(names: Iterable[str], tune: Mapping[str, Rule]) -> dict[str, str]:
     for pattern, rule in tune.items():
         if rule != FROZEN and not isinstance(rule, Rate):
             raise ValueError(
-                f"tune: {pattern!r} is {rule!r}, expected 'frozen' or lr and weight_decay"
+                f"tune: {pattern!r} is {rule!r}, expected 'frozen' or lr, weight_decay and lora"
             )
         matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
@@ -80,7 +109,7 @@ def assign(names: Iterable[str], tune: Mapping[str, Rule]) -> dict[str, str]:
 
 
 def freeze(model: nn.Module, tune: Mapping[str, Rule]) -> None:
-    """Excludes from training what the rules freeze.
+    """Excludes from training what the rules freeze, or train by LoRA.
 
     Args:
         model: its parameters are matched by name.
@@ -91,10 +120,29 @@ def freeze(model: nn.Module, tune: Mapping[str, Rule]) -> None:
     """
     patterns = assign((name for name, _ in model.named_parameters()), tune)
     for name, parameter in model.named_parameters():
-        if tune.get(patterns[name]) == FROZEN:
+        if lora_of(tune.get(patterns[name])) or tune.get(patterns[name]) == FROZEN:
             parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    if not any(map(lora_of, tune.values())) and not any(
+        parameter.requires_grad for parameter in model.parameters()
+    ):
         raise ValueError(f"tune: {list(tune)} freeze every parameter; nothing is left to train")
+
+
+def lora_of(rule: Rule | None) -> Lora | None:
+    """The low-rank adapters that a rule asks for, if it does."""
+    return rule.lora if isinstance(rule, Rate) else None
+
+
+def original(name: str) -> str:
+    """Name of the weight that a parameter of peft's is or changes; any other name as it is.
+
+    Args:
+        name: for example `blocks.0.attn.o.lora_A.default.weight` or
+            `blocks.0.attn.o.base_layer.weight`, which both give `blocks.0.attn.o.weight`.
+    """
+    name = name.replace(".token_adapter.", ".").replace(".base_layer.", ".")
+    module, found, _ = re.match(r"(.*?)(\.lora_|\.trainable_tokens_|$)(.*)", name).groups()
+    return f"{module}.weight" if found else name
 
 
 def set_frozen_to_eval(model: nn.Module) -> None:
@@ -106,7 +154,10 @@ def set_frozen_to_eval(model: nn.Module) -> None:
 
 
 def groups(
-    model: nn.Module, tune: Mapping[str, Rule], lr: float, weight_decay: float
+    model: nn.Module,
+    tune: Mapping[str, Rule],
+    lr: float | None,
+    weight_decay: float | None,
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer; frozen parameters are left out.
 
@@ -116,16 +167,16 @@ def groups(
     Args:
         model: the model; `freeze` has run.
         tune: rules by pattern, see `assign`.
-        lr: learning rate where the rule has none.
-        weight_decay: of matrices where the rule has none.
+        lr: learning rate where the rule has none; None for the optimizer's own.
+        weight_decay: of matrices where the rule has none; None for the optimizer's own.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    patterns = assign((name for name, _ in model.named_parameters()), tune)
+    patterns = assign({original(name): None for name, _ in model.named_parameters()}, tune)
     found = []
     for pattern in (DEFAULT, *tune):
         rule = tune.get(pattern)
         rule = rule if isinstance(rule, Rate) else Rate()
-        mine = [parameter for name, parameter in trained.items() if patterns[name] == pattern]
+        mine = [p for name, p in trained.items() if patterns[original(name)] == pattern]
         matrices = [parameter for parameter in mine if parameter.ndim > 1]
         vectors = [parameter for parameter in mine if parameter.ndim <= 1]
         rate = lr if rule.lr is None else rule.lr
@@ -135,7 +186,9 @@ def groups(
             (f"{pattern} (no decay)", vectors, 0.0),
         ):
             if params:
-                found.append({"name": name, "params": params, "lr": rate, "weight_decay": each})
+                given = {"lr": rate, "weight_decay": each}
+                given = {key: value for key, value in given.items() if value is not None}
+                found.append({"name": name, "params": params, **given})
     return found
 
 

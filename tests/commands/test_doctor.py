@@ -80,7 +80,7 @@ def test_missing_parts_are_named_with_the_way_out(
     monkeypatch.setattr(doctor, "_version", lambda n: other[n] if n in other else real(n))
     checks = by_name(doctor.report())
     assert checks["extra eval"] == Check(
-        "extra eval", "off", "word error rates; jiwer missing", 'pip install "mmdlm[eval]"'
+        "extra eval", "off", "metrics of mmdlm eval; jiwer missing", 'pip install "mmdlm[eval]"'
     )
     assert checks["libraries"] == Check(
         "libraries", "broken", "einops missing", "pip install mmdlm"

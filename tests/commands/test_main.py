@@ -105,7 +105,7 @@ def test_version(capsys):
         (["caption", "no-such.png"], "no-such.png"),
         (["info", "no/such/folder"], "no checkpoint at 'no/such/folder'"),
         (["fit", "-c", "train/nothing"], "no config 'train/nothing'"),
-        (["predict", "-c", "train/tiny"], "there is no command 'predict'"),
+        (["foresee", "-c", "train/tiny"], "there is no command 'foresee'"),
     ],
 )
 def test_user_errors_are_one_line_and_status_2(args, told, capsys):

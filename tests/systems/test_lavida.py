@@ -180,7 +180,7 @@ def test_prompts_of_one_and_two_images_agree_alone_and_in_a_batch(
 
 @pytest.mark.filterwarnings("ignore:.* filled the canvas")
 @pytest.mark.parametrize("run", RUNS)
-def test_answers_to_messages_of_token_ids_equal_reference(model: MultimodalDLM, run: str) -> None:
+def test_answers_to_conversation_token_ids_equal_reference(model: MultimodalDLM, run: str) -> None:
     at = CONFIG["prompt"].index(CONFIG["image_token_index"])
     before, after = (
         Text(torch.tensor(ids)) for ids in (CONFIG["prompt"][:at], CONFIG["prompt"][at + 1 :])

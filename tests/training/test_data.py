@@ -1,6 +1,8 @@
 """Batches follow from seed and step alone."""
 
 import pickle
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +16,8 @@ from mmdlm.data.digits import Digits
 from mmdlm.data.scenes import Scenes
 from mmdlm.model import MultimodalDLM
 from mmdlm.text import Tokenizer
-from mmdlm.training.data import Data, Steps
+from mmdlm.training import data as module
+from mmdlm.training.data import Data, Steps, useful_workers
 
 
 @pytest.fixture
@@ -105,8 +108,12 @@ def attached(data, model, step=0):
         lightning_module=SimpleNamespace(model=model),
         global_rank=0,
         world_size=1,
+        num_devices=1,
         global_step=step,
         max_steps=4,
+        max_epochs=-1,
+        limit_train_batches=1.0,
+        callbacks=[],
         accumulate_grad_batches=1,
     )
     return data
@@ -144,7 +151,7 @@ def test_workers_give_the_batches_of_the_training_process(model, method):
 
 def test_settings_without_effect_are_errors():
     with pytest.raises(ValueError, match="start_method='spawn' has no effect without workers"):
-        data_of(start_method="spawn")
+        data_of(start_method="spawn", workers=0)
     with pytest.raises(ValueError, match="val_rows is 0"):
         Data({"a": Scenes()}, {"a": 1}, val_rows=0)
 
@@ -161,3 +168,43 @@ def test_words_of_test_data_are_in_the_vocabulary(model):
     assert set(Digits().vocabulary()) <= set(data.words)
     data = attached(data_of(), model)
     assert len(data.test_dataloader()) == len(data.val_dataloader()) > 0
+
+
+class Slow(Scenes):
+    """Scenes that take their time."""
+
+    def sample(self, index, rng):
+        time.sleep(0.05)
+        return super().sample(index, rng)
+
+
+def test_workers_are_chosen_by_the_cost_of_the_first_batches(model):
+    steps = Steps(model.processor, {"a": Slow(size=32)}, {"a": 2}, seed=0)
+    assert useful_workers(steps, 10_000, idle=3) == 3
+    assert useful_workers(steps, 10_000, idle=99) == module.MOST_WORKERS
+    assert useful_workers(steps, 10, idle=3) == 0  # over before workers have started
+    assert useful_workers(steps, 10_000, idle=0) == 0
+    steps.datasets["a"].answer = lambda: None  # cannot be pickled
+    assert useful_workers(steps, 10_000, idle=3) == 0
+
+
+def test_chosen_workers_give_the_batches_of_the_training_process(model, monkeypatch):
+    alone = list(attached(data_of(workers=0), model).train_dataloader())
+    monkeypatch.setattr(module, "useful_workers", lambda *_: 2)
+    loader = attached(data_of(), model).train_dataloader()
+    assert loader.num_workers == 2
+    assert all(map(same, alone, loader))
+
+
+def test_workers_need_few_open_files(model):
+    resource = pytest.importorskip("resource")
+    data = attached(data_of(workers=2), model)
+    data.batch_size["scenes"] = 32  # hundreds of tensors
+    data.trainer.max_steps = 12
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 80, limits[1]))
+    try:
+        assert sum(1 for _ in data.train_dataloader()) == 12
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

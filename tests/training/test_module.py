@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -269,29 +268,15 @@ def test_actions_need_a_policy(tmp_path):
     from mmdlm.checkpoint import save
 
     save(small().model, tmp_path / "text")
+    statistics = {"action": {}, "state": {}}
     with pytest.raises(ValueError, match="the data hold actions, but .* has no action vocabulary"):
-        small(blueprint=None, source=str(tmp_path / "text"), statistics={"action": {}, "state": {}})
-
-
-def test_a_policy_keeps_its_statistics_and_warns_of_others():
-    import mmdlm
-
-    robot = mmdlm.load("tiny", pack=False).robot
-    own = {"action": robot.action.statistics, "state": robot.state.statistics}
-    further = {"blueprint": None, "source": "tiny", "words": None}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        small(**further, statistics=own)
-    other = {**own, "state": {name: [9.0] * 4 for name in own["state"]}}
-    with pytest.warns(UserWarning, match=r"^state statistics of the data differ .*tiny"):
-        module = small(**further, statistics=other)
-    assert module.model.robot.to_dict() == robot.to_dict()
+        small(blueprint=None, source=str(tmp_path / "text"), data_statistics=statistics)
 
 
 def test_learning_rate_warms_up_and_falls():
     module = small(schedule=Schedule(warmup=10, decay=0.5, final=0.1))
-    module._trainer = SimpleNamespace(max_steps=100)
-    rates = [module.rate(s) for s in range(101)]
+    module._trainer = SimpleNamespace(max_steps=100, max_epochs=-1)
+    rates = [module.rate(step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[10:50] == [1.0] * 40
     assert rates[100] == pytest.approx(0.1)

@@ -5,6 +5,8 @@ import torch
 
 from mmdlm.training.optimizer import AdamW, Schedule
 
+KINDS = ("cosine", "linear", "constant")
+
 
 def step(settings):
     """A weight after one step with gradient 1."""
@@ -43,11 +45,16 @@ def test_optimizer_settings_are_checked(settings, message):
 
 def test_schedule_without_warmup_starts_at_the_peak_and_ends_at_its_final_rate():
     schedule = Schedule(warmup=0, decay=1.0, final=0.2)
-    assert schedule.factor(0, 10) == 1.0
-    assert schedule.factor(5, 10) == pytest.approx(0.6)
-    assert schedule.factor(10, 10) == pytest.approx(0.2)
-    assert schedule.factor(1000, 10) == pytest.approx(0.2)
-    assert schedule.factor(1000, -1) == 1.0  # a run of unknown length
+    assert schedule.factor(0, 0.0) == 1.0
+    assert schedule.factor(5, 0.5) == pytest.approx(0.6)
+    assert schedule.factor(10, 1.0) == pytest.approx(0.2)
+    assert schedule.factor(1000, 100.0) == pytest.approx(0.2)
+    assert schedule.factor(1000, 0.0) == 1.0  # a run of unknown length
+
+
+def test_schedules_by_name():
+    halfway = {kind: Schedule(kind, 0, 1.0, 0.0).factor(50, 0.75) for kind in KINDS}
+    assert halfway == pytest.approx({"cosine": 0.146, "linear": 0.25, "constant": 1.0}, abs=1e-3)
 
 
 @pytest.mark.parametrize(

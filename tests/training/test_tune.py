@@ -34,7 +34,7 @@ def names(made, prefix=""):
 
 def groups(made):
     """Group name to (names of parameters, lr, weight decay) of the optimizer."""
-    made._trainer = type("Trainer", (), {"max_steps": 10})()
+    made._trainer = type("Trainer", (), {"max_steps": 10, "max_epochs": -1, "callbacks": []})()
     by_id = {id(p): name for name, p in made.model.named_parameters()}
     return {
         group["name"]: (

@@ -1,0 +1,118 @@
+"""`mmdlm fit --source MODEL --data FILE`: short options, the report, and the model it leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mmdlm
+from mmdlm.commands.finetune import Held, expand, table
+from mmdlm.commands.main import main
+from mmdlm.data.episodes import ACTION, IMAGE, STATE
+from mmdlm.data.lerobot_writer import Writer
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, name in enumerate(("a", "b", "c", "d")):
+        Image.new("RGB", (40, 40), (60 * i, 10, 200 - 60 * i)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"A cat named {name.upper()}!")
+    return folder
+
+
+def data(words: list[str], name: str) -> dict:
+    """Value of a JSON option of an expanded command."""
+    return json.loads(next(w for w in words if w.startswith(f"--{name}=")).partition("=")[2])
+
+
+def test_data_are_split_and_the_rest_is_kept(photos: Path) -> None:
+    words = ["fit", "-c", "finetune/full", "--source", "tiny", "--data", str(photos)]
+    found = expand([*words, "--epochs", "2", "--batch-size", "3", "--prompt", "Name it."])
+    assert found[:3] == ["fit", "-c", "finetune/full"]
+    assert {"--model.source=tiny", "--trainer.max_epochs=2", "--data.batch_size=3"} <= set(found)
+    train, val = data(found, "data.train")["photos"], data(found, "data.val")["photos"]
+    assert (train["init_args"]["part"], val["init_args"]["part"]) == ("train", "held_out")
+    assert train["init_args"]["dataset"] == val["init_args"]["dataset"]
+    inner = train["init_args"]["dataset"]
+    assert inner["class_path"] == "mmdlm.data.media_folder.MediaFolder"
+    assert inner["init_args"] == {"path": str(photos), "prompt": "Name it."}
+
+
+def test_held_out_data_of_their_own_are_not_split(photos: Path) -> None:
+    found = expand(["fit", "--data", str(photos), "--val", str(photos)])
+    assert data(found, "data.train")["photos"]["class_path"].endswith("MediaFolder")
+    assert data(found, "data.val")["photos"]["class_path"].endswith("MediaFolder")
+
+
+def test_robot_data_keep_the_last_episodes(tmp_path: Path) -> None:
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "info.json").write_text("{}")
+    found = expand(["fit", "--data", str(tmp_path)])
+    (train,), (val,) = (data(found, name).values() for name in ("data.train", "data.val"))
+    assert train["init_args"] == {"root": str(tmp_path), "part": "train"}
+    assert val["init_args"] == {"root": str(tmp_path), "part": "val"}
+
+
+def test_options_without_data_are_refused(photos: Path) -> None:
+    with pytest.raises(ValueError, match="--prompt has no effect without --data"):
+        expand(["fit", "--prompt", "Name it."])
+
+
+def test_lightnings_own_data_option_stays(tmp_path: Path) -> None:
+    settings = tmp_path / "data.yaml"
+    settings.write_text("train: {}\nbatch_size: 1\n")
+    assert expand(["fit", "--data", str(settings)]) == ["fit", "--data", str(settings)]
+
+
+def test_report_counts_right_answers_before_and_after() -> None:
+    held = Held([], ["q1", "q2"], ["a , b", "c"], ["x", "c"])
+    grid = table(held, ["a, b", "c"], 1)
+    assert [list(column.cells) for column in grid.columns] == [
+        ["q1", "exact"],
+        ["a , b", ""],
+        ["x", "50.0%"],
+        ["a, b", "100.0%"],
+    ]
+
+
+@pytest.mark.parametrize("config", ["full", "projector"])
+def test_a_run_leaves_a_model_that_answers_in_the_new_words(
+    photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], config: str
+) -> None:
+    words = ["fit", "-c", f"finetune/{config}", "--source", "tiny", "--data", str(photos)]
+    assert main([*words, "--steps", "2", "--batch-size", "2", "--out", str(tmp_path)]) == 0
+    said = capfd.readouterr().err
+    assert "before training" in said
+    folder = tmp_path / "finetune" / "version_0" / "model"
+    assert f"mmdlm caption IMAGE --model {folder}" in said
+    model = mmdlm.load(folder)
+    assert model.tokenizer.decode(model.tokenizer.encode("A cat named B!")) == "A cat named B!"
+    assert isinstance(mmdlm.caption(model, photos / "a.png"), str)
+
+
+def test_a_policy_learns_from_recorded_episodes(tmp_path: Path) -> None:
+    shapes = {IMAGE: (32, 32, 3), STATE: (4,), ACTION: (4,)}
+    with Writer(tmp_path / "robot", shapes, fps=10) as writer:
+        for i in range(3):
+            numbers = np.random.default_rng(i).uniform(-1, 1, (12, 4)).astype(np.float32)
+            images = np.full((12, 32, 32, 3), 40 * i, np.uint8)
+            writer.add_episode("Open the box.", {IMAGE: images, STATE: numbers, ACTION: numbers})
+    words = ["fit", "-c", "finetune/policy", "--source", "tiny", "--data", str(tmp_path / "robot")]
+    assert main([*words, "--steps", "2", "--batch-size", "2", "--out", str(tmp_path)]) == 0
+    policy = mmdlm.load_policy(tmp_path / "finetune" / "version_0" / "model")
+    seen = {"image": images[0], "state": numbers[0], "prompt": "Open the box."}
+    actions = policy.infer(seen)["actions"]
+    assert actions.shape[1] == 4
+    assert np.abs(actions).max() <= 1.0
+
+
+def test_help_names_the_short_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    assert "--source MODEL" in capsys.readouterr().out
