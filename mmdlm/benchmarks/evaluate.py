@@ -154,7 +154,7 @@ def evaluate(
         ValueError: an answer is not a text, or a metric is unknown.
     """
     check(metrics or ())
-    dataset.connect(model.processor, prompts(model))
+    dataset.connect(model.processor, model.preset)
     asked, unread = questions(dataset, rows, seed)
     task = task_of(dataset, asked)
     how = settings(model, task, asked, length, strategies)
@@ -196,11 +196,6 @@ def choose_metrics(given: Items[str], task: str, asked: Items[Asked]) -> tuple[s
     for name in chosen:
         METRICS[name](["x"], [fewest])
     return chosen
-
-
-def prompts(model: MultimodalDLM) -> dict[str, str]:
-    """The model's default instruction per task."""
-    return {task: entry["prompt"] for task, entry in model.preset.items() if entry.get("prompt")}
 
 
 def settings(

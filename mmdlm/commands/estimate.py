@@ -53,9 +53,8 @@ def print_estimate(module: Module, data: Data, trainer: lightning.Trainer) -> No
 def longest(module: Module, data: Data) -> list[Shape]:
     """The shape of the largest of the first batches of each data set."""
     model = module.model
-    prompts = {task: e["prompt"] for task, e in model.preset.items() if "prompt" in e}
     for dataset in data.train.values():
-        dataset.connect(model.processor, prompts)
+        dataset.connect(model.processor, model.preset)
     steps = Steps(model.processor, data.train, data.batch_size, data.seed)
     found: dict[str, Shape] = {}
     for step in range(min(STEPS, len(steps))):

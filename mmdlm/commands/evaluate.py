@@ -15,7 +15,6 @@ from mmdlm.benchmarks.evaluate import (
     choose_metrics,
     compare,
     failures,
-    prompts,
     settings,
     table,
     title,
@@ -53,7 +52,7 @@ class Job:
         return [self._one(data, model, name, decoding) for data in self.sets]
 
     def _one(self, data: str, model: MultimodalDLM, name: str, decoding: str | None) -> Evaluation:
-        dataset = self.sets[data].connect(model.processor, prompts(model))
+        dataset = self.sets[data].connect(model.processor, model.preset)
         asked, unread = questions(dataset, self.rows, self.seed)
         task = task_of(dataset, asked)
         metrics = choose_metrics(self.metrics, task, asked)

@@ -178,7 +178,7 @@ def opened(
     else:
         data = open_data(file, **given | ({} if length is None else {"length": length}))
     _grown(model, data)
-    return data.connect(model.processor, _prompts(model))
+    return data.connect(model.processor, model.preset)
 
 
 def _grown(model: MultimodalDLM, data: Dataset) -> list[str]:
@@ -188,11 +188,6 @@ def _grown(model: MultimodalDLM, data: Dataset) -> list[str]:
     with suppress(ValueError):
         return grow(model, data.vocabulary())
     return []
-
-
-def _prompts(model: MultimodalDLM) -> dict[str, str]:
-    """The model's default instruction per task."""
-    return {task: e["prompt"] for task, e in model.preset.items() if "prompt" in e}
 
 
 def _robot(paths: Items[Path], given: dict[str, Any], media: bool) -> Checked:
@@ -212,7 +207,7 @@ def _conversations(
     from mmdlm.data.check import check
 
     new = _grown(model, data)
-    found = check(data, model.processor, _prompts(model), media, seconds, counter(model))
+    found = check(data, model.processor, model.preset, media, seconds, counter(model))
     if new:
         some = ", ".join(new[:8]) + (", ..." if len(new) > 8 else "")
         found.notes.append(f"the vocabulary of the model grows by {len(new)} words: {some}")

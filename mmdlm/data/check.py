@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from encoders.features import Prepared
 from mmdlm.data.conversations import Conversations, Row, answers
+from mmdlm.data.dataset import Preset
 from mmdlm.messages import RAW, Media, Message, conversation
 from mmdlm.processor import READERS, Processor
 
@@ -108,7 +109,7 @@ def not_valid(rejected: Items[tuple[str, Exception]]) -> list[Problem]:
 def check(
     data: Conversations,
     processor: Processor,
-    prompts: Mapping[str, str] | None = None,
+    preset: Preset | None = None,
     media: bool = True,
     seconds: float | None = None,
     count: Callable[[Signature], int] | None = None,
@@ -118,7 +119,7 @@ def check(
     Args:
         data: its rows; it is connected, see `Dataset.connect`.
         processor: of the model that is trained; its vocabulary has the words of the data.
-        prompts: the model's default instruction per task.
+        preset: the model's defaults per task.
         media: also open and preprocess the images and clips, as training does.
         seconds: time for the media; None: all are opened.
         count: tokens of a preprocessed item; None: 0.
@@ -131,10 +132,9 @@ def check(
     for i, row in enumerate(_shown(data.rows, "answers")):
         for kind, text in _answers(row, data.length, processor, found.lengths):
             by_row.append((i, kind, text))
-    if data.length is None:
-        data.length = 1 + max(found.lengths, default=0)
+    data.longest = 1 + max(found.lengths, default=0)
+    data.connect(processor, preset)
     found.canvas = data.length
-    data.connect(processor, prompts)
     opened = _media(data, processor, media, seconds, found)
     tokens = _counted(opened, count, found.notes)
     for i, row in enumerate(_shown(data.rows, "texts")):

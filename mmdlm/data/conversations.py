@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
-from mmdlm.data.dataset import Dataset
+from mmdlm.data.dataset import Dataset, Preset
 from mmdlm.messages import Example, Media, Message, Slot, Text, conversation
 from mmdlm.processor import Processor
 from mmdlm.word_list import pieces
@@ -47,7 +47,8 @@ class Conversations(Dataset):
 
     Args:
         path: file or folder.
-        length: canvas of every answer in tokens; None: the longest answer and an end token.
+        length: canvas of every answer in tokens; None: that of the model's default for the task,
+            or of the longest answer and an end token if that is longer.
         prompt: instruction of media that come with a text alone; None: the model's default for
             the task, else `PROMPTS`.
 
@@ -65,6 +66,8 @@ class Conversations(Dataset):
         self.path, self.length = local(path), length
         self.root = self.path if self.path.is_dir() else self.path.parent
         self.prompt, self.stands_alone = prompt, False
+        self.longest: int | None = None
+        """Tokens of the longest answer and an end token, where they were counted."""
         self.instructions: dict[str, str] = {}
         """Instruction of media without one, by kind; set by `connect`."""
         self.places: list[str] = []
@@ -114,15 +117,21 @@ class Conversations(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def connect(self, processor: Processor, prompts: Mapping[str, str] | None = None) -> Self:
+    def connect(self, processor: Processor, preset: Preset | None = None) -> Self:
         """See `Dataset.connect`."""
+        preset = preset or {}
         for kind in self._alone():
             task = self.TASKS[kind]
-            self.instructions[kind] = self.prompt or (prompts or {}).get(task) or PROMPTS[task]
+            given = (preset.get(task) or {}).get("prompt")
+            self.instructions[kind] = self.prompt or given or PROMPTS[task]
         self.stands_alone = processor.jinja is None
         if self.length is None:
-            sizes = (len(processor.encode(answer)) for answer in self._answers())
-            self.length = 1 + max(sizes, default=0)
+            if self.longest is None:
+                sizes = (len(processor.encode(answer)) for answer in self._answers())
+                self.longest = 1 + max(sizes, default=0)
+            # Not shorter than the canvas that the model is used with, as it learns where to end.
+            usual = [(preset.get(task) or {}).get("length") or 0 for task, _, _ in self.tasks()]
+            self.length = max(self.longest, *usual)
         return self
 
     def tasks(self) -> list[tuple[str, str | None, int]]:

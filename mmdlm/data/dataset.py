@@ -40,6 +40,10 @@ def _output(answer: Any) -> str:
     return "text" if isinstance(answer, str) else "actions"
 
 
+Preset = Mapping[str, Mapping[str, Any]]
+"""Defaults per task, as `MultimodalDLM.preset`."""
+
+
 class Dataset:
     """A finite, deterministic collection of examples.
 
@@ -66,12 +70,12 @@ class Dataset:
         """Every word that prompts and text answers can hold, sorted."""
         raise TypeError(f"{type(self).__name__} does not define vocabulary()")
 
-    def connect(self, processor: Processor, prompts: Mapping[str, str] | None = None) -> Self:
+    def connect(self, processor: Processor, preset: Preset | None = None) -> Self:
         """Called once before the first draw, for what only the model can know.
 
         Args:
             processor: of the model that is trained.
-            prompts: the model's default instruction per task.
+            preset: the model's defaults per task, such as "prompt" and "length".
         """
         return self
 

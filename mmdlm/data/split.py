@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 import numpy as np
 
 from encoders.checks import Above, Below
-from mmdlm.data.dataset import Dataset
+from mmdlm.data.dataset import Dataset, Preset
 from mmdlm.messages import Example
 from mmdlm.processor import Processor
 
@@ -64,9 +63,9 @@ class Split(Dataset):
         """Words of all rows, held out or not."""
         return self.dataset.vocabulary()
 
-    def connect(self, processor: Processor, prompts: Mapping[str, str] | None = None) -> Self:
+    def connect(self, processor: Processor, preset: Preset | None = None) -> Self:
         """See `Dataset.connect`."""
-        self.dataset.connect(processor, prompts)
+        self.dataset.connect(processor, preset)
         return self
 
     def tasks(self) -> list[tuple[str, str | None, int]]:

@@ -109,11 +109,8 @@ class Data(lightning.LightningDataModule):
         if stage == "fit" and not self.val:
             self.trainer.limit_val_batches = 0  # else Lightning warns of an empty loader
         model = self.trainer.lightning_module.model
-        prompts = {
-            task: entry["prompt"] for task, entry in model.preset.items() if "prompt" in entry
-        }
         for dataset in (*self.train.values(), *self.val.values(), *self.test.values()):
-            dataset.connect(model.processor, prompts)
+            dataset.connect(model.processor, model.preset)
         for dataset in self.train.values():
             for task, prompt, length in dataset.tasks():
                 self.tasks.append(task)

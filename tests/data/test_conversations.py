@@ -158,8 +158,11 @@ def test_imagefolder_and_text_files_give_the_same_rows(photos: Path, tiny) -> No
 def test_length_and_instruction_follow_from_model_and_answers(photos: Path, tiny) -> None:
     (photos / "a.txt").write_text("a red circle")
     (photos / "b.txt").write_text("a large blue square left of a red circle")
-    data = MediaFolder(photos).connect(tiny.processor, {"caption": "describe the picture"})
+    data = MediaFolder(photos).connect(
+        tiny.processor, {"caption": {"prompt": "describe the picture"}}
+    )
     assert data.length == 1 + 9
+    assert MediaFolder(photos).connect(tiny.processor, tiny.preset).length == 20  # its default
     assert shown(data)[0][0] == ("user", [photos / "a.png", "describe the picture"])
     packed = tiny.processor.pack([data.sample(i, RNG) for i in (0, 1)])
     assert [len(row.turns[0].answer) for row in packed.rows] == [10, 10]
@@ -180,7 +183,9 @@ def test_without_a_template_a_question_stands_alone_with_its_media(photos: Path,
 def test_audio_folder(tmp_path: Path, tiny) -> None:
     soundfile.write(tmp_path / "c.wav", np.zeros(1600, np.float32), 16000)
     (tmp_path / "c.txt").write_text("hello")
-    data = open_data(tmp_path, length=2).connect(tiny.processor, {"transcribe": "write it down"})
+    data = open_data(tmp_path, length=2).connect(
+        tiny.processor, {"transcribe": {"prompt": "write it down"}}
+    )
     assert shown(data) == [
         [("user", [tmp_path / "c.wav", "write it down"]), ("assistant", ["hello"])]
     ]

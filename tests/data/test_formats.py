@@ -147,7 +147,7 @@ def test_exactly_one_class_reads_an_example_of_each_format(
 ) -> None:
     path = WRITTEN[name](tmp_path)
     assert [other for other, cls in formats().items() if cls.matches(path)] == [name]
-    given = dict.fromkeys(("caption", "transcribe", "describe"), "what is red")
+    given = dict.fromkeys(("caption", "transcribe", "describe"), {"prompt": "what is red"})
     data = open_data(path).connect(tiny.processor, given)
     packed = tiny.processor.pack([data.sample(0, np.random.default_rng(0))])
     (turn,) = packed.rows[0].turns
