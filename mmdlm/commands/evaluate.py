@@ -11,6 +11,7 @@ from mmdlm.atomic import write_text
 from mmdlm.benchmarks import report
 from mmdlm.benchmarks.evaluate import (
     Evaluation,
+    Failure,
     check,
     choose_metrics,
     compare,
@@ -149,7 +150,18 @@ def evaluate(
     _report(found, run.json)
     pairs = list(zip(*found, strict=True))
     names = [title(*pairs[0]), title(*reversed(pairs[0]))] if against else [run.model]
-    wrong = [failures(*pair) for pair in pairs]
+    _show_failures([failures(*pair) for pair in pairs], names, failed, sheet, cards)
+    return int(any(one.failed for each in found for one in each))
+
+
+def _show_failures(
+    wrong: list[list[Failure]],
+    names: list[str],
+    failed: Path | None,
+    sheet: Path | None,
+    cards: int,
+) -> None:
+    """Writes what is not right, by data set, as JSON Lines and as a contact sheet."""
     if failed is not None:
         lines = (as_line(one.to_dict(names)).decode() for each in wrong for one in each)
         write_text(failed, "".join(lines))
@@ -157,7 +169,6 @@ def evaluate(
     if sheet is not None:
         shown = [one for each in wrong for one in each[:cards]]
         print(f"{draw_sheet(shown, names, sheet)}: drawn", file=sys.stderr)
-    return int(any(one.failed for each in found for one in each))
 
 
 def _report(found: list[list[Evaluation]], as_json: bool) -> None:

@@ -17,8 +17,9 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
 
+from mmdlm.benchmarks.answers import asked
 from mmdlm.benchmarks.metrics import same
-from mmdlm.commands.predict import answers, questions_of
+from mmdlm.commands.predict import answers
 from mmdlm.data.conversations import Conversations
 from mmdlm.data.dataset import Dataset
 from mmdlm.data.episodes import is_robot
@@ -174,7 +175,7 @@ class Report(Callback):
         samples = [
             data.sample(i, np.random.default_rng(i)) for i in range(min(self.rows, len(data)))
         ]
-        examples = [each for sample in samples for each in questions_of(sample)]
+        examples = [each for sample in samples for each in asked(sample)]
         turns = [turn for sample in samples for turn in sample.turns]
         questions = [turn.prompt for turn in turns]
         targets = [turn.answer for turn in turns]

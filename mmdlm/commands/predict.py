@@ -12,7 +12,8 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 
 from mmdlm.atomic import replacing
-from mmdlm.messages import Example, Slot, assistant
+from mmdlm.benchmarks.answers import asked
+from mmdlm.messages import Example
 from mmdlm.model import MultimodalDLM
 from mmdlm.tasks.generate import fill, finish, resolve_settings
 from mmdlm.training.data import Rows
@@ -41,7 +42,7 @@ class WriteAnswers(Callback):
         """Answers the rows of a batch."""
         name, samples = outputs.name, outputs.examples
         turns = [turn for sample in samples for turn in sample.turns]
-        examples = [each for sample in samples for each in questions_of(sample)]
+        examples = [each for sample in samples for each in asked(sample)]
         for turn, answer in zip(turns, answers(pl_module.model, examples), strict=True):
             line = {"data": name, "question": turn.prompt, "target": turn.answer}
             self.lines.append({**line, "answer": answer})
@@ -55,15 +56,6 @@ class WriteAnswers(Callback):
         with replacing(path) as new, new.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in self.lines)
         print(f"{path}: {len(self.lines)} answers", file=sys.stderr)
-
-
-def questions_of(sample: Example) -> list[Example]:
-    """The questions of an example, each with an open slot in place of its answer."""
-    return [
-        Example((*messages[:-1], assistant(Slot(length=slot.length))))
-        for messages in sample.conversations
-        for slot in messages[-1].parts
-    ]
 
 
 def answers(model: MultimodalDLM, examples: Items[Example]) -> list[str]:

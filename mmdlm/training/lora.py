@@ -20,11 +20,6 @@ HEAD = "backbone.out"
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
-def has_lora(model: nn.Module) -> bool:
-    """Whether a model was given low-rank adapters by `inject`."""
-    return bool(getattr(model, "peft_config", None))
-
-
 def inject(model: MultimodalDLM, tune: Mapping[str, Rule], new: int, source: str) -> None:
     """Adds low-rank adapters where the rules ask for them, in place; without such rules nothing.
 
