@@ -1,8 +1,8 @@
-"""Byte-level BPE tokenizers from vocab.json and merges.txt, as Qwen2 and Dream have them."""
+"""Byte-level BPE: from vocab.json and merges.txt, as Qwen2 and Dream have them, or trained."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +18,16 @@ PRETOKENIZE = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+BYTES = 256
+"""Tokens of single bytes, which every text can be written with."""
 
 
 def byte_level(
     folder: Path, kind: str | None, added: Mapping[str, dict[str, Any]]
 ) -> tokenizers.Tokenizer:
     """Qwen2's tokenizer from `vocab.json` and `merges.txt`, without its added tokens."""
-    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
+    from tokenizers import models, normalizers
 
     if kind is not None and kind not in BYTE_LEVEL:
         raise ValueError(
@@ -62,6 +64,56 @@ def byte_level(
             "again"
         ) from error
     backend.normalizer = normalizers.NFC()
+    _set_bytes(backend)
+    return backend
+
+
+def trained(
+    texts: Iterable[str], size: int, special: Sequence[str], last: Sequence[str] = ()
+) -> tokenizers.Tokenizer:
+    """A byte-level BPE (arXiv 1508.07909, on bytes as in GPT-2) learned from texts.
+
+    Every text decodes to itself: nothing is normalized, and each of the 256 bytes is a token.
+    Equal texts in the same order give an equal tokenizer.
+
+    Args:
+        texts: what it is trained on.
+        size: tokens at most, `special` and `last` included; fewer if the texts have no more pairs
+            that occur twice.
+        special: special tokens, which get the first ids.
+        last: special tokens, which get the last ids.
+
+    Raises:
+        ValueError: `size` has no room for the bytes and special tokens, or a text holds half of a
+            surrogate pair.
+    """
+    from tokenizers import AddedToken, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Backend
+
+    least = BYTES + len(special) + len(last)
+    if size < least:
+        raise ValueError(
+            f"a vocabulary of {size} tokens is too small, expected at least {least}: "
+            f"{BYTES} bytes and {len(special) + len(last)} special tokens"
+        )
+    backend = Backend(models.BPE())
+    _set_bytes(backend)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - len(last),
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[AddedToken(text, special=True, normalized=False) for text in special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.add_tokens([AddedToken(text, special=True, normalized=False) for text in last])
+    return backend
+
+
+def _set_bytes(backend: tokenizers.Tokenizer) -> None:
+    """Lets a tokenizer split texts as Qwen2 does and read and write the parts as bytes."""
+    from tokenizers import Regex, decoders, pre_tokenizers
+
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(PRETOKENIZE), behavior="isolated"),
@@ -69,4 +121,3 @@ def byte_level(
         ]
     )
     backend.decoder = decoders.ByteLevel()
-    return backend

@@ -6,12 +6,12 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmdlm import word_list
-from mmdlm.byte_level import byte_level
+from mmdlm.byte_level import byte_level, trained
 from mmdlm.files import blaming, present, read_json, read_text
 from mmdlm.template_files import CHAT, MORE_CHATS, PROCESSOR_FILES, find
 
@@ -23,6 +23,9 @@ PAD, END, MASK = "<pad>", "<eos>", "<mask>"
 NAMES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 # Keys of tokenizer_config.json that do not outlive a change of the template or the names.
 ADAPTED = (*NAMES, "auto_map", "chat_template", "tokenizer_class")
+FAST = "PreTrainedTokenizerFast"  # the class of transformers that reads any tokenizer.json
+SPLIT = "split_special_tokens"
+"""Key of tokenizer_config.json, known to transformers: special tokens in a text are plain text."""
 SIDECAR_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # Files a tokenizer is read from, beside those in `MORE_CHATS`.
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", *SIDECAR_FILES, CHAT, PROCESSOR_FILES[0])
@@ -68,6 +71,8 @@ class Tokenizer:
         """File of the chat template, for errors."""
         # A word-level vocabulary cannot encode unknown words, so they raise.
         self.words = backend.get_vocab() if _is_word_level(backend) else None
+        self.splits_special = _splits_special(self.files.get(SIDECAR_FILES[0]))
+        """No text gives a special token; only chat templates do."""
 
     @classmethod
     def from_words(cls, words: Sequence[str], actions: int = 0) -> Tokenizer:
@@ -78,7 +83,32 @@ class Tokenizer:
             actions: number of action ids appended as `<action_0>`, `<action_1>`, ...
         """
         entries = [PAD, END, MASK, *sorted(set(words))]
-        return cls(_word_level([*entries, *(f"<action_{i}>" for i in range(actions))]))
+        return cls(word_list.backend([*entries, *(f"<action_{i}>" for i in range(actions))]))
+
+    @classmethod
+    def from_texts(
+        cls, texts: Iterable[str], size: int, markers: Sequence[str] = (), actions: int = 0
+    ) -> Tokenizer:
+        """Trains a byte-level BPE: pad, end, mask, markers, bytes and merges, then action ids.
+
+        It encodes and decodes any text exactly. A special token that a text contains is encoded as
+        plain text, here and in transformers.
+
+        Args:
+            texts: what it is trained on.
+            size: tokens at most, see `mmdlm.byte_level.trained`.
+            markers: control tokens of a chat template.
+            actions: number of action ids appended as `<action_0>`, `<action_1>`, ...
+
+        Raises:
+            ValueError: the size is too small for bytes and special tokens.
+        """
+        first = [PAD, END, MASK, *dict.fromkeys(markers)]
+        last = [f"<action_{i}>" for i in range(actions)]
+        names = {"pad_token": PAD, "eos_token": END, "mask_token": MASK}
+        config = _written(names | {SPLIT: True, "tokenizer_class": FAST})
+        backend = trained(map(joined, texts), size, first, last)
+        return cls(backend, None, names, {SIDECAR_FILES[0]: config})
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer | None:
@@ -128,7 +158,7 @@ class Tokenizer:
         if (_template(folder, config), _names(config)) == (self.template, self.names):
             return
         config = {key: value for key, value in config.items() if key not in ADAPTED}
-        config |= self.names | {"tokenizer_class": "PreTrainedTokenizerFast"}  # for transformers
+        config |= self.names | {"tokenizer_class": FAST}
         if self.template is not None:
             config["chat_template"] = self.template
         remove(folder, keep=("tokenizer.json", SIDECAR_FILES[2]))
@@ -151,7 +181,8 @@ class Tokenizer:
 
         Args:
             text: any text.
-            special: parse special tokens; False: encode them like any other text.
+            special: parse special tokens, unless `splits_special`; False: encode them like any
+                other text.
         Raises:
             ValueError: the vocabulary is a word list without a word of the text, or the text has
                 half of a surrogate pair.
@@ -160,7 +191,7 @@ class Tokenizer:
         if self.words is not None:
             return word_list.encode(text, self.words)
         with _LOCK:
-            self.backend.encode_special_tokens = not special
+            self.backend.encode_special_tokens = self.splits_special or not special
             try:
                 return self.backend.encode(text, add_special_tokens=False).ids
             finally:
@@ -205,7 +236,7 @@ class Tokenizer:
         new = word_list.missing(words, self.words)
         word_list.check_new(new)
         entries = sorted(self.words, key=self.words.get)
-        return Tokenizer(_word_level([*entries, *new]), self.template, self.names)
+        return Tokenizer(word_list.backend([*entries, *new]), self.template, self.names)
 
 
 def parse(text: str, source: Path | str) -> tokenizers.Tokenizer:
@@ -247,15 +278,10 @@ def joined(text: str) -> str:
     return PAIR.sub(lambda pair: pair[0].encode("utf-16", "surrogatepass").decode("utf-16"), text)
 
 
-def _word_level(entries: Sequence[str]) -> tokenizers.Tokenizer:
-    """The backend of a word list, in which an entry's place is its id."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import models, normalizers, pre_tokenizers
-
-    backend = Backend(models.WordLevel({w: i for i, w in enumerate(entries)}, unk_token=PAD))
-    backend.normalizer = normalizers.Lowercase()
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return backend
+def _splits_special(config: str | None) -> bool:
+    """Whether the text of a tokenizer_config.json asks for special tokens as plain text."""
+    found = json.loads(config) if config else {}
+    return isinstance(found, dict) and found.get(SPLIT) is True
 
 
 def _is_word_level(backend: Any) -> bool:

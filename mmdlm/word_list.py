@@ -5,6 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import tokenizers
 
 MARKS = ",.?!"
 """Marks that are tokens of their own at the end of a word, and written without a space before."""
@@ -76,3 +80,14 @@ def check_new(words: Sequence[str]) -> None:
     wrong = [word for word in words if SPECIAL.fullmatch(word) or pieces(word) != [word]]
     if wrong:
         raise ValueError(f"{wrong[0]!r} cannot be a word of the vocabulary; leave it out")
+
+
+def backend(entries: Sequence[str]) -> tokenizers.Tokenizer:
+    """The tokenizer of a word list, in which an entry's place is its id."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, normalizers, pre_tokenizers
+
+    made = Backend(models.WordLevel({w: i for i, w in enumerate(entries)}, unk_token="<pad>"))
+    made.normalizer = normalizers.Lowercase()
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return made

@@ -1,12 +1,15 @@
 """Every training config trains, on minimal data of the required format."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
+import mmdlm
 from mmdlm.commands.train import run
 from mmdlm.data.lerobot_writer import Writer
 from mmdlm.decoding import preset
@@ -47,7 +50,24 @@ def data(tmp_path_factory):
 
 
 def test_training_configs_are_listed():
-    assert {path.stem for path in (CONFIGS / "train").glob("*.yaml")} == set(STAGES)
+    assert {path.stem for path in (CONFIGS / "train").glob("*.yaml")} == {*STAGES, "scratch"}
+
+
+def test_a_model_from_scratch_writes_any_language(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    texts = ["Ein Würfel, rot.", "北京 2024!", "İki küp?", "a (b) C"]
+    lines = []
+    for i, text in enumerate(texts):
+        Image.new("RGB", (64, 64), (60 * i, 0, 0)).save(tmp_path / "photos" / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": text}) + "\n")
+    (tmp_path / "photos" / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+    options = ["--trainer.max_steps=2", "--trainer.accelerator=cpu", "--batch-size", "2"]
+    run(["fit", "-c", "train/scratch", "--data", "photos", *options])
+    model = mmdlm.load(str(tmp_path / "runs" / "scratch" / "version_0" / "model"))
+    assert (tmp_path / "runs/scratch/version_0/model/tokenizer.json").is_file()
+    assert all(model.tokenizer.decode(model.tokenizer.encode(text)) == text for text in texts)
+    assert isinstance(mmdlm.caption(model, tmp_path / "photos" / "0.png"), str)
 
 
 @pytest.mark.parametrize("stage", STAGES)

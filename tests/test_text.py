@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from mmdlm.byte_level import PRETOKENIZE
-from mmdlm.text import CHAT, Tokenizer
+from mmdlm.text import CHAT, END, MASK, PAD, Tokenizer
 
 CORPUS = [
     "the red circle is left of the blue square, isn't it?\n\n  Yes: 3 of 1024 are.\n",
@@ -355,3 +355,53 @@ def test_text_that_continues_keeps_its_first_space() -> None:
     assert tokenizer.continuation(ids) == " red red"
     words = Tokenizer.from_words(["red"])
     assert words.continuation(words.encode("red")) == "red"
+
+
+TEXTS = ["The red Cube, 12 cm!", "the red cube", "Ça va? 北京 İzmir", "a\n\n b\t  c "] * 3
+
+
+def test_a_trained_byte_level_tokenizer_round_trips_any_text() -> None:
+    tokenizer = Tokenizer.from_texts(TEXTS, 320, actions=4)
+    texts = [
+        *TEXTS,
+        "",
+        " ",
+        "\r\n",
+        "unseen: ÀÉ e\u0301 ﬁ \x00 😀👩‍🚀",
+        "ไทย عربي \u202e",
+        "<eos><mask>",
+    ]
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert not set(ids) & {0, 1, 2, *range(len(tokenizer) - 4, len(tokenizer))}
+    assert [tokenizer.id(t) for t in (PAD, END, MASK)] == [0, 1, 2]
+    assert tokenizer.id("<action_3>") == len(tokenizer) - 1
+    assert tokenizer.decode([0, 1, 2, len(tokenizer) - 1]) == ""
+    assert len(tokenizer.encode("the red cube")) == 3  # merges of frequent words
+    assert tokenizer.words is None
+
+
+def test_a_trained_tokenizer_is_the_same_for_the_same_texts(tmp_path: Path) -> None:
+    first, same = (Tokenizer.from_texts(iter(TEXTS), 280) for _ in range(2))
+    assert first.backend.to_str() == same.backend.to_str()
+    assert len(first) == 280
+    assert len(Tokenizer.from_texts(["ab"], 1000)) == 3 + 256  # no pair occurs twice
+    other = Tokenizer.from_texts([text.upper() for text in TEXTS], 280)
+    assert first.backend.to_str() != other.backend.to_str()
+    with pytest.raises(ValueError, match="260 tokens is too small, expected at least 261: 256 byt"):
+        Tokenizer.from_texts(TEXTS, 260, ["<|im_start|>", "<|im_end|>"])
+
+
+def test_a_trained_tokenizer_is_saved_and_opens_in_transformers(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    made = Tokenizer.from_texts(TEXTS, 300, ["<|im_start|>", "<|im_end|>"])
+    made.save(tmp_path)
+    again, theirs = Tokenizer.from_folder(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in (*TEXTS, "<|im_start|>user <eos>"):
+        ids = made.encode(text)
+        assert again.encode(text) == ids == theirs.encode(text, add_special_tokens=False)
+        assert again.decode(ids) == text == theirs.decode(ids, skip_special_tokens=True)
+    assert (theirs.pad_token_id, theirs.eos_token_id, theirs.mask_token_id) == (0, 1, 2)
+    assert again.names == made.names

@@ -65,6 +65,7 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Links what only the data can know."""
         parser.link_arguments("data.words", "model.words", apply_on="instantiate")
+        parser.link_arguments("data.train", "model.datasets", apply_on="instantiate")
         parser.link_arguments("data.statistics", "model.data_statistics", apply_on="instantiate")
         parser.add_argument("--check", type=How, default="auto", help=CHECK)
         parser.add_argument("--estimate", action="store_true", help=ESTIMATE)

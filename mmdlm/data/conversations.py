@@ -172,6 +172,14 @@ class Conversations(Dataset):
         texts += [self.prompt or PROMPTS[self.TASKS[kind]] for kind in self._alone()]
         return sorted({piece for text in (*texts, *self._answers()) for piece in pieces(text)})
 
+    def texts(self, index: int) -> list[str]:
+        """All messages of a row, every accepted answer, and the instruction of media alone."""
+        row = self.rows[index]
+        kind = alone(row)
+        asked = [self.prompt or PROMPTS[self.TASKS[kind]]] if kind else []
+        messages = [m.text for m in conversation(row["messages"]) if m.role != "assistant"]
+        return [*filter(None, messages), *asked, *answers(row)]
+
     def item(self, item: Any) -> Any:
         """A media item of a row as `mmdlm.media.read_image` and `read_audio` take it."""
         return located(item, self.root)

@@ -70,6 +70,11 @@ class Dataset:
         """Every word that prompts and text answers can hold, sorted."""
         raise TypeError(f"{type(self).__name__} does not define vocabulary()")
 
+    def texts(self, index: int) -> list[str]:
+        """Prompts and text answers of the example at `index`, to train a tokenizer on."""
+        turns = self.sample(index, np.random.default_rng(index)).turns
+        return [text for turn in turns for text in turn[:2] if isinstance(text, str)]
+
     def connect(self, processor: Processor, preset: Preset | None = None) -> Self:
         """Called once before the first draw, for what only the model can know.
 

@@ -234,6 +234,10 @@ class Episodes(Dataset):
         """Every word of the instructions, sorted."""
         return sorted({word for text in set(self.instructions) for word in pieces(text)})
 
+    def texts(self, index: int) -> list[str]:
+        """The instruction of a frame."""
+        return [self.instructions[index]]
+
     def statistics(self) -> dict[str, dict[str, list[float]]]:
         """Mean, std, min, max, q01 and q99 of "action" and "state", as lists over dimensions.
 

@@ -370,6 +370,10 @@ class Speech(Dataset):
         names, group = tuple(row["text"].split()), row.get("voice", "")
         return example((turn,), group=group, names=names, audio=(audio, rate))
 
+    def texts(self, index: int) -> list[str]:
+        """See `Dataset.texts`; no clip is read."""
+        return [PROMPT, self.rows[index]["text"]]
+
     def vocabulary(self) -> list[str]:
         """Every word of the grammar and the prompt, or of the texts if they have other words."""
         used = {word for row in self.rows for word in row["text"].split()} | set(PROMPT.split())

@@ -63,6 +63,10 @@ class Split(Dataset):
         """Words of all rows, held out or not."""
         return self.dataset.vocabulary()
 
+    def texts(self, index: int) -> list[str]:
+        """See `Dataset.texts`."""
+        return self.dataset.texts(int(self.indices[index]))
+
     def connect(self, processor: Processor, preset: Preset | None = None) -> Self:
         """See `Dataset.connect`."""
         self.dataset.connect(processor, preset)

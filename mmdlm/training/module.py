@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from mmdlm.checkpoint import load, save
 from mmdlm.data.collate import Collated, batch
+from mmdlm.data.dataset import Dataset
 from mmdlm.loading.ckpt import ENTRY, PREFIX, Base, digest, entry, read
 from mmdlm.model import MultimodalDLM
 from mmdlm.objectives.objective import Losses, Objective
@@ -65,6 +66,8 @@ class Module(lightning.LightningModule):
             those of the data, "source" for its own, which its other skills need. None: "data", and
             one line says so where they differ.
         words: words of the data; filled in from the data.
+        datasets: training data sets by name, whose texts a new byte-level BPE is trained on; filled
+            in from the data.
         data_statistics: action and state statistics of the data; filled in from the data.
 
     Raises:
@@ -87,6 +90,7 @@ class Module(lightning.LightningModule):
         weights: dict[str, float] | None = None,
         statistics: Literal["data", "source"] | None = None,
         words: list[str] | None = None,
+        datasets: dict[str, Dataset] | None = None,
         data_statistics: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -106,7 +110,7 @@ class Module(lightning.LightningModule):
             why = "without source" if source is None else "as the data hold no actions"
             raise ValueError(f"statistics={statistics!r} has no effect {why}; leave it out")
         if blueprint is not None:
-            self.model = blueprint.build(words or [], data_statistics)
+            self.model = blueprint.build(words or [], data_statistics, datasets)
         else:
             if init is not None:
                 raise ValueError(
@@ -152,11 +156,16 @@ class Module(lightning.LightningModule):
         saved = read(checkpoint)
         if (base := Base.of(saved)) is not None:
             raise base.not_whole(checkpoint)
-        if saved[ENTRY]["tokenizer"] != self.model.tokenizer.backend.to_str():
-            raise ValueError(
-                f"{checkpoint} was trained with another vocabulary; use the data sets of that stage"
-            )
+        self._check_vocabulary(saved, checkpoint)
         self.load_state_dict(saved["state_dict"])
+
+    def _check_vocabulary(self, saved: dict[str, Any], name: str) -> None:
+        """Raises ValueError if a checkpoint's ids mean other words than those of the model."""
+        tokenizer = self.model.tokenizer
+        if tokenizer is not None and saved[ENTRY]["tokenizer"] != tokenizer.backend.to_str():
+            raise ValueError(
+                f"{name} was trained with another vocabulary; use the data sets of that run"
+            )
 
     def setup(self, stage: str) -> None:
         """Prepares the trainer for our batches, weights and checkpoints."""
@@ -243,8 +252,8 @@ class Module(lightning.LightningModule):
         """Completes a checkpoint of a LoRA adapter with the weights of its source.
 
         Raises:
-            ValueError: they are not those it was trained on, or only one of run and checkpoint
-                has an adapter.
+            ValueError: they are not those it was trained on, only one of run and checkpoint has an
+                adapter, or the data give another vocabulary.
         """
         base = Base.of(checkpoint) if ENTRY in checkpoint else None
         if (base is None) != (self.base is None):
@@ -253,6 +262,8 @@ class Module(lightning.LightningModule):
                 f"the checkpoint holds {seen}, and this run trains "
                 f"{'none' if self.base is None else 'one'}; resume with the settings of its run"
             )
+        if ENTRY in checkpoint:
+            self._check_vocabulary(checkpoint, "the checkpoint")
         if base is not None:
             base.check(self.base[1], "the checkpoint")
             checkpoint["state_dict"] = self.frozen() | checkpoint["state_dict"]

@@ -219,3 +219,18 @@ def test_what_is_not_valid_is_named(tmp_path: Path, text: str, message: str) -> 
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         (open_data if "known" in message else Chat)(path)
+
+
+def test_texts_of_a_row_hold_all_that_it_teaches(tmp_path: Path, photos: Path) -> None:
+    talk = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Who?"},
+        {"role": "assistant", "content": "Ada"},
+        {"role": "user", "content": "When?"},
+        {"role": "assistant", "content": "1843"},
+    ]
+    data = Chat(lines(tmp_path / "talk.jsonl", {"messages": talk}))
+    assert sorted(data.texts(0)) == ["1843", "Ada", "Be brief.", "When?", "Who?"]
+    row = {"file_name": "a.png", "text": "a dark card"}
+    folder = MediaFolder(lines(photos / "metadata.jsonl", row).parent)
+    assert folder.texts(0) == ["Describe the image.", "a dark card"]

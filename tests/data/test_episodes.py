@@ -129,6 +129,7 @@ def test_a_folder_of_data_sets_is_one_dataset(root):
     sample = whole.sample(len(first), np.random.default_rng(0))
     expected = second.sample(0, np.random.default_rng(0))
     assert np.array_equal(sample.media("image")[0], expected.media("image")[0])
+    assert whole.texts(len(first)) == [turn.prompt for turn in expected.turns]
     assert whole.vocabulary() == sorted({"go", "to", "the", "disc", "red", "green", "blue"})
 
 

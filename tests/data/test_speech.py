@@ -12,6 +12,7 @@ import pytest
 import soundfile
 
 from mmdlm.data import speech
+from mmdlm.data.dataset import Dataset
 from mmdlm.data.speech import Speech
 
 
@@ -229,7 +230,9 @@ def test_samples_depend_only_on_index_and_generator(folder, cache):
 
 
 def test_vocabulary_covers_prompts_and_answers(folder):
-    assert Speech(folder).vocabulary() == speech.words()
+    data = Speech(folder)
+    assert data.vocabulary() == speech.words()
+    assert data.texts(0) == Dataset.texts(data, 0)
     table = folder / "metadata.jsonl"
     table.write_text(table.read_text().replace("cubes", "zebras"))
     assert " ".join(Speech(folder).vocabulary()) == (

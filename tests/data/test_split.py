@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mmdlm.data.dataset import Dataset
+from mmdlm.data.dataset import Dataset, Turn, example
 from mmdlm.data.split import Split
+from mmdlm.messages import Example
 
 
 class Numbers(Dataset):
@@ -41,3 +42,29 @@ def test_the_choice_is_always_the_same() -> None:
 def test_one_row_cannot_be_split() -> None:
     with pytest.raises(ValueError, match="has 1 rows, expected at least 2"):
         Split(Numbers(1))
+
+
+def test_texts_are_those_of_the_rows_of_the_part() -> None:
+    part = Split(Talk(), "held_out", 0.5)
+    said = [part.texts(i) for i in range(len(part))]
+    assert said == [["who?", f"row {i}"] for i in part.indices]
+    assert all(data.texts(0)[:2] == ["who?", "row 0"] for data in (Talk(), Actions()))
+    assert Actions().texts(0)[2:] == ["go"]
+
+
+class Talk(Dataset):
+    """Rows of a question and its answer."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def sample(self, index: int, rng: np.random.Generator) -> Example:
+        return example((Turn("who?", f"row {index}", 4),))
+
+
+class Actions(Talk):
+    """Rows that also hold actions, which are no text."""
+
+    def sample(self, index: int, rng: np.random.Generator) -> Example:
+        robot = Turn("go", np.zeros((1, 2)), 2)
+        return example((Turn("who?", f"row {index}", 4), robot))

@@ -289,3 +289,11 @@ def test_every_argument_of_the_command_line_is_documented():
     for kind in (Module, Data, NewModel, AdamW, Schedule, Rate, Masked, NextToken, Grounded):
         described = {each.arg_name for each in parse(kind.__doc__).params if each.description}
         assert described == set(list(inspect.signature(kind).parameters)), kind
+
+
+def test_a_checkpoint_of_another_vocabulary_is_refused():
+    saved = {}
+    small(words=["a"]).on_save_checkpoint(saved)
+    small(words=["a"]).on_load_checkpoint(saved)
+    with pytest.raises(ValueError, match="the checkpoint was trained with another vocabulary"):
+        small(words=["b"]).on_load_checkpoint(saved)

@@ -8,7 +8,8 @@ from encoders.state import StateEncoder
 from encoders.vit import ViT
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.blueprint import build, describe
-from mmdlm.training.new_model import NewModel
+from mmdlm.data.dataset import Dataset, Turn, example
+from mmdlm.training.new_model import ByteLevel, NewModel
 
 RANGE = {"mean": 0.0, "std": 1.0, "min": -1.0, "max": 1.0, "q01": -0.9, "q99": 0.9}
 STATISTICS = {
@@ -89,3 +90,56 @@ def test_settings_are_checked():
         new(attention="both")
     with pytest.raises(ValueError, match=r"NewModel\.chunk is 0"):
         new(chunk=0)
+
+
+class Talk(Dataset):
+    """Rows of one question and its answer."""
+
+    def __init__(self, *answers):
+        self.answers = answers
+
+    def __len__(self):
+        return len(self.answers)
+
+    def sample(self, index, rng):
+        return example((Turn("Who is it?", self.answers[index], 8),))
+
+
+def spelled(rows=100, bpe=300, **settings):
+    bare = {"encoders": {}, "adapters": {}, "tokenizer": ByteLevel(bpe, rows)}
+    data = {"talk": Talk("Zoë, 7!", "Zoë", "北京", "北京")}
+    return new(**bare | settings).build(["unused"], None, data)
+
+
+def test_a_byte_level_vocabulary_is_trained_on_prompts_and_answers():
+    model = spelled()
+    assert len(model.tokenizer) == model.spec.transformer.vocab
+    assert len(model.tokenizer.encode("Who is it?")) == 4
+    assert model.tokenizer.decode(model.tokenizer.encode("Какого цвета?")) == "Какого цвета?"
+    assert len(spelled(rows=2).tokenizer.encode("北京")) == 6  # bytes: these rows are not read
+    assert len(model.tokenizer.encode("北京")) < 6
+
+
+def test_the_first_rows_are_named(caplog):
+    with caplog.at_level("INFO"):
+        spelled(rows=2)
+    assert "trained on the first 2 of 4 rows of talk" in caplog.text
+
+
+@pytest.mark.parametrize("chat", [None, "chatml"])
+def test_texts_never_give_special_tokens_of_a_new_model(chat):
+    model = spelled(bpe=400, template={"chat": chat} if chat else {})
+    said = "<mask><eos> <pad><|im_end|>\n<|im_start|>system"
+    ids = torch.cat(model.processor.prompt(said)).tolist()
+    markers = {model.tokenizer.id(m) for m in ("<|im_start|>", "<|im_end|>")} - {None}
+    assert len(markers) == (2 if chat else 0)
+    # The template alone writes control tokens: one message, and the start of the answer.
+    assert sum(i in {0, 1, 2, *markers} for i in ids) == (3 if chat else 0)
+    assert said in model.tokenizer.decode(ids)
+
+
+def test_control_tokens_that_no_template_writes_are_refused():
+    with pytest.raises(ValueError, match=r"template\.media has the control token '<\|image\|>'"):
+        spelled(template={"media": {"image": "<|image|>{}"}})
+    with pytest.raises(ValueError, match="200 tokens is too small"):
+        spelled(bpe=200)
