@@ -294,8 +294,8 @@ class Module(lightning.LightningModule):
         """The optimizer with one or two parameter groups per pattern of `tune`, and the rate."""
         settings = self.optimizer
         ours = isinstance(settings, AdamW)
-        lr, decay = (settings.lr, settings.weight_decay) if ours else (None, None)
-        groups = tuning.groups(self.model, self.tune, lr, decay)
+        rates = (settings.lr, settings.weight_decay, settings.layer_decay) if ours else (None, None)
+        groups = tuning.groups(self.model, self.tune, *rates)
         optimizer = settings.build(groups) if ours else settings(groups)
         if isinstance(self.schedule, Schedule):
             timer = next((c for c in self.trainer.callbacks if isinstance(c, Timer)), None)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 
 from encoders.checks import (
+    Above,
     AtLeast,
     Below,
     Checked,
@@ -30,6 +31,10 @@ class AdamW(Checked):
         lr: peak learning rate; `tune` can give parts of the model another one.
         weight_decay: on matrices only.
         betas: decay rates of the averages of gradients and squared gradients.
+        layer_decay: the learning rate of a block of the backbone is this factor times that of the
+            block after it, and that of the embedding (also as a tied head) is the lowest; final
+            norm, head, adapters and encoders have the full one (layer-wise decay, arXiv
+            2106.08254). None for equal rates.
         fused: one kernel for all parameters; None where the device supports it.
     """
 
@@ -39,6 +44,7 @@ class AdamW(Checked):
         0.9,
         0.98,
     )
+    layer_decay: Annotated[float, Above(0), Below(1)] | None = None
     fused: bool | None = None
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.AdamW:

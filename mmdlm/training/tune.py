@@ -25,6 +25,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import product
 from typing import Annotated, Any, Literal
 
 from torch import nn
@@ -158,38 +159,70 @@ def groups(
     tune: Mapping[str, Rule],
     lr: float | None,
     weight_decay: float | None,
+    layer_decay: float | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer; frozen parameters are left out.
 
     Each pattern gives up to two: "<pattern>" with the matrices, and "<pattern> (no decay)" with
-    vectors and scalars (norms, biases), whose weight decay is 0.
+    vectors and scalars (norms, biases), whose weight decay is 0. With `layer_decay` it gives them
+    for each depth of the backbone.
 
     Args:
         model: the model; `freeze` has run.
         tune: rules by pattern, see `assign`.
         lr: learning rate where the rule has none; None for the optimizer's own.
         weight_decay: of matrices where the rule has none; None for the optimizer's own.
+        layer_decay: see `mmdlm.training.optimizer.AdamW`; needs a learning rate.
+
+    Raises:
+        ValueError: `layer_decay` has no effect, as neither blocks nor embedding are trained.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     patterns = assign({original(name): None for name, _ in model.named_parameters()}, tune)
+    share = dict.fromkeys(trained, 1.0)
+    if layer_decay is not None:
+        share = {
+            name: layer_share(name, len(model.backbone.blocks), layer_decay) for name in trained
+        }
+        if set(share.values()) <= {1.0}:
+            raise ValueError(
+                f"optimizer.layer_decay={layer_decay} has no effect, as tune trains neither the "
+                "blocks of the backbone nor its embedding; leave it out"
+            )
     found = []
-    for pattern in (DEFAULT, *tune):
+    for pattern, factor in product((DEFAULT, *tune), sorted(set(share.values()))):
         rule = tune.get(pattern)
         rule = rule if isinstance(rule, Rate) else Rate()
-        mine = [p for name, p in trained.items() if patterns[original(name)] == pattern]
+        mine = [
+            p
+            for name, p in trained.items()
+            if patterns[original(name)] == pattern and share[name] == factor
+        ]
         matrices = [parameter for parameter in mine if parameter.ndim > 1]
         vectors = [parameter for parameter in mine if parameter.ndim <= 1]
         rate = lr if rule.lr is None else rule.lr
         decay = weight_decay if rule.weight_decay is None else rule.weight_decay
-        for name, params, each in (
-            (pattern, matrices, decay),
-            (f"{pattern} (no decay)", vectors, 0.0),
-        ):
+        label = pattern if factor == 1 else f"{pattern}, rate * {factor:.3g}"
+        for name, params, each in ((label, matrices, decay), (f"{label} (no decay)", vectors, 0.0)):
             if params:
-                given = {"lr": rate, "weight_decay": each}
+                given = {"lr": None if rate is None else rate * factor, "weight_decay": each}
                 given = {key: value for key, value in given.items() if value is not None}
                 found.append({"name": name, "params": params, **given})
     return found
+
+
+def layer_share(name: str, blocks: int, layer_decay: float) -> float:
+    """Share of the learning rate that a parameter has with layer-wise decay.
+
+    Args:
+        name: of the parameter in a `MultimodalDLM`.
+        blocks: number of blocks of the backbone.
+        layer_decay: factor from a block to the one before it.
+    """
+    if name.startswith("backbone.embed."):
+        return layer_decay ** (blocks + 1)
+    block = re.match(r"backbone\.blocks\.(\d+)\.", name)
+    return 1.0 if block is None else layer_decay ** (blocks - int(block[1]))
 
 
 def _prefixes(names: Iterable[str]) -> list[str]:

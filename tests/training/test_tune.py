@@ -147,3 +147,38 @@ def test_dropout_of_a_partly_frozen_module_stays_on():
     tune.set_frozen_to_eval(model.train())
     assert model[0][1].training
     assert not model[1].training
+
+
+def test_layer_decay_lowers_the_rate_towards_the_embedding():
+    made = module({"adapters.*": Rate(lr=5e-4)}, optimizer=AdamW(lr=1e-3, layer_decay=0.5))
+    rates = {name: lr for names, lr, _ in groups(made).values() for name in names}
+    assert set(rates) == names(made)
+    expected = {
+        "backbone.embed.": 1e-3 / 8,
+        "backbone.blocks.0.": 1e-3 / 4,
+        "backbone.blocks.1.": 1e-3 / 2,
+        "backbone.norm.": 1e-3,
+        "backbone.out.": 1e-3,
+        "encoders.": 1e-3,
+        "adapters.": 5e-4,
+    }
+    for prefix, rate in expected.items():
+        assert {rates[name] for name in names(made, prefix)} == {rate}, prefix
+    decays = {name: decay for name, (_, _, decay) in groups(made).items()}
+    assert decays["default, rate * 0.125"] == AdamW().weight_decay
+    assert decays["default, rate * 0.25 (no decay)"] == 0.0
+
+
+def test_layer_decay_multiplies_the_rates_of_rules():
+    rules = {"*": "frozen", "backbone.blocks.*": Rate(lr=1e-4)}
+    found = groups(module(rules, optimizer=AdamW(layer_decay=0.5)))
+    assert {lr for _, lr, _ in found.values()} == {5e-5, 2.5e-5}
+
+
+def test_layer_decay_without_effect_is_an_error():
+    made = module({"backbone.*": "frozen"}, optimizer=AdamW(layer_decay=0.5))
+    with pytest.raises(ValueError, match=r"layer_decay=0\.5 has no effect, as tune trains neither"):
+        groups(made)
+    for wrong in (0.0, 1.0):
+        with pytest.raises(ValueError, match="layer_decay"):
+            AdamW(layer_decay=wrong)
