@@ -1,4 +1,9 @@
-"""`mmdlm fit ... --estimate`: the memory of a training step, before any step."""
+"""`mmdlm fit ... --estimate`: the memory of a training step, before any step.
+
+The estimate is within 15 % of the resident memory on a CPU if the allocator returns freed blocks at
+once (MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536). With the defaults of glibc, which
+keeps them, the resident memory of three runs of 100 to 160 MB was 1, 18 and 94 % larger.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +27,7 @@ ROWS = {
 
 
 def print_estimate(module: Module, data: Data, trainer: lightning.Trainer) -> None:
-    """Prints the memory of a step as configured, with LoRA, and with LoRA on 8 bits.
+    """Prints the memory of a step that trains all weights, by LoRA, and by LoRA on 8 bits.
 
     Args:
         module: of the run.
@@ -47,7 +52,10 @@ def print_estimate(module: Module, data: Data, trainer: lightning.Trainer) -> No
             f"Batch of {shape.rows} rows of {shape.length} tokens, all {shape.scored} answer "
             "tokens masked."
         )
-    console.print("Libraries, the CUDA context and the data set itself come on top.")
+    console.print(
+        "Counted are tensors in use. Blocks that the allocator keeps (on a CPU up to as much again "
+        "for small models), libraries, the CUDA context and the data set itself come on top."
+    )
 
 
 def longest(module: Module, data: Data) -> list[Shape]:

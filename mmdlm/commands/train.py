@@ -36,7 +36,10 @@ CHECK = (
 )
 
 
-ESTIMATE = "print the memory of a training step of fit, also with LoRA, and train nothing"
+ESTIMATE = (
+    "print the memory of a training step of fit with all weights, LoRA, and LoRA on 8 bits, and "
+    "train nothing"
+)
 
 
 class CLI(LightningCLI):

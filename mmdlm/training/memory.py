@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -92,7 +92,10 @@ def estimate(
     precision: str = "32-true",
     chunk: int = CHUNK,
 ) -> dict[str, Memory]:
-    """Memory of a step as configured, with LoRA, and with LoRA on 8-bit weights.
+    """Memory of a step that trains every weight, by LoRA, and by LoRA on 8-bit weights.
+
+    LoRA is that of the rules if they ask for it, else one of rank `RANK` on the backbone's blocks.
+    Where the rules freeze parts without LoRA, "as configured" comes first.
 
     Args:
         model: as it is trained; it is not changed.
@@ -104,24 +107,30 @@ def estimate(
     """
     dtype = torch.bfloat16 if precision == "bf16-true" else None
     mixed = torch.bfloat16 if precision == "bf16-mixed" else None
+    tune = tune or {}
+    loras = [lora for rule in tune.values() if (lora := tuning.lora_of(rule))]
 
-    def run(change: Callable[[nn.Module], int], rules: dict[str, Any]) -> Memory:
+    def run(change: Callable[[nn.Module], None], rules: dict[str, Any], bits: int = 32) -> Memory:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         copied = faked(model, mode, dtype)
+        saved = saved_by_8_bits(copied) if bits == 8 else 0
         with mode:
-            saved = change(copied)
+            change(copied)
             groups = tuning.groups(copied, rules, optimizer.lr, optimizer.weight_decay)
             found = _measured(copied, optimizer.build(groups), shapes, mixed, chunk)
         return replace(found, weights=found.weights - saved, peak=found.peak - saved)
 
-    def unchanged(copied: nn.Module) -> int:
-        return 0
-
-    return {
-        "as configured": run(unchanged, tune or {}),
-        f"LoRA, rank {RANK}": run(lambda copied: add_low_rank(copied), {}),
-        "LoRA on 8 bits": run(lambda copied: add_low_rank(copied, quantized=True), {}),
+    low_rank = (lambda copied: None) if loras else add_low_rank
+    rules = tune if loras else {}
+    rank = max((lora.rank for lora in loras), default=RANK)
+    found = {
+        "full": run(train_all, {}),
+        f"LoRA, rank {rank}": run(low_rank, rules),
+        "LoRA on 8 bits": run(low_rank, rules, 8),
     }
+    if tune and not loras:
+        found = {"as configured": run(lambda copied: None, tune)} | found
+    return found
 
 
 def faked(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> nn.Module:
@@ -143,32 +152,43 @@ def faked(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None = No
     return copy.deepcopy(model, memo)
 
 
-def linears(model: nn.Module) -> Iterator[nn.Linear]:
-    """The linear layers of the backbone's blocks, where LoRA is added."""
-    return (m for m in model.backbone.blocks.modules() if isinstance(m, nn.Linear))
+def train_all(model: nn.Module) -> None:
+    """Removes low-rank adapters of peft, and trains all parameters; in place."""
+    for name, module in list(model.named_modules()):
+        inner = getattr(module, "token_adapter", module)
+        inner = getattr(inner, "base_layer", inner)
+        if inner is not module and not name.endswith(".token_adapter"):
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, inner)
+    model.requires_grad_(True).train()
 
 
-def add_low_rank(model: nn.Module, quantized: bool = False) -> int:
-    """Freezes a model and adds matrices A [r in] and B [out r] to its linear layers.
+def linears(model: nn.Module) -> list[nn.Linear]:
+    """The linear layers of the backbone's blocks, without those of low-rank adapters."""
+    named = model.backbone.blocks.named_modules()
+    return [m for name, m in named if isinstance(m, nn.Linear) and ".lora_" not in name]
+
+
+def add_low_rank(model: nn.Module) -> None:
+    """Freezes a model and adds A [r in] and B [out r] to the linear layers of its blocks.
 
     Args:
         model: changed in place.
-        quantized: the frozen weights of these layers are in 8 bits.
-    Returns:
-        the bytes that 8 bits save; 0 if not quantized.
     """
     model.requires_grad_(False)
-    saved = largest = 0
-    for layer in list(linears(model)):
+    for layer in linears(model):
         out, width = layer.weight.shape
         kind = {"bias": False, "dtype": layer.weight.dtype}
         layer.low = nn.Sequential(nn.Linear(width, RANK, **kind), nn.Linear(RANK, out, **kind))
         layer.register_forward_hook(lambda layer, given, result: result + layer.low(given[0]))
-        size = layer.weight.nbytes
-        saved += size - layer.weight.numel() - 4 * out  # a byte each, and a scale per row
-        largest = max(largest, size)
-    # A layer's weights are dequantized while it computes.
-    return saved - largest if quantized else 0
+
+
+def saved_by_8_bits(model: nn.Module) -> int:
+    """Bytes that 8-bit weights of the backbone's blocks save in a step."""
+    weights = [layer.weight for layer in linears(model)]
+    # A byte each and a scale per row. A layer's weights are dequantized while it computes.
+    saved = sum(each.nbytes - each.numel() - 4 * len(each) for each in weights)
+    return saved - max((each.nbytes for each in weights), default=0)
 
 
 class Alive(TorchDispatchMode):
@@ -256,7 +276,9 @@ def _loss(model: MultimodalDLM, shape: Shape, chunk: int) -> Tensor:
     hidden = model.backbone(x, positions, mask=mask).flatten(0, 1)
     target = torch.zeros(shape.scored, dtype=torch.long)
     # Fake weights are of another type than those for which the gradient is computed at once.
-    return weighted_score(model, hidden[target], target, 1.0, chunk, fused=True)[0]
+    head = model.backbone.embed if model.backbone.out is None else model.backbone.out
+    is_plain = not hasattr(head, "token_adapter")
+    return weighted_score(model, hidden[target], target, 1.0, chunk, fused=is_plain)[0]
 
 
 def _kinds(shape: Shape) -> list[str]:

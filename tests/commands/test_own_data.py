@@ -162,6 +162,8 @@ def test_memory_is_estimated_and_nothing_is_trained(
         fit("x.jsonl", "--estimate")
     assert end.value.code == 0
     said = capsys.readouterr().out
-    assert all(text in said for text in ("peak per device", "LoRA, rank 16", "LoRA on 8 bits"))
+    assert all(
+        text in said for text in ("peak per device", "full", "LoRA, rank 16", "LoRA on 8 bits")
+    )
     assert "Batch of 2 rows" in said
     assert not Path("run").exists()

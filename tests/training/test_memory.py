@@ -18,8 +18,10 @@ from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
 from mmdlm.layout import Row, Turn
 from mmdlm.model import MultimodalDLM
+from mmdlm.training import lora, tune
 from mmdlm.training.memory import Memory, Shape, estimate
 from mmdlm.training.optimizer import AdamW
+from mmdlm.training.tune import Lora, Rate
 
 ROOT = Path(__file__).parents[2]
 # (rows, prompt, answer, vocabulary, width, layers, checkpointing)
@@ -104,33 +106,57 @@ def measured() -> dict[str, float]:
 def test_estimate_is_within_15_percent_of_the_measured_peak(
     name: str, measured: dict[str, float]
 ) -> None:
-    assert estimated(name)["as configured"].peak == pytest.approx(measured[name], rel=0.15)
+    assert estimated(name)["full"].peak == pytest.approx(measured[name], rel=0.15)
 
 
 def test_parts_add_up_and_lora_needs_less() -> None:
-    full, lora, quantized = estimated("activations").values()
+    full, low, quantized = estimated("activations").values()
     made = model("activations")
     assert full.trained == sum(p.numel() for p in made.parameters())
     assert full.weights == full.gradients == 4 * full.trained
     assert full.optimizer == pytest.approx(2 * full.weights, rel=0.01)
-    for one in (full, lora, quantized):
+    for one in (full, low, quantized):
         parts = one.weights + one.gradients + one.optimizer + one.activations
         assert one.peak == pytest.approx(parts, abs=1)
-    assert lora.trained < 0.1 * full.trained
-    assert lora.peak < full.peak
-    assert quantized.weights < lora.weights
-    assert quantized.peak < lora.peak
+    assert low.trained < 0.1 * full.trained
+    assert low.peak < full.peak
+    assert quantized.weights < low.weights
+    assert quantized.peak < low.peak
     assert made.training  # the model is not changed
+
+
+def test_every_run_is_compared_with_the_same_ways_to_train() -> None:
+    rules = {"*": "frozen", "backbone.blocks.*": Rate(lora=Lora(rank=4))}
+    made = model("logits")
+    tune.freeze(made, rules)
+    lora.inject(made, rules, 3, "source")  # with three new words
+    found = estimate(made, [Shape.of(made.arrange(rows("logits")), [])], AdamW(), rules)
+    plain = estimated("logits")
+    assert list(found) == ["full", "LoRA, rank 4", "LoRA on 8 bits"]
+    assert found["full"].trained == plain["full"].trained
+    assert found["full"].peak == pytest.approx(plain["full"].peak, rel=0.01)
+    trained = sum(each.numel() for _, each in lora.trainable(made))
+    assert found["LoRA, rank 4"].trained == found["LoRA on 8 bits"].trained == trained
+    for kind in ("weights", "peak"):
+        values = [getattr(one, kind) for one in found.values()]
+        assert values[2] < values[1]
+    frozen = {"*": "frozen", "backbone.blocks.1.*": Rate()}
+    made = model("logits")
+    tune.freeze(made, frozen)
+    found = estimate(made, [Shape.of(made.arrange(rows("logits")), [])], AdamW(), frozen)
+    assert list(found) == ["as configured", "full", "LoRA, rank 16", "LoRA on 8 bits"]
+    assert found["as configured"].trained < found["full"].trained
+    assert found["full"] == plain["full"]
 
 
 def test_checkpointing_and_half_precision_lower_the_estimate() -> None:
     name = "checkpointing"
     made = model(name)
     shapes = [Shape.of(made.arrange(rows(name)), [])]
-    kept = estimated(name)["as configured"]
+    kept = estimated(name)["full"]
     made.backbone.checkpointing = False
-    assert estimate(made, shapes, AdamW())["as configured"].activations > 2 * kept.activations
-    half = estimate(made, shapes, AdamW(), precision="bf16-true")["as configured"]
+    assert estimate(made, shapes, AdamW())["full"].activations > 2 * kept.activations
+    half = estimate(made, shapes, AdamW(), precision="bf16-true")["full"]
     assert half.weights == kept.weights // 2
 
 
