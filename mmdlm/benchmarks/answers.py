@@ -12,7 +12,7 @@ from mmdlm.decoding.lengths.end_of_text import EndOfText
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.messages import Example, Slot, assistant
 from mmdlm.model import MultimodalDLM
-from mmdlm.tasks.generate import fill, finish
+from mmdlm.tasks.generate import fill, finish, resolve_settings
 
 OWN, PLAIN = "preset", "plain"
 """Names of two decodings: the checkpoint's preset, and one token per step."""
@@ -38,20 +38,28 @@ class Answered:
 def answer(
     model: MultimodalDLM,
     samples: Items[Example],
-    strategies: Items[Strategy],
+    strategies: Items[Strategy] | None = None,
     batch: int = 32,
 ) -> Answered:
     """Answers every turn of the samples; their reference answers are not used.
 
     Args:
-        model: the model.
+        model: the model, also one in training, whose modules get their modes back.
         samples: samples with text answers.
-        strategies: decoding strategies.
+        strategies: decoding strategies; None for those of the model's answers.
         batch: answers decoded together.
     """
+    if strategies is None:
+        strategies = resolve_settings(model, "answer", needs_prompt=False).strategies
     examples = [one for sample in samples for one in asked(sample)]
+    modes = [(module, module.training) for module in model.modules()]  # frozen parts have another
+    model.eval()
     begin = time.perf_counter()
-    filled = fill(model, examples, strategies, batch_size=batch)
+    try:
+        filled = fill(model, examples, strategies, batch_size=batch)
+    finally:
+        for module, mode in modes:
+            module.training = mode
     seconds = time.perf_counter() - begin
     done = [finish(model, each) for each in filled]
     return Answered(

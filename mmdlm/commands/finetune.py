@@ -17,9 +17,8 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
 
-from mmdlm.benchmarks.answers import asked
+from mmdlm.benchmarks.answers import answer
 from mmdlm.benchmarks.metrics import same
-from mmdlm.commands.predict import answers
 from mmdlm.data.conversations import Conversations
 from mmdlm.data.dataset import Dataset
 from mmdlm.data.episodes import is_robot
@@ -140,13 +139,13 @@ class Held:
     """Held-out questions of a run, and their answers before training.
 
     Args:
-        examples: questions with open answer slots.
+        samples: rows of held-out data.
         questions: what is asked, for the report.
         targets: the right answers.
         before: the model's answers before training.
     """
 
-    examples: list[Example]
+    samples: list[Example]
     questions: list[str]
     targets: list[str]
     before: list[str]
@@ -175,11 +174,11 @@ class Report(Callback):
         samples = [
             data.sample(i, np.random.default_rng(i)) for i in range(min(self.rows, len(data)))
         ]
-        examples = [each for sample in samples for each in asked(sample)]
         turns = [turn for sample in samples for turn in sample.turns]
         questions = [turn.prompt for turn in turns]
         targets = [turn.answer for turn in turns]
-        self.held = Held(examples, questions, targets, answers(module.model, examples))
+        before = answer(module.model, samples).texts
+        self.held = Held(samples, questions, targets, before)
 
     def on_fit_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Answers after training; shows both, and writes the model."""
@@ -187,7 +186,7 @@ class Report(Callback):
             return
         console = Console(file=sys.stderr, highlight=False)
         if self.held is not None:
-            after = answers(module.model, self.held.examples)
+            after = answer(module.model, self.held.samples).texts
             console.print(table(self.held, after, self.shown))
         out = Path(trainer.log_dir or trainer.default_root_dir) / "model"
         use = module.write(out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,7 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 
 from mmdlm.atomic import replacing
-from mmdlm.benchmarks.answers import asked
-from mmdlm.messages import Example
-from mmdlm.model import MultimodalDLM
-from mmdlm.tasks.generate import fill, finish, resolve_settings
+from mmdlm.benchmarks.answers import answer
 from mmdlm.training.data import Rows
 
 FILE = "predictions.jsonl"
@@ -42,10 +38,9 @@ class WriteAnswers(Callback):
         """Answers the rows of a batch."""
         name, samples = outputs.name, outputs.examples
         turns = [turn for sample in samples for turn in sample.turns]
-        examples = [each for sample in samples for each in asked(sample)]
-        for turn, answer in zip(turns, answers(pl_module.model, examples), strict=True):
+        for turn, text in zip(turns, answer(pl_module.model, samples).texts, strict=True):
             line = {"data": name, "question": turn.prompt, "target": turn.answer}
-            self.lines.append({**line, "answer": answer})
+            self.lines.append({**line, "answer": text})
 
     def on_predict_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -56,14 +51,3 @@ class WriteAnswers(Callback):
         with replacing(path) as new, new.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in self.lines)
         print(f"{path}: {len(self.lines)} answers", file=sys.stderr)
-
-
-def answers(model: MultimodalDLM, examples: Items[Example]) -> list[str]:
-    """Answers as a user gets them, with the model's strategies."""
-    was = model.training
-    model.eval()
-    try:
-        strategies = resolve_settings(model, "answer", needs_prompt=False).strategies
-        return [finish(model, each).text for each in fill(model, examples, strategies)]
-    finally:
-        model.train(was)
