@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
-from collections.abc import Sequence as Items
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -15,25 +13,23 @@ import torch
 from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from mmdlm.checkpoint import load, save
+from mmdlm.checkpoint import save
 from mmdlm.data.collate import Collated, batch
 from mmdlm.data.dataset import Dataset
 from mmdlm.loading.ckpt import ENTRY, PREFIX, Base, digest, entry, read
-from mmdlm.model import MultimodalDLM
 from mmdlm.objectives.objective import Losses, Objective
-from mmdlm.training import lora, ranges, sharding, strategies
+from mmdlm.training import lora, progress, sharding, strategies
 from mmdlm.training import tune as tuning
 from mmdlm.training.checkpoints import KeepLast
 from mmdlm.training.data import Rows
 from mmdlm.training.new_model import NewModel
 from mmdlm.training.optimizer import AdamW, Schedule
 from mmdlm.training.reduction import Totals, totals
+from mmdlm.training.source import existing
 from mmdlm.training.tune import Rule
-from mmdlm.training.vocabulary import grow
 
 ADAMW, SCHEDULE = AdamW(), Schedule()
 
@@ -315,13 +311,7 @@ class Module(lightning.LightningModule):
             step: from 0.
             timer: the time that the run has, if that is given.
         """
-        done = step / total_steps(self.trainer)
-        left = None if timer is None else timer.time_remaining()
-        if left is not None:
-            passed = timer.time_elapsed()
-            # The processes' clocks differ, and their weights must not.
-            done = max(done, self.trainer.strategy.broadcast(passed / (passed + left)))
-        return self.schedule.factor(step, done)
+        return self.schedule.factor(step, progress.done(self.trainer, step, timer))
 
     def _over_processes(self, values: Tensor) -> Tensor:
         """[M] summed over all processes."""
@@ -338,50 +328,3 @@ class Module(lightning.LightningModule):
         for name, value in totals.means().items():
             shown = name.endswith("/ce")
             self.log(f"{prefix}/{name}", value, prog_bar=shown, batch_size=1)
-
-
-def total_steps(trainer: lightning.Trainer) -> float:
-    """Optimizer steps of a run; infinite if unknown, as before its data are set up.
-
-    `Trainer.estimated_stepping_batches` would set up the data before a checkpoint is read, and thus
-    start a resumed run at its first batch.
-    """
-    total = trainer.max_steps if trainer.max_steps > 0 else math.inf
-    if trainer.max_epochs > 0 and math.isfinite(trainer.num_training_batches):
-        steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        total = min(total, steps * trainer.max_epochs)
-    return total
-
-
-def existing(
-    source: str,
-    statistics: dict[str, Any] | None,
-    words: Items[str] = (),
-    keep: Literal["data", "source"] | None = None,
-    quantize: str | None = None,
-) -> tuple[MultimodalDLM, list[str]]:
-    """The model of a source on the CPU in float32, ready to be trained, and its new words.
-
-    Args:
-        source: see `mmdlm.load`.
-        statistics: "action" and "state" of the data, None if they hold no actions.
-        words: of the data, see `mmdlm.training.vocabulary.grow`.
-        keep: whose statistics a policy gets, see `Module`.
-        quantize: see `mmdlm.load`.
-
-    Raises:
-        ValueError: the data hold actions and the model has no action vocabulary.
-    """
-    model = load(source, device="cpu", dtype="float32", pack=False, quantize=quantize)
-    if statistics is not None:
-        if model.robot is None:
-            raise ValueError(
-                f"the data hold actions, but {source} has no action vocabulary; train a policy, or "
-                "a new model (blueprint)"
-            )
-        ranges.settle(model, statistics, source, keep)
-    new = grow(model, words)
-    if new:
-        some = ", ".join(new[:6]) + (", ..." if len(new) > 6 else "")
-        rank_zero_info(f"{source} learns {len(new)} new words: {some}")
-    return model.train(), new
