@@ -89,13 +89,7 @@ def load(
         TypeError: there is no such override.
         ImportError: `quantize` needs torchao.
     """
-    if overrides:
-        options = ("device", "dtype", "family", "quantize", "pack", "compile", "config")
-        known = (*options, "adapter")
-        check_overrides(overrides, known)
-    check_arguments(load, {"family": family, "pack": pack, "compile": compile})
-    if config is not None and not isinstance(config, Mapping):
-        raise TypeError(f"config is {shown(config)}, expected a table of keys of config.json")
+    _check_options(overrides, {"family": family, "pack": pack, "compile": compile}, config)
     over = devices(device)
     if not isinstance(adapter, LoraAdapter | None):
         adapter = LoraAdapter.read(find(adapter))
@@ -127,6 +121,22 @@ def load(
     if compile:
         model.compile()
     return model.eval()
+
+
+def _check_options(overrides: Mapping[str, Any], given: Mapping[str, Any], config: Any) -> None:
+    """Raises if options of `load` have an unknown name or a wrong value.
+
+    Args:
+        overrides: see `load`.
+        given: options by name.
+        config: see `load`.
+    """
+    if overrides:
+        known = ("device", "dtype", "family", "quantize", "pack", "compile", "config", "adapter")
+        check_overrides(overrides, known)
+    check_arguments(load, given)
+    if config is not None and not isinstance(config, Mapping):
+        raise TypeError(f"config is {shown(config)}, expected a table of keys of config.json")
 
 
 def _read(

@@ -103,18 +103,14 @@ def export(
             raise ValueError(
                 f"adapter={str(adapter)!r} has no effect on {checkpoint}; leave it out"
             )
-        saved = read(checkpoint)
-        base = Base.of(saved)
-        if base is not None and not merge:
+        model = _of_training(checkpoint, merge)
+        if isinstance(model, LoraAdapter):
             if (layout, dtype, family) != ("own", None, None):
                 raise ValueError(
                     "layout, dtype and family are about a whole model; give merge=True"
                 )
-            found = base.adapter(saved, Path(checkpoint))
-            _write_adapter(found if tasks is None else replace(found, tasks=tasks), out, text)
+            _write_adapter(model if tasks is None else replace(model, tasks=tasks), out, text)
             return None
-        _check_merge(merge, base is None, checkpoint)
-        model = trained(checkpoint, saved) if base is None else merged(saved, Path(checkpoint))
     else:
         _check_merge(merge, adapter is None, checkpoint)
         model, folder, written = opened(checkpoint, out, family, adapter)
@@ -161,6 +157,16 @@ def merged(saved: Mapping[str, Any], checkpoint: Path) -> MultimodalDLM:
     model = load(base.source, device="cpu", dtype="float32", pack=False, adapter=adapter)
     base.check(digest(model.report.files), checkpoint)
     return model
+
+
+def _of_training(checkpoint: str | Path, merge: bool) -> MultimodalDLM | LoraAdapter:
+    """The model of a `.ckpt`, or the adapter that alone was trained, if it is not merged."""
+    saved = read(checkpoint)
+    base = Base.of(saved)
+    if base is not None and not merge:
+        return base.adapter(saved, Path(checkpoint))
+    _check_merge(merge, base is None, checkpoint)
+    return trained(checkpoint, saved) if base is None else merged(saved, Path(checkpoint))
 
 
 def _write_adapter(adapter: LoraAdapter, out: Path, card: str | None) -> None:
