@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from mmdlm.atomic import replacing_folder
+from mmdlm.loading.ckpt import check_whole
 from mmdlm.training.checkpoints import KeepLast, WholeFileIO
 from mmdlm.training.sharding import add_missing
 
@@ -23,9 +24,9 @@ UNUSED = "find_unused_parameters"
 def prepare(trainer: lightning.Trainer, model: nn.Module) -> None:
     """Adapts a trainer that has not run yet.
 
-    Checkpoints are written whole or not at all, unless the trainer has its own way. The last
-    one is saved before other callbacks end the run. Processes do not wait for the gradients of an
-    encoder whose modality a batch lacks.
+    Checkpoints are written whole or not at all, and read only if they are whole, unless the trainer
+    has its own way. The last one is saved before other callbacks end the run. Processes do not wait
+    for the gradients of an encoder whose modality a batch lacks.
 
     Args:
         trainer: changed in place.
@@ -53,6 +54,8 @@ def prepare(trainer: lightning.Trainer, model: nn.Module) -> None:
         strategy._ddp_kwargs.setdefault(UNUSED, True)
     if isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint:
         strategy.save_checkpoint = partial(save_folder, strategy)
+    if isinstance(strategy, ModelParallelStrategy):
+        strategy.load_checkpoint = partial(load_whole, strategy)
 
 
 def save_folder(
@@ -81,3 +84,22 @@ def save_folder(
     strategy.barrier()
     if isinstance(strategy.checkpoint_io, WholeFileIO):
         strategy.checkpoint_io.saved = path
+
+
+def load_whole(
+    strategy: ModelParallelStrategy, path: str | Path, weights_only: bool | None = None
+) -> dict[str, Any]:
+    """Reads a checkpoint of one or several files, called in all processes.
+
+    Args:
+        strategy: reads the files.
+        path: file or folder.
+        weights_only: see `ModelParallelStrategy.load_checkpoint`.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        DamagedError: a file is missing or cut short; the error names the newest whole checkpoint.
+    """
+    path = Path(strategy.broadcast(path))
+    check_whole(path)
+    return type(strategy).load_checkpoint(strategy, path, weights_only)

@@ -1,6 +1,50 @@
-"""A run small enough to train in seconds."""
+"""A run small enough to train in seconds, in one process or in two."""
+
+import multiprocessing
+import os
+import socket
 
 import pytest
+
+from mmdlm.commands.train import run
+
+FORK = multiprocessing.get_context("fork")
+
+
+def start_two(config, *options):
+    """The two processes of a run; forked, as importing everything would take longer than to train.
+
+    Args:
+        config: file of the run.
+        *options: further words of `mmdlm fit`.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def fit(rank):
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+        run(["fit", "-c", str(config), "--trainer.devices", "2", *options])
+
+    processes = [FORK.Process(target=fit, args=(rank,)) for rank in range(2)]
+    for each in processes:
+        each.start()
+    return processes
+
+
+def ended(processes):
+    """Exit codes of processes, which end by themselves within some minutes."""
+    for each in processes:
+        each.join(240)
+        each.kill()  # without effect on one that has ended
+        each.join()
+    return [each.exitcode for each in processes]
+
+
+def fit_in_two(config, *options):
+    """Exit codes of the two processes of a run."""
+    return ended(start_two(config, *options))
 
 
 @pytest.fixture
