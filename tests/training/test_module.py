@@ -22,6 +22,7 @@ from mmdlm.training.module import Module
 from mmdlm.training.new_model import NewModel
 from mmdlm.training.optimizer import AdamW, Schedule
 from mmdlm.training.tune import Rate
+from tests.training.conftest import ended, fit_in_two, start_two
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -85,40 +86,26 @@ def test_sigterm_saves_and_resumes_to_the_same_bits(config, tmp_path):
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("to_all", [False, True], ids=["first process", "all processes"])
-def test_two_processes_stop_at_the_same_step(config, tmp_path, to_all):
-    options = ("--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.max_steps", "4000")
-    process = subprocess.Popen(
-        command(config, *options),
-        env=ENV,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def test_two_processes_stop_at_the_same_step(config, tmp_path, capfd, to_all):
+    options = ("--trainer.strategy", "ddp", "--trainer.max_steps", "4000")
+    processes = start_two(config, *options)
     deadline = time.monotonic() + 120
     while not (tmp_path / "ckpt" / "last.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    (os.killpg if to_all else os.kill)(process.pid, signal.SIGTERM)
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 143
+    for each in processes if to_all else processes[:1]:
+        os.kill(each.pid, signal.SIGTERM)
+    assert ended(processes) == [143, 0]
     step = torch.load(tmp_path / "ckpt" / "last.ckpt", weights_only=True)["global_step"]
-    assert f"step {step} of 4000 is saved" in said
+    assert f"step {step} of 4000 is saved" in capfd.readouterr().err
 
 
 def test_two_processes_train_as_one_with_the_doubled_batch(config, tmp_path):
     fit(config, "--data.batch_size.scenes", "8")
     one = losses(tmp_path)
     (tmp_path / "run").rename(tmp_path / "one")
-    options = (
-        "--trainer.strategy",
-        "ddp",
-        "--trainer.devices",
-        "2",
-        "--trainer.callbacks.dirpath",
-        str(tmp_path / "ddp"),
-    )
-    subprocess.run(command(config, *options), env=ENV, check=True, timeout=240)
+    options = ("--trainer.strategy", "ddp", "--trainer.callbacks.dirpath", str(tmp_path / "ddp"))
+    assert fit_in_two(config, *options) == [0, 0]
     two = losses(tmp_path)
     assert one.keys() == two.keys() == set(range(6))
     assert [two[s] for s in one] == pytest.approx(list(one.values()), abs=1e-5)
