@@ -1,5 +1,6 @@
 """Toy models, and single decisions of a strategy."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -60,6 +61,20 @@ def toy() -> Callable[..., MultimodalDLM]:
                 if "norm" not in name:
                     weight.normal_(std=0.3, generator=generator)
             made[key] = model
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def exact_toy(toy: Callable[..., MultimodalDLM]) -> Callable[..., MultimodalDLM]:
+    """Toy models in float64: batches round otherwise than rows, which must decide nothing."""
+    made: dict[tuple, MultimodalDLM] = {}
+
+    def make(**given: object) -> MultimodalDLM:
+        key = tuple(sorted(given.items()))
+        if key not in made:
+            made[key] = copy.deepcopy(toy(**given)).double()
         return made[key]
 
     return make

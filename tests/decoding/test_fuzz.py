@@ -4,7 +4,6 @@ import random
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from copy import deepcopy
 from typing import Any, NamedTuple
 
 import pytest
@@ -130,20 +129,6 @@ def check(case: Case, got: Decoded, calls: int) -> None:
     if not any("resize" in s.hooks() for s in case.strategies):
         assert answer[given].equal(case.canvas[given])
         assert (steps[given] == -1).all()
-
-
-@pytest.fixture(scope="module")
-def exact_toy(toy: Callable[..., MultimodalDLM]) -> Callable[..., MultimodalDLM]:
-    """Toy models in float64: batches round otherwise than rows, which must decide nothing."""
-    made: dict[tuple, MultimodalDLM] = {}
-
-    def make(**given: object) -> MultimodalDLM:
-        key = tuple(given.items())
-        if key not in made:
-            made[key] = deepcopy(toy(**given)).double()
-        return made[key]
-
-    return make
 
 
 @pytest.mark.filterwarnings("ignore:AdaBlock")

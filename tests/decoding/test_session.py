@@ -37,22 +37,6 @@ Toy = Callable[..., MultimodalDLM]
 Request = tuple[Tensor, int, int]  # prompt ids, length, seed
 
 
-@pytest.fixture(scope="module")
-def exact_toy(toy: Toy) -> Toy:
-    """Toy models in float64: batches round otherwise than rows, which must decide nothing."""
-    from copy import deepcopy
-
-    made: dict[tuple, MultimodalDLM] = {}
-
-    def make(**given: object) -> MultimodalDLM:
-        key = tuple(given.items())
-        if key not in made:
-            made[key] = deepcopy(toy(**given)).double()
-        return made[key]
-
-    return make
-
-
 def add(session: Session, request: Request) -> int:
     prompt, length, seed = request
     return session.add(prompt, length, generator=torch.Generator().manual_seed(seed))
