@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -46,8 +48,8 @@ class Adapter:
 
     Args:
         share: parameters of the adapter in relation to those of its base.
-        peft: largest difference between outputs of peft's model and the merged model: logits,
-            and features of an image and a clip.
+        peft: largest difference between outputs of peft's model and the merged model (logits, and
+            features of an image and a clip), in float64: sums in float32 would differ by as much.
         load: the same for the adapter given to `mmdlm.load`.
     """
 
@@ -78,6 +80,44 @@ def run(folder: Path, *words: str | Path) -> Ran:
     print(f"{seconds:.0f} s, {processor:.0f} processor seconds: mmdlm {' '.join(command[3:])}")
     print(done.stderr)
     return Ran(done.stdout, done.stderr, seconds, processor)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A run of `mmdlm fit`.
+
+    Args:
+        ran: the command.
+        use: words of the command that fit prints at its end, to use what it trained.
+        model: options among them that name the model, for other commands.
+        before: share of exact held-out answers before training, as printed.
+        after: the same after training.
+    """
+
+    ran: Ran
+    use: list[str]
+    model: list[str]
+    before: float
+    after: float
+
+
+def fit(folder: Path, config: str, data: str | Path, *options: str | Path) -> Tuned:
+    """Runs `mmdlm fit -c CONFIG --source tiny --data DATA` and reads what it prints.
+
+    Args:
+        folder: where the command runs.
+        config: name of a config.
+        data: file or folder.
+        options: further ones.
+    """
+    out = ("--out", folder / config.replace("/", "_"))
+    ran = run(folder, "fit", "-c", config, "--source", "tiny", "--data", data, *out, *options)
+    printed = ran.err.partition("Use it:")[2].strip().splitlines()[0]
+    program, *use = shlex.split(printed)
+    assert program == "mmdlm", printed
+    scores = re.search(r"exact\W+([\d.]+)%\W+([\d.]+)%", ran.err)
+    before, after = (float(share) / 100 for share in scores.groups())
+    return Tuned(ran, use, use[use.index("--model") :], before, after)
 
 
 def exact(folder: Path, data: str | Path, *options: str | Path) -> float:
@@ -112,7 +152,7 @@ def compare(adapter: Path, merged: Path, source: str = "tiny") -> Adapter:
     grow(base, whole.tokenizer.words or ())
     theirs = peft.PeftModel.from_pretrained(base, str(adapter)).eval()
     share = sum(w.numel() for name, w in theirs.named_parameters() if is_trained(name)) / total
-    want, *found = map(outputs, (whole, theirs.base_model.model, loaded))
+    want, *found = (outputs(model.double()) for model in (whole, theirs.base_model.model, loaded))
     return Adapter(share, *(float((each - want).abs().max()) for each in found))
 
 
@@ -123,7 +163,8 @@ def outputs(model: MultimodalDLM) -> Tensor:
     with torch.no_grad():
         found = [model.logits(tokens)]
         for kind, encoder in model.encoders.items():
-            found.append(model.encode(kind, [encoder.prepare(encoder.example())])[0])
+            item = encoder.prepare(encoder.example())
+            found += model.encode(kind, [replace(item, tensor=item.tensor.double())])
     return torch.cat([each.flatten() for each in found])
 
 
@@ -136,6 +177,12 @@ def is_trained(name: str) -> bool:
 def command() -> Callable[..., Ran]:
     """`command(folder, *words)`: see `run`."""
     return run
+
+
+@pytest.fixture(scope="session")
+def tune() -> Callable[..., Tuned]:
+    """`tune(folder, config, data, *options)`: see `fit`."""
+    return fit
 
 
 @pytest.fixture(scope="session")
