@@ -25,7 +25,7 @@ from mmdlm.loading.own import CARD, DECODING, PUBLISHED, STATISTICS, read_tasks
 from mmdlm.loading.published import SYSTEMS
 from mmdlm.model import MultimodalDLM
 from mmdlm.systems.system import System
-from mmdlm.text import MORE_CHATS, TOKENIZER
+from mmdlm.text import MORE_CHATS, TOKENIZER, Tokenizer
 
 # Copied from folder to folder, where other programs read other files of a vocabulary than we do.
 COPIED = ("vocab.json", "merges.txt", "tokenizer.model", CARD)
@@ -71,7 +71,7 @@ def export(
             layout is changed, with the files that other programs read.
         out: folder to write.
         dtype: type of the weights in the file, "bfloat16" halves float32; None for float32 from a
-            `.ckpt`, and for the stored types from a folder.
+            `.ckpt` or with an adapter, and for the stored types from a folder alone.
         decoding: YAML file of prompts, lengths and strategies by task.
         card: Markdown file that becomes the folder's README.md; None for the source folder's.
         layout: "own", or the "published" one of the system or family the model is of.
@@ -113,7 +113,7 @@ def export(
             return None
     else:
         _check_merge(merge, adapter is None, checkpoint)
-        model, folder, written = opened(checkpoint, out, family, adapter)
+        model, folder, written = opened(checkpoint, out, family, adapter, dtype)
     if layout == "own" and written is not None:
         raise ValueError(f"family={family!r} has no effect on {checkpoint}; leave it out")
     with replacing_folder(out) as new:
@@ -123,7 +123,7 @@ def export(
             model.preset = model.preset if tasks is None else tasks
             save(model, new, dtype=dtype, card=text)
         if folder is not None:
-            copy_files(folder, new)
+            copy_files(folder, new, adapter is None or not _has_grown(model, folder))
         if out.is_dir():
             keep_others(out, new)
     return model
@@ -218,14 +218,27 @@ def replaceable(out: str | Path) -> Path:
     return out
 
 
-def copy_files(folder: Path, new: Path) -> None:
+def _has_grown(model: MultimodalDLM, folder: Path) -> bool:
+    """Whether an adapter gave the model of a folder more tokens."""
+    if model.tokenizer is None:
+        return False
+    known = Tokenizer.from_folder(folder)
+    return known is None or len(known) < len(model.tokenizer)
+
+
+def copy_files(folder: Path, new: Path, vocabulary: bool = True) -> None:
     """Copies the source's vocabulary and card, and JSON files that say the same as the new ones.
 
     A tokenizer.json that stores truncation, padding or dropout is not copied.
+
+    Args:
+        folder: the source.
+        new: where the model was written.
+        vocabulary: also copy files of the vocabulary; False if the model has other tokens.
     """
-    names = [name for name in COPIED if not (new / name).exists()]
+    names = [n for n in (COPIED if vocabulary else (CARD,)) if not (new / n).exists()]
     names += [n for n in (CONFIG, *BESIDE) if (new / n).exists() and _same(folder / n, new / n)]
-    if (folder / "tokenizer.json").is_file():
+    if vocabulary and (folder / "tokenizer.json").is_file():
         said = read_json(folder / "tokenizer.json")
         state = (said.get("truncation"), said.get("padding"), said["model"].get("dropout"))
         names += [] if any(state) else ["tokenizer.json"]
@@ -265,15 +278,23 @@ def keep_others(old: Path, new: Path) -> None:
 
 
 def opened(
-    source: str | Path, out: Path, family: str | None, adapter: str | Path | None = None
+    source: str | Path,
+    out: Path,
+    family: str | None,
+    adapter: str | Path | None = None,
+    dtype: str | None = None,
 ) -> tuple[MultimodalDLM, Path, str | None]:
-    """The model of a folder in its stored types, that folder, and the family that is left to write.
+    """The model of a folder, that folder, and the family that is left to write.
+
+    The weights have their stored types. With an adapter they have the type that is written: a sum
+    rounded to the stored type would differ from the model that was trained.
 
     Args:
         source: bundled name, folder or hub id.
         out: where it is written.
         family: see `export`.
         adapter: see `mmdlm.load`.
+        dtype: see `export`.
 
     Raises:
         ValueError: it would be overwritten.
@@ -283,5 +304,6 @@ def opened(
         raise ValueError(f"{out} is the checkpoint itself; give another folder to write")
     own = "format" in read_json(folder / "config.json")
     options = {"family": None if own else family, "adapter": adapter}
-    model = load(folder, device="cpu", dtype="stored", **options)
+    types = "stored" if adapter is None else dtype or "float32"
+    model = load(folder, device="cpu", dtype=types, **options)
     return model, folder, family if own else None

@@ -48,6 +48,7 @@ CONTRACTS = {"features", "arguments", "checks"}
 IMPORT_NAMES = {
     "pillow": "PIL",
     "pyyaml": "yaml",
+    "scikit-image": "skimage",
     "scikit-learn": "sklearn",
     "gym-pusht": "gym_pusht",
     "imageio-ffmpeg": "imageio_ffmpeg",

@@ -62,7 +62,7 @@ EXTRAS = {
     "dev": (
         "tests, style checks and builds",
         ("pytest", "pytest-xdist", "ruff", "hypothesis", "nbclient", "ipykernel", "build")
-        + ("hatchling",),
+        + ("hatchling", "scikit-image"),
     ),
 }
 MODEL_FILES = ("config.json", "model.safetensors")

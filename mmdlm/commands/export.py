@@ -32,7 +32,8 @@ def export(
     Args:
         checkpoint: a .ckpt file or folder of mmdlm fit; or a bundled name, folder or hub id.
         out: folder to write.
-        dtype: type of the weights in the file; by default float32 from a .ckpt, else as stored.
+        dtype: type of the weights in the file; by default float32 from a .ckpt or with an adapter,
+            else as stored.
         decoding: YAML file with prompt, length and strategies by task.
         card: Markdown file that becomes README.md.
         layout: own, or published: that of the system or family the model is of, for other tools.

@@ -164,9 +164,10 @@ class Report(Callback):
         self.held: Held | None = None
 
     def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Answers before training."""
+        """Says what is trained, and answers before training."""
         if not trainer.is_global_zero:
             return
+        print(plan(trainer, module), file=sys.stderr)
         datasets = trainer.datamodule.val or trainer.datamodule.train
         data = next((d for d in datasets.values() if isinstance(base(d), Conversations)), None)
         if data is None:
@@ -193,6 +194,20 @@ class Report(Callback):
         task = next(iter(trainer.datamodule.tasks), "generate")
         command = USE.get(task, "mmdlm info {}").format(use)
         console.print(f"The model is in {out}. Use it:\n  {command}", soft_wrap=True)
+
+
+def plan(trainer: lightning.Trainer, module: lightning.LightningModule) -> str:
+    """How many parameters a run trains, and how often it sees each row."""
+    sizes = [(each.numel(), each.requires_grad) for each in module.model.parameters()]
+    total, trained = sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if is_trained)
+    said = f"{trained:,} of {total:,} parameters are trained ({trained / total:.1%})"
+    summed = trainer.accumulate_grad_batches * trainer.world_size
+    for name, data in trainer.datamodule.train.items():
+        size = trainer.datamodule.batch_size[name] * summed
+        said += f"; {name}: {len(data):,} rows, {size} per step"
+        if trainer.max_steps > 0:
+            said += f", each {trainer.max_steps * size / len(data):.3g} times"
+    return said
 
 
 def base(dataset: Dataset) -> Dataset:

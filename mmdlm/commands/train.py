@@ -13,7 +13,9 @@ from argparse import ArgumentError
 from collections.abc import Sequence as Items
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+import lightning
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_module
@@ -28,6 +30,7 @@ from mmdlm.training.data import Data
 from mmdlm.training.module import Module
 from mmdlm.training.new_model import NewModel
 from mmdlm.training.optimizer import AdamW, Schedule
+from mmdlm.training.progress import Progress
 from mmdlm.training.stop import StopBetweenSteps
 
 CHECK = (
@@ -72,6 +75,12 @@ class CLI(LightningCLI):
         parser.link_arguments("data.statistics", "model.data_statistics", apply_on="instantiate")
         parser.add_argument("--check", type=How, default="auto", help=CHECK)
         parser.add_argument("--estimate", action="store_true", help=ESTIMATE)
+
+    def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
+        """The trainer, with our progress bar."""
+        trainer = super().instantiate_trainer(**kwargs)
+        Progress.replace(trainer)
+        return trainer
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Items[str]) -> None:
         """Parses the words; an error is one line without the list of all options.

@@ -21,7 +21,7 @@ from mmdlm.data.collate import Collated, batch
 from mmdlm.data.dataset import Dataset
 from mmdlm.loading.ckpt import ENTRY, PREFIX, Base, digest, entry, read
 from mmdlm.objectives.objective import Losses, Objective
-from mmdlm.training import lora, progress, sharding, strategies
+from mmdlm.training import elapsed, lora, sharding, strategies
 from mmdlm.training import tune as tuning
 from mmdlm.training.checkpoints import KeepLast
 from mmdlm.training.data import Rows
@@ -311,7 +311,7 @@ class Module(lightning.LightningModule):
             step: from 0.
             timer: the time that the run has, if that is given.
         """
-        return self.schedule.factor(step, progress.done(self.trainer, step, timer))
+        return self.schedule.factor(step, elapsed.done(self.trainer, step, timer))
 
     def _over_processes(self, values: Tensor) -> Tensor:
         """[M] summed over all processes."""

@@ -1,38 +1,34 @@
-"""How much of a run is done."""
+"""The progress bar of a run."""
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import RichProgressBar
 
 
-def done(trainer: lightning.Trainer, step: int, timer: Timer | None = None) -> float:
-    """Fraction of a run before a step, of its steps or of its time, whichever is larger.
+class Progress(RichProgressBar):
+    """Lightning's bar: "Training" where a run is counted in steps, and the cross entropy.
 
-    Args:
-        trainer: of the run.
-        step: from 0.
-        timer: the time that the run has, if that is given.
+    Lightning's own would show such a run, which has no last epoch, as "Epoch 0/-2".
     """
-    found = step / total_steps(trainer)
-    left = None if timer is None else timer.time_remaining()
-    if left is not None:
-        passed = timer.time_elapsed()
-        # The processes' clocks differ, and their weights must not.
-        found = max(found, trainer.strategy.broadcast(passed / (passed + left)))
-    return found
 
+    @classmethod
+    def replace(cls, trainer: lightning.Trainer) -> None:
+        """Puts this bar in place of Lightning's default one; any other is left as it is."""
+        for i, callback in enumerate(trainer.callbacks):
+            if type(callback) is RichProgressBar:
+                trainer.callbacks[i] = cls()
 
-def total_steps(trainer: lightning.Trainer) -> float:
-    """Optimizer steps of a run; infinite if unknown, as before its data are set up.
+    def _get_train_description(self, current_epoch: int) -> str:
+        if (self.trainer.max_epochs or -1) < 0:
+            return f"{'Training':{len(self.validation_description)}}"
+        return super()._get_train_description(current_epoch)
 
-    `Trainer.estimated_stepping_batches` would set up the data before a checkpoint is read, and thus
-    start a resumed run at its first batch.
-    """
-    total = trainer.max_steps if trainer.max_steps > 0 else math.inf
-    if trainer.max_epochs > 0 and math.isfinite(trainer.num_training_batches):
-        steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        total = min(total, steps * trainer.max_epochs)
-    return total
+    def get_metrics(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """Metrics to show; the number of the run is in the name of its folder."""
+        found: dict[str, Any] = super().get_metrics(trainer, pl_module)
+        return {name: value for name, value in found.items() if name != "v_num"}

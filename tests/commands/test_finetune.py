@@ -89,6 +89,7 @@ def test_a_run_leaves_a_model_that_answers_in_the_new_words(
     assert main([*words, "--steps", "2", "--batch-size", "2", "--out", str(tmp_path)]) == 0
     said = capfd.readouterr().err
     assert "before training" in said
+    assert "photos: 3 rows, 2 per step, each 1.33 times" in said
     folder = tmp_path / "finetune" / "version_0" / "model"
     assert f"mmdlm caption IMAGE --model {folder}" in said
     model = mmdlm.load(folder)

@@ -20,7 +20,7 @@ from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
 from mmdlm.commands.about import facts
 from mmdlm.commands.arguments import arguments
-from mmdlm.commands.main import main
+from mmdlm.commands.main import SPINS, main
 from mmdlm.commands.table import COMMANDS, TRAINING
 from mmdlm.model import MultimodalDLM
 from mmdlm.text import Tokenizer
@@ -55,6 +55,18 @@ def photos(tmp_path) -> Path:
         pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
     return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of GNU OpenMP")
+@pytest.mark.parametrize("given", [None, "7"])
+def test_idle_threads_leave_their_core_to_other_programs(given: str | None) -> None:
+    environment = {name: v for name, v in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    environment |= {"OMP_DISPLAY_ENV": "VERBOSE"} | (
+        {} if given is None else {"GOMP_SPINCOUNT": given}
+    )
+    command = [sys.executable, "-m", "mmdlm", "generate", "red", "--length", "1"]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True).stderr
+    assert f"GOMP_SPINCOUNT = '{given or SPINS}'" in printed
 
 
 def test_help_answers_at_once_and_names_every_command():

@@ -289,6 +289,20 @@ def test_the_folder_opens_in_peft_and_merges_at_load(settings, tmp_path):
     assert config.base_model_name_or_path == "tiny"
 
 
+def test_a_merged_export_keeps_new_words_and_precision(tmp_path):
+    made = shaken(module())
+    made.write(tmp_path / "adapter")
+    words = ["export", "tiny", "--adapter", str(tmp_path / "adapter")]
+    assert commands.main([*words, "--out", str(tmp_path / "whole")]) == 0
+    whole = mmdlm.load(tmp_path / "whole", device="cpu")
+    assert whole.tokenizer.decode([177, 178]) == "Lion zebra"
+    torch.testing.assert_close(logits(whole), logits(made.model), rtol=1e-5, atol=1e-5)
+    assert commands.main([*words, "--out", str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
+    half = mmdlm.load(tmp_path / "half", device="cpu", dtype="stored", pack=False)
+    assert half.backbone.embed.weight.dtype == torch.bfloat16
+    assert half.tokenizer.decode([177, 178]) == "Lion zebra"
+
+
 def test_an_embedding_trained_as_a_whole_is_in_the_folder(tmp_path):
     tune = {**ALL, "backbone.embed.*": Rate(), "backbone.out.*": Rate()}
     made = shaken(module(tune))
