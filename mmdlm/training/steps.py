@@ -84,27 +84,12 @@ class Steps(TorchDataset):
             rng = np.random.default_rng([self.seed, key, int(place)])
             seeds.append(int(rng.integers(1 << 62)))
             sample = dataset.sample(index, rng)
-            samples.append(sample if self.tail is None else self._shortened(sample, rng))
+            samples.append(shortened(sample, self.processor, self.tail, rng))
         window, part = divmod(step, self.accumulate)
         shared = np.random.default_rng([self.seed, key, window, 1]).random()
         phase = (shared + (part + places / total) / self.accumulate) % 1
         noise = torch.tensor(seeds), torch.from_numpy(phase)
         return collate(self.processor, samples, *noise, self.pack)
-
-    def _shortened(self, sample: Example, rng: np.random.Generator) -> Example:
-        """An example whose text answers are followed by 1 to `tail` end tokens."""
-
-        def shorter(message: Message) -> Message:
-            return replace(message, parts=tuple(map(slot, message.parts)))
-
-        def slot(part: Any) -> Any:
-            if not isinstance(part, Slot) or not isinstance(part.value, str):
-                return part
-            own = len(self.processor.encode(part.value)) + int(rng.integers(1, self.tail + 1))
-            return replace(part, length=own if part.length is None else min(part.length, own))
-
-        branches = tuple(tuple(map(shorter, branch)) for branch in sample.branches)
-        return replace(sample, messages=tuple(map(shorter, sample.messages)), branches=branches)
 
     def _order(self, name: str, epoch: int) -> np.ndarray:
         """The order of a data set's rows in one pass; the latest eight orders are kept."""
@@ -119,6 +104,33 @@ class Steps(TorchDataset):
                 order = grouped(order, self.lengths[name], size, first, rng)
             self.orders[name, epoch] = order
         return self.orders[name, epoch]
+
+
+def shortened(
+    sample: Example, processor: Processor, tail: int | None, rng: np.random.Generator
+) -> Example:
+    """An example whose text answers are followed by 1 to `tail` end tokens; None: as many as fit.
+
+    Args:
+        sample: with answers.
+        processor: of the model.
+        tail: see `mmdlm.training.data.Data`.
+        rng: of the number of end tokens.
+    """
+
+    def shorter(message: Message) -> Message:
+        return replace(message, parts=tuple(map(slot, message.parts)))
+
+    def slot(part: Any) -> Any:
+        if not isinstance(part, Slot) or not isinstance(part.value, str):
+            return part
+        own = len(processor.encode(part.value)) + int(rng.integers(1, tail + 1))
+        return replace(part, length=own if part.length is None else min(part.length, own))
+
+    if tail is None:
+        return sample
+    branches = tuple(tuple(map(shorter, branch)) for branch in sample.branches)
+    return replace(sample, messages=tuple(map(shorter, sample.messages)), branches=branches)
 
 
 def name_key(name: str) -> int:
