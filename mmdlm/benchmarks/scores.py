@@ -144,9 +144,8 @@ def bench(
     everything that this model and installation support.
 
     mmdlm bench presets compares the decoding presets: accuracy against forwards. mmdlm bench train
-    times training steps. The speed of
-    decoding on sizes of published models, without a checkpoint, is measured in a clone of the
-    repository: python -m tests.speed --help.
+    times training steps. The speed of decoding on sizes of published models, without a checkpoint,
+    is measured in a clone of the repository: python -m tests.speed --help.
 
     Args:
         what: what to measure.

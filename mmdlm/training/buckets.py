@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
-from collections.abc import Sequence as Items
-
 import numpy as np
 import torch
 
-from mmdlm.data.dataset import Dataset, Extent
+from mmdlm.data.dataset import Dataset
+from mmdlm.messages import Example
 from mmdlm.model import MultimodalDLM
 from mmdlm.processor import Processor
 
@@ -37,41 +34,42 @@ def lengths(dataset: Dataset, model: MultimodalDLM, tail: int | None = None) -> 
     Returns:
         None where the data set does not tell.
     """
-    found = [dataset.extent(i) for i in range(len(dataset))]
-    if any(one is None for one in found):
+    if dataset.extent(0) is None:
         return None
-    rate = tokens_per_character(model.processor, found)
-    per_medium = tokens_per_medium(dataset, model, found)
-    prompts = np.array([len(one.prompt) for one in found])
-    answers = np.array([len(one.answer) for one in found])
-    canvas = np.array([one.canvas for one in found])
-    media = np.array([sum(per_medium[k] * n for k, n in one.media.items()) for one in found])
-    own = canvas if tail is None else np.minimum(canvas, answers * rate + (tail + 1) / 2)
-    return np.rint(prompts * rate + media + own).astype(np.int64)
+    rate = tokens_per_character(dataset, model.processor)
+    per_medium: dict[str, int] = {}
+    sizes = np.zeros(len(dataset), dtype=np.int64)
+    for index in range(len(dataset)):
+        one = dataset.extent(index)
+        if not one.media.keys() <= per_medium.keys():
+            per_medium |= tokens_per_medium(dataset.sample(index, np.random.default_rng(0)), model)
+        media = sum(per_medium[kind] * count for kind, count in one.media.items())
+        own = one.canvas
+        if tail is not None:
+            own = min(own, len(one.answer) * rate + (tail + 1) / 2)
+        sizes[index] = round(len(one.prompt) * rate + media + own)
+    return sizes
 
 
-def tokens_per_character(processor: Processor, found: Items[Extent]) -> float:
-    """Tokens per character of prompts and answers, from some of them."""
-    some = [found[i] for i in np.linspace(0, len(found) - 1, SAMPLED).astype(int)]
-    texts = [text for one in some for text in (one.prompt, one.answer) if text]
+def tokens_per_character(dataset: Dataset, processor: Processor) -> float:
+    """Tokens per character of prompts and answers, from `SAMPLED` rows."""
+    rows = np.linspace(0, len(dataset) - 1, SAMPLED).astype(int)
+    found = [dataset.extent(int(i)) for i in rows]
+    texts = [text for one in found for text in (one.prompt, one.answer) if text]
     if not texts:
         return 0.0
     return sum(len(processor.encode(text)) for text in texts) / sum(map(len, texts))
 
 
 @torch.no_grad()
-def tokens_per_medium(
-    dataset: Dataset, model: MultimodalDLM, found: Items[Extent]
-) -> Mapping[str, int]:
-    """Tokens of the first item of each kind of media in a data set."""
-    counts: Counter[str] = Counter()
-    for index, one in enumerate(found):
-        if not one.media.keys() <= counts.keys():
-            example = dataset.sample(index, np.random.default_rng(0))
-            for row in model.processor.pack([example]).rows:
-                for item in row.items:
-                    if item.kind not in counts:
-                        counts[item.kind] = len(model.encode(item.kind, [item])[0])
+def tokens_per_medium(example: Example, model: MultimodalDLM) -> dict[str, int]:
+    """Tokens of the last item of each kind in an example."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()  # so that nothing is drawn, and no running statistics change
+    items = [item for row in model.processor.pack([example]).rows for item in row.items]
+    counts = {item.kind: len(model.encode(item.kind, [item])[0]) for item in items}
+    for module, mode in modes.items():
+        module.training = mode
     return counts
 
 

@@ -60,7 +60,8 @@ class Data(lightning.LightningDataModule):
             ones weighs more in an objective that divides by the answer tokens of the batch.
         pack: conversations of a batch are packed into rows of this many tokens, or as many as the
             longest one has. They do not attend to each other, and masks and loss are those of one
-            conversation per row. `batch_size` still counts conversations. None: not packed.
+            conversation per row. `batch_size` still counts conversations, and attention takes the
+            square of a row's tokens. None: not packed.
         tail: a text answer is followed by 1 to `tail` end tokens, a random number, instead of as
             many as fill its canvas. Real answers differ in length, and few tokens are then spent on
             end tokens; but a model that fills a whole canvas at once needs to learn these (LLaDA),

@@ -1,13 +1,18 @@
 """Batches of rows of like length, and conversations packed into rows."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from adapters.mlp import MLP
+from encoders.vit import ViT
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
+from mmdlm.commands.train import run
 from mmdlm.data.chat import Chat
 from mmdlm.data.collate import batch
 from mmdlm.data.scenes import Scenes
@@ -158,3 +163,55 @@ def test_packed_batches_have_the_loss_of_unpacked_ones(chat, model):
     assert len(packed.sequence.tokens) < len(apart.sequence.tokens) == 4
     one, two = (Masked().step(model, each).mean() for each in (apart, packed))
     torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
+
+
+def test_a_resumed_run_ends_with_the_same_bits(chat, config, tmp_path):
+    text = config.read_text()
+    text = text[: text.index("data:\n")]
+    config.write_text(
+        f"""{text}
+data:
+  train: {{chat: {{class_path: mmdlm.data.chat.Chat, init_args: {{path: {chat}}}}}}}
+  batch_size: 4
+  tail: 2
+  pack: 40
+  buckets: true
+"""
+    )
+    whole = tmp_path / "whole"
+    options = ["fit", "-c", str(config), "--model.schedule.decay", "0"]
+    run([*options, "--trainer.callbacks.dirpath", str(whole)])
+    run([*options, "--trainer.max_steps", "3"])
+    run([*options, "--ckpt_path", "last"])
+    one, two = (torch.load(p / "last.ckpt", weights_only=True) for p in (whole, tmp_path / "ckpt"))
+    assert one["global_step"] == two["global_step"] == 6
+    state = two["state_dict"]
+    assert all(torch.equal(weight, state[name]) for name, weight in one["state_dict"].items())
+
+
+def test_workers_get_buckets_and_packing(chat, model):
+    steps = data_of(chat, model, tail=2, pack=40, buckets=True).steps(model.processor)
+    there = pickle.loads(pickle.dumps(steps))
+    for step in (0, 33):
+        one, two = steps[step]["chat"], there[step].copied()["chat"]
+        assert one.row_tokens == two.row_tokens == 40
+        pairs = zip(one.packed.rows, two.packed.rows, strict=True)
+        assert all(torch.equal(a.turns[0].answer, b.turns[0].answer) for a, b in pairs)
+
+
+def test_media_count_as_many_tokens_as_the_first_one(tmp_path):
+    scenes = Scenes(size=32)
+    tokenizer = Tokenizer.from_words([*scenes.vocabulary(), *WORDS])
+    config = TransformerConfig(vocab=len(tokenizer), width=16, layers=1, heads=2, inner=16)
+    spec = Spec("mmdlm", config, 2, 1, 0, attention="cascade")
+    vit = ViT(size=32, patch=8, dim=16, depth=1, heads=2)
+    model = MultimodalDLM(spec, {"image": vit}, {"image": MLP(16, 16)}, tokenizer).train()
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    rows = [{"images": ["a.png"] * n, "question": "what ?", "answer": "red"} for n in (0, 1, 2)]
+    file = tmp_path / "chat.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    dataset = Chat(file).connect(model.processor)
+    found = lengths(dataset, model)
+    packed = model.processor.pack([dataset.sample(i, np.random.default_rng(0)) for i in range(3)])
+    assert found.tolist() == model.embed(packed.rows).mask.sum(1).tolist()
+    assert all(module.training for module in model.modules())
