@@ -81,6 +81,12 @@ class Row:
         parts = (*self.parts, *turns)
         return [p for p in parts if isinstance(p, Tensor) and not p.is_floating_point()]
 
+    @property
+    def length(self) -> int:
+        """Positions of the row, whose items are encoded."""
+        turns = (part for turn in self.turns for part in (*turn.parts, turn.answer))
+        return sum(len(part) for part in (*self.parts, *turns))
+
     def map(self, change: Callable[[Prepared], Tensor]) -> Row:
         """The row with every preprocessed item replaced by its embeddings.
 

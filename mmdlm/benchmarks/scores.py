@@ -143,9 +143,9 @@ def bench(
     task of the policy. twin: only the race against an autoregressive twin, for all of these. all:
     everything that this model and installation support.
 
-    mmdlm bench presets compares the decoding presets: accuracy against forwards. The speed of
-    decoding on sizes of published models, without a checkpoint, is measured in a clone of the
-    repository: python -m tests.speed --help.
+    mmdlm bench presets compares the decoding presets: accuracy against forwards. mmdlm bench train
+    times training steps. The speed of decoding on sizes of published models, without a checkpoint,
+    is measured in a clone of the repository: python -m tests.speed --help.
 
     Args:
         what: what to measure.

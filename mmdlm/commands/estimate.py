@@ -11,7 +11,7 @@ import lightning
 import torch
 
 from mmdlm.data.collate import batch
-from mmdlm.training.data import Data, Steps
+from mmdlm.training.data import Data
 from mmdlm.training.memory import CHUNK, Memory, Shape, estimate
 from mmdlm.training.module import Module
 
@@ -63,7 +63,8 @@ def longest(module: Module, data: Data) -> list[Shape]:
     model = module.model
     for dataset in data.train.values():
         dataset.connect(model.processor, model.preset)
-    steps = Steps(model.processor, data.train, data.batch_size, data.seed)
+    data.measure(model)
+    steps = data.steps(model.processor)
     found: dict[str, Shape] = {}
     for step in range(min(STEPS, len(steps))):
         for name, part in steps[step].items():

@@ -57,6 +57,11 @@ COMMANDS = {
         TRAIN,
         ("presets",),
     ),
+    "bench train": Command(
+        "mmdlm.benchmarks.training:bench_train",
+        "training steps: time, padding, buckets, packing",
+        TRAIN,
+    ),
     "export": Command(
         "export:export",
         "a model folder from a training checkpoint",

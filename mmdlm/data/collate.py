@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mmdlm.layout import GOLDEN
+from mmdlm.layout import GOLDEN, Row, Sequence, Turn
 from mmdlm.messages import Example
 from mmdlm.objectives.objective import Batch
+from mmdlm.objectives.packing import Packing, bins
 from mmdlm.processor import Packed, Processor
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ class Collated:
         groups: per example, for metrics.
         names: per example, token ids of what its media show: int64 [words] for audio, a list of
             such per token for an image; empty where the data do not tell.
+        row_tokens: tokens of a row into which conversations are packed; None: one per row.
     """
 
     def __init__(
@@ -39,15 +42,27 @@ class Collated:
         phase: Tensor,
         groups: tuple[str, ...],
         names: Items[Tensor | list[Tensor]] = (),
+        row_tokens: int | None = None,
     ) -> None:
         self.packed, self.seeds, self.phase, self.groups = packed, seeds, phase, groups
-        self.names = list(names)
+        self.names, self.row_tokens = list(names), row_tokens
 
 
 def collate(
-    processor: Processor, examples: Items[Example], seeds: Tensor, phase: Tensor
+    processor: Processor,
+    examples: Items[Example],
+    seeds: Tensor,
+    phase: Tensor,
+    row_tokens: int | None = None,
 ) -> Collated:
     """One batch of examples; needs no weights, so worker processes can make it.
+
+    Args:
+        processor: of the model.
+        examples: at least one.
+        seeds: see `Collated`.
+        phase: see `Collated`.
+        row_tokens: see `Collated`.
 
     Raises:
         ValueError: only some of the examples name what their media show, an answer does not fit
@@ -59,7 +74,7 @@ def collate(
             f"{len(names)} of {len(examples)} examples name their media; all or none must"
         )
     groups = tuple(one.group for one in examples)
-    return Collated(processor.pack(examples), seeds, phase, groups, names)
+    return Collated(processor.pack(examples), seeds, phase, groups, names, row_tokens)
 
 
 def _names(processor: Processor, names: Any) -> Tensor | list[Tensor]:
@@ -85,7 +100,48 @@ def batch(model: MultimodalDLM, collated: Collated) -> Batch:
     place, turn = torch.tensor(packed.example), torch.tensor(packed.branch)
     # A branch's own seed, and the phase it would have inside a shared row.
     seeds, phase = collated.seeds[place] + (turn << 40), collated.phase[place] + GOLDEN * turn
-    device = model.device
-    return Batch(
-        sequence, seeds.to(device), (phase % 1).to(device), collated.groups, media, collated.names
-    )
+    packing = None
+    if collated.row_tokens is not None:
+        sequence, packing = together(model, packed.rows, sequence, held, collated.row_tokens)
+    seeds, phase = seeds.to(model.device), (phase % 1).to(model.device)
+    return Batch(sequence, seeds, phase, collated.groups, media, collated.names, packing)
+
+
+def together(
+    model: MultimodalDLM,
+    rows: Items[Row],
+    apart: Sequence,
+    held: dict[Any, Tensor],
+    row_tokens: int,
+) -> tuple[Sequence, Packing]:
+    """Rows packed into fewer ones; rows with several turns about shared media stay alone.
+
+    Every conversation becomes a turn: it has positions from 0, and attends to itself only.
+
+    Args:
+        model: it lays the rows out.
+        rows: one conversation each.
+        apart: their layout.
+        held: embeddings of all media, by digest.
+        row_tokens: tokens of a packed row; a longer conversation has a row alone.
+    """
+    rows = [row.map(lambda item: held[item.digest]) for row in rows]
+    sizes = [row.length for row in rows]
+    single = [i for i, row in enumerate(rows) if len(row.turns) == 1]
+    chosen = [[single[i] for i in own] for own in bins([sizes[i] for i in single], row_tokens)]
+    chosen += [[i] for i in range(len(rows)) if len(rows[i].turns) != 1]
+    merged = [rows[own[0]] if len(own) == 1 else _merged([rows[i] for i in own]) for own in chosen]
+    sequence = model.arrange(merged)
+    width = apart.mask.shape[1]
+    place = torch.full(sequence.mask.shape, -1)
+    for number, own in enumerate(chosen):
+        # Padding is on the left.
+        found = [torch.arange((i + 1) * width - sizes[i], (i + 1) * width) for i in own]
+        joined = torch.cat(found)
+        place[number, place.shape[1] - len(joined) :] = joined
+    return sequence, Packing(replace(apart, media=None), place.to(apart.mask.device))
+
+
+def _merged(rows: Items[Row]) -> Row:
+    """One row whose turns are the conversations of several, which have one turn each."""
+    return Row((), tuple(Turn((*r.parts, *r.turns[0].parts), r.turns[0].answer) for r in rows))

@@ -6,6 +6,7 @@ import base64
 import binascii
 import re
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
-from mmdlm.data.dataset import Dataset, Preset
+from mmdlm.data.dataset import Dataset, Extent, Preset
 from mmdlm.messages import Example, Media, Message, Slot, Text, conversation
 from mmdlm.processor import Processor
 from mmdlm.word_list import pieces
@@ -157,6 +158,14 @@ class Conversations(Dataset):
                 slot = Slot("text", self.length, message.text)
                 before = messages[:i] if not self.stands_alone else _last(messages[:i])
                 yield (*before, Message("assistant", (slot,)))
+
+    def extent(self, index: int) -> Extent:
+        """See `Dataset.extent`."""
+        branches = self.branches(self.messages(self.rows[index]))
+        *before, last = max(branches, key=lambda branch: sum(len(m.text) for m in branch))
+        media = Counter(p.kind for m in before for p in m.parts if isinstance(p, Media))
+        slot = last.parts[0]
+        return Extent("".join(m.text for m in before), slot.value, slot.length, media)
 
     def accepted(self, index: int) -> list[str]:
         """See `Dataset.accepted`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
@@ -40,6 +40,22 @@ def _output(answer: Any) -> str:
     return "text" if isinstance(answer, str) else "actions"
 
 
+class Extent(NamedTuple):
+    """What decides how many tokens an example has: those of its longest branch.
+
+    Args:
+        prompt: all texts before the answer.
+        answer: text of the answer.
+        canvas: tokens of the answer's slot.
+        media: number of items of each kind.
+    """
+
+    prompt: str
+    answer: str
+    canvas: int
+    media: Mapping[str, int]
+
+
 Preset = Mapping[str, Mapping[str, Any]]
 """Defaults per task, as `MultimodalDLM.preset`."""
 
@@ -65,6 +81,10 @@ class Dataset:
     def place(self, index: int) -> str:
         """Where the example at `index` comes from, for messages to the user."""
         return f"row {index + 1}"
+
+    def extent(self, index: int) -> Extent | None:
+        """Texts and media of the example at `index`, without opening media; None if not known."""
+        return None
 
     def vocabulary(self) -> list[str]:
         """Every word that prompts and text answers can hold, sorted."""

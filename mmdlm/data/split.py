@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 import numpy as np
 
 from encoders.checks import Above, Below
-from mmdlm.data.dataset import Dataset, Preset
+from mmdlm.data.dataset import Dataset, Extent, Preset
 from mmdlm.messages import Example
 from mmdlm.processor import Processor
 
@@ -54,6 +54,10 @@ class Split(Dataset):
     def accepted(self, index: int) -> list[str]:
         """See `Dataset.accepted`."""
         return self.dataset.accepted(int(self.indices[index]))
+
+    def extent(self, index: int) -> Extent | None:
+        """See `Dataset.extent`."""
+        return self.dataset.extent(int(self.indices[index]))
 
     def place(self, index: int) -> str:
         """See `Dataset.place`."""

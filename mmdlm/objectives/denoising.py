@@ -34,7 +34,7 @@ class Denoising:
     def step(self, model: MultimodalDLM, batch: Batch) -> Losses:
         """The loss of a batch with random noise."""
         batch = self.prepare(model, batch)
-        return self.loss(model, batch, self.corrupt(batch))
+        return self.loss(model, batch, drawn(self, batch))
 
 
 class Wrapping(Denoising):
@@ -57,6 +57,13 @@ class Wrapping(Denoising):
     def corrupt(self, batch: Batch) -> Noise:
         """The noise of the other objective."""
         return self.objective.corrupt(batch)
+
+
+def drawn(objective: Denoising, batch: Batch) -> Noise:
+    """The noise of a batch; that of a packed one is drawn for each conversation alone."""
+    if batch.packing is None:
+        return objective.corrupt(batch)
+    return batch.packing.join(objective.corrupt(batch.apart))
 
 
 def noisy(model: MultimodalDLM, sequence: Sequence, noise: Noise) -> Sequence:
@@ -87,4 +94,6 @@ def without_repeated_ends(sequence: Sequence, eos: int | None) -> Sequence:
     """
     end = sequence.is_answer & (sequence.tokens == (-1 if eos is None else eos))
     repeated = end & torch.cat([torch.zeros_like(end[:, :1]), end[:, :-1]], 1)
+    if sequence.branch is not None:  # the first token of a turn follows another turn
+        repeated[:, 1:] &= sequence.branch[:, 1:] == sequence.branch[:, :-1]
     return replace(sequence, mask=sequence.mask & ~repeated)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -68,7 +68,11 @@ class DSCD(Checked, Objective):
 
     def step(self, model: MultimodalDLM, batch: Batch) -> Losses:
         """The loss with random masks."""
-        return self.loss(model, batch, *self.corrupt(batch))
+        if batch.packing is None:
+            return self.loss(model, batch, *self.corrupt(batch))
+        noise, teacher = self.corrupt(batch.apart)
+        joined = batch.packing.join(replace(noise, covered=teacher))
+        return self.loss(model, batch, replace(joined, covered=None), joined.covered)
 
     def loss(self, model: MultimodalDLM, batch: Batch, noise: Noise, teacher: Tensor) -> Losses:
         """The loss with given masks.

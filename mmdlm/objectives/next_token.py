@@ -40,7 +40,7 @@ class NextToken(Checked, Objective):
                 f"{model.spec.block_size} and shift {model.spec.shift}; use Masked"
             )
         sequence = batch.sequence
-        answer = sequence.is_answer
+        answer = sequence.is_answer & (sequence.positions > 0)  # nothing predicts a row's first
         target = sequence.tokens[answer]
         total, (losses, right) = weighted_cross_entropy(
             model, sequence, answer, target, 1.0, self.chunk

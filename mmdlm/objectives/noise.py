@@ -25,6 +25,8 @@ class Noise:
         slope: [B L] float32, dp/dt of the schedule at the level that was drawn.
         covered: [B L] bool, tokens that are masked in the input but not predicted; None if all
             masked tokens are predicted.
+        row: [B L] int64, conversation of each token of a packed batch, the highest number at
+            padding; None where every batch row is one, see `mmdlm.objectives.packing`.
     """
 
     masked: Tensor
@@ -33,6 +35,7 @@ class Noise:
     p: Tensor
     slope: Tensor
     covered: Tensor | None = None
+    row: Tensor | None = None
 
     @property
     def hidden(self) -> Tensor:
@@ -54,7 +57,16 @@ class Noise:
             for f in fields(self)
             if getattr(self, f.name) is not None
         }
+        if self.row is not None:
+            values["row"] = torch.cat([self.row, other.row + self.row.max() + 1])
         return replace(self, **values)
+
+    def per_row(self, values: Tensor) -> Tensor:
+        """[N] sums over each conversation of values [B L]."""
+        if self.row is None:
+            return values.sum(1)
+        sums = values.new_zeros(int(self.row.max()) + 1)
+        return sums.index_add(0, self.row.flatten(), values.flatten())
 
 
 def uniform(seeds: Tensor, count: int, stream: int = 0) -> Tensor:

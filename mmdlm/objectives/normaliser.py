@@ -17,7 +17,7 @@ Normaliser = Literal["answer", "masked", "row", "length", "rows"]
 - "masked": masked tokens. Dream, LaViDa, Open-dLLM, MMaDA's image tokens. With 1/p it is not a
   bound of the likelihood: p counts twice.
 - "row": maskable tokens of each row, all its turns together, then the mean over rows. LLaDA's SFT,
-  LLaDA-V, MMaDA; "sequence" in dllm.
+  LLaDA-V, MMaDA; "sequence" in dllm. In a packed batch, of each conversation.
 - "length": all tokens but padding, prompt and media included. LLaDA's pretraining, MDLM.
 - "rows": rows. "batch" in dllm.
 """
@@ -35,13 +35,13 @@ def normalised(kind: Normaliser, noise: Noise, at: Tensor) -> tuple[Tensor, Tens
     """
     share = torch.ones((), device=at.device)
     if kind == "row":
-        row = at.nonzero()[:, 0]
-        share = 1 / noise.maskable.sum(1).clamp(min=1)[row]
+        row = at.nonzero()[:, 0] if noise.row is None else noise.row[at]
+        share = 1 / noise.per_row(noise.maskable.long()).clamp(min=1)[row]
     count = {
         "answer": noise.maskable.sum,
         "masked": at.sum,
-        "row": noise.real.any(1).sum,
+        "row": lambda: (noise.per_row(noise.real.long()) > 0).sum(),
         "length": noise.real.sum,
-        "rows": noise.real.any(1).sum,
+        "rows": lambda: (noise.per_row(noise.real.long()) > 0).sum(),
     }[kind]()
     return share, count.float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from mmdlm.layout import Sequence
     from mmdlm.model import MultimodalDLM
+    from mmdlm.objectives.packing import Packing
 
 
 class Losses(NamedTuple):
@@ -53,13 +54,15 @@ class Batch:
 
     Args:
         sequence: prompts with clean answers.
-        seeds: [B] int64, the seed of each row's noise.
+        seeds: [B] int64, the seed of each row's noise; of each conversation's in a packed batch,
+            as are `phase` and `groups`.
         phase: [B] float64 in [0, 1): a draw shared by the global batch plus the row's place in it,
             so that noise levels are random but evenly spread.
         groups: group of each row, for metrics.
         media: by modality, the embeddings [N D] of each sample's media.
         names: per sample, token ids of what its media show, see `mmdlm.data.collate.Collated`;
             empty if unknown.
+        packing: where the conversations of a packed batch are; None if every row is one.
     """
 
     sequence: Sequence
@@ -68,6 +71,12 @@ class Batch:
     groups: tuple[str, ...] = ()
     media: dict[str, list[Tensor]] = field(default_factory=dict)
     names: list[Tensor | list[Tensor]] = field(default_factory=list)
+    packing: Packing | None = None
+
+    @property
+    def apart(self) -> Batch:
+        """A packed batch with one conversation per row, without media: for noise, not the model."""
+        return replace(self, sequence=self.packing.split(self.sequence), packing=None)
 
 
 class Objective:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import time
-import zlib
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -16,14 +15,15 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
-from mmdlm.data.collate import Collated, collate
 from mmdlm.data.dataset import Dataset
 from mmdlm.data.transfer import Transfer
 from mmdlm.messages import Example
+from mmdlm.model import MultimodalDLM
 from mmdlm.processor import Processor
+from mmdlm.training.buckets import LEAST_SAVED, lengths, saved
 from mmdlm.training.seed import given_or_global
+from mmdlm.training.steps import Steps
 
 MOST_WORKERS = 4
 """Workers that are started without being asked for."""
@@ -53,10 +53,23 @@ class Data(lightning.LightningDataModule):
             much longer than moving them between processes and the run is long, else 0.
         start_method: how workers are started, "fork", "spawn" or "forkserver"; None for Python's
             default. Batches do not depend on it.
+        buckets: whether the rows of a batch have about the same length, so that little is padding.
+            None: for data sets that tell their lengths without opening media, if that saves at
+            least 5 % of the tokens, and nothing is packed. The order stays random, and follows from
+            the seed alone. Where answers differ in length (`tail`), a token of a batch of short
+            ones weighs more in an objective that divides by the answer tokens of the batch.
+        pack: conversations of a batch are packed into rows of this many tokens, or as many as the
+            longest one has. They do not attend to each other, and masks and loss are those of one
+            conversation per row. `batch_size` still counts conversations, and attention takes the
+            square of a row's tokens. None: not packed.
+        tail: a text answer is followed by 1 to `tail` end tokens, a random number, instead of as
+            many as fill its canvas. Real answers differ in length, and few tokens are then spent on
+            end tokens; but a model that fills a whole canvas at once needs to learn these (LLaDA),
+            so keep None for it, and set `tail` where decoding ends at the first end token.
 
     Raises:
-        ValueError: data sets and batch sizes have different names, `val_rows` is below 1, or there
-            are no workers to start with `start_method`.
+        ValueError: data sets and batch sizes have different names, a number is below 1, there
+            are no workers to start with `start_method`, or no lengths for `buckets`.
     """
 
     def __init__(
@@ -69,6 +82,9 @@ class Data(lightning.LightningDataModule):
         seed: int | None = None,
         workers: int | None = None,
         start_method: Literal["fork", "spawn", "forkserver"] | None = None,
+        buckets: bool | None = None,
+        pack: int | None = None,
+        tail: int | None = None,
     ) -> None:
         super().__init__()
         if isinstance(batch_size, int):
@@ -78,8 +94,9 @@ class Data(lightning.LightningDataModule):
                 f"data sets {sorted(train)} and batch sizes {sorted(batch_size)} differ; "
                 "give every data set a batch size"
             )
-        if val_rows < 1:
-            raise ValueError(f"val_rows is {val_rows}, expected at least 1")
+        for key, value in (("val_rows", val_rows), ("pack", pack), ("tail", tail)):
+            if value is not None and value < 1:
+                raise ValueError(f"{key} is {value}, expected at least 1")
         if start_method is not None and workers == 0:
             raise ValueError(
                 f"start_method={start_method!r} has no effect without workers; set workers"
@@ -87,6 +104,9 @@ class Data(lightning.LightningDataModule):
         self.train, self.val, self.test, self.batch_size = train, val or {}, test or {}, batch_size
         self.val_rows, self.seed = val_rows, given_or_global(seed)
         self.workers, self.start_method = workers, start_method
+        self.buckets, self.pack, self.tail = buckets, pack, tail
+        self.lengths: dict[str, np.ndarray] = {}
+        """Tokens of each row of the data sets that have buckets, after `setup`."""
         self.tasks: list[str] = []
         """Tasks that the data teach, after `setup`."""
 
@@ -111,6 +131,8 @@ class Data(lightning.LightningDataModule):
         model = self.trainer.lightning_module.model
         for dataset in (*self.train.values(), *self.val.values(), *self.test.values()):
             dataset.connect(model.processor, model.preset)
+        if stage == "fit":
+            self.measure(model, self.trainer.world_size)
         for dataset in self.train.values():
             for task, prompt, length in dataset.tasks():
                 self.tasks.append(task)
@@ -119,18 +141,42 @@ class Data(lightning.LightningDataModule):
                     entry.setdefault("prompt", prompt)
                 entry["length"] = max(length, entry.get("length") or 0)
 
+    def measure(self, model: MultimodalDLM, world: int = 1) -> None:
+        """Sets `lengths` of the data sets that get buckets, which are connected to the model."""
+        if self.buckets is False or (self.buckets is None and self.pack is not None):
+            return
+        for name, dataset in self.train.items():
+            found = lengths(dataset, model, self.tail)
+            gain = 0.0 if found is None else saved(found, self.batch_size[name] * world)
+            if found is not None and (self.buckets or gain >= LEAST_SAVED):
+                self.lengths[name] = found
+                rank_zero_info(
+                    f"{name}: the rows of a batch have like lengths, which saves {gain:.0%} of the "
+                    "tokens (data.buckets)"
+                )
+        if self.buckets and not self.lengths:
+            raise ValueError(
+                "buckets is True, but no data set tells the lengths of its rows; leave it out"
+            )
+
+    def steps(
+        self, processor: Processor, rank: int = 0, world: int = 1, accumulate: int = 1
+    ) -> Steps:
+        """The batches of training, see `Steps`."""
+        return Steps(
+            *(processor, self.train, self.batch_size, self.seed, rank, world),
+            accumulate=accumulate,
+            lengths=self.lengths,
+            pack=self.pack,
+            tail=self.tail,
+        )
+
     def train_dataloader(self) -> DataLoader:
         """Batches from the trainer's current step on, see `RemainingSteps`."""
         trainer = self.trainer
-        steps = Steps(
-            trainer.lightning_module.model.processor,
-            self.train,
-            self.batch_size,
-            self.seed,
-            trainer.global_rank,
-            trainer.world_size,
-            accumulate=trainer.accumulate_grad_batches,
-        )
+        processor, ranks = trainer.lightning_module.model.processor, trainer.world_size
+        summed = trainer.accumulate_grad_batches
+        steps = self.steps(processor, trainer.global_rank, ranks, summed)
         return self._loader(steps, RemainingSteps(trainer, len(steps)))
 
     def val_dataloader(self) -> DataLoader | list:
@@ -181,7 +227,7 @@ class Data(lightning.LightningDataModule):
             return []
         processor = self.trainer.lightning_module.model.processor
         size = {name: min(32, len(d), self.val_rows) for name, d in datasets.items()}
-        steps = Steps(processor, datasets, size, seed=0, shuffle=False)
+        steps = Steps(processor, datasets, size, seed=0, shuffle=False, tail=self.tail)
         return self._loader(steps, list(range(max(1, self.val_rows // max(size.values())))))
 
     def _loader(self, steps: Steps, order: RemainingSteps | list[int]) -> DataLoader:
@@ -296,80 +342,3 @@ class Stateless(DataLoader):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to load."""
-
-
-class Steps(TorchDataset):
-    """Item s is the batch of one process at step s: data set name to `Collated`.
-
-    Args:
-        processor: preprocesses media and encodes text.
-        datasets: by name.
-        batch_size: rows per data set and process.
-        seed: of order and noise.
-        rank: this process.
-        world: number of processes.
-        shuffle: draw rows in a new random order each pass, else in their own order.
-        accumulate: batches whose gradients are summed; they get the noise of one larger batch.
-    """
-
-    def __init__(
-        self,
-        processor: Processor,
-        datasets: dict[str, Dataset],
-        batch_size: dict[str, int],
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        shuffle: bool = True,
-        accumulate: int = 1,
-    ) -> None:
-        self.accumulate = accumulate
-        self.processor, self.datasets, self.batch_size = processor, datasets, batch_size
-        self.seed, self.rank, self.world, self.shuffle = seed, rank, world, shuffle
-        self.orders: dict[tuple[str, int], np.ndarray] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the orders, which each worker computes itself."""
-        return {**vars(self), "orders": {}}
-
-    def __len__(self) -> int:
-        """Steps after which every data set was seen once."""
-        return max(
-            -(-len(d) // (self.batch_size[name] * self.world)) for name, d in self.datasets.items()
-        )
-
-    def __getitem__(self, step: int) -> Transfer:
-        """The batches of a step."""
-        return Transfer((name, self._rows(name, step)) for name in self.datasets)
-
-    def _rows(self, name: str, step: int) -> Collated:
-        dataset, size = self.datasets[name], self.batch_size[name]
-        total = size * self.world
-        # Interleaved over processes, which together hold the rows of one larger batch.
-        places = np.arange(self.rank, total, self.world)
-        key = name_key(name)
-        samples, seeds = [], []
-        for place in step * total + places:
-            epoch, at = divmod(int(place), len(dataset))
-            index = int(self._order(name, epoch)[at]) if self.shuffle else at
-            rng = np.random.default_rng([self.seed, key, int(place)])
-            seeds.append(int(rng.integers(1 << 62)))
-            samples.append(dataset.sample(index, rng))
-        window, part = divmod(step, self.accumulate)
-        shared = np.random.default_rng([self.seed, key, window, 1]).random()
-        phase = (shared + (part + places / total) / self.accumulate) % 1
-        return collate(self.processor, samples, torch.tensor(seeds), torch.from_numpy(phase))
-
-    def _order(self, name: str, epoch: int) -> np.ndarray:
-        """The order of a data set's rows in one pass; the latest eight orders are kept."""
-        if (name, epoch) not in self.orders:
-            rng = np.random.default_rng([self.seed, name_key(name), epoch, 2])
-            while len(self.orders) >= 8:
-                del self.orders[next(iter(self.orders))]
-            self.orders[name, epoch] = rng.permutation(len(self.datasets[name]))
-        return self.orders[name, epoch]
-
-
-def name_key(name: str) -> int:
-    """A number for a data set's name, the same in every process and Python."""
-    return zlib.crc32(name.encode())

@@ -62,7 +62,8 @@ its memory is what it takes above weights and moments: gradients, activations, l
 counts only if the losses of a round are equal to 1e-5. A second table names where our time goes.
 
 Shapes: four rows, 8 blocks of width 512. answer64: 256 tokens of prompt and 64 of answer; all512:
-512 tokens that may all be masked; -v126 has LLaDA's vocabulary of 126,464, the others 32,768."""
+512 tokens that may all be masked; -v126 has LLaDA's vocabulary of 126,464, the others 32,768.
+For conversations of different lengths, in buckets and packed: mmdlm bench train."""
 ROOFLINE = """Print the least time a decode can take here, and the share of it that ours reaches.
 
   python -m tests.speed roofline --shape cap256,act178-4 --mode none,dual
