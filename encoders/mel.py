@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from encoders.torchaudio_loader import import_torchaudio
 
 if TYPE_CHECKING:
-    from torchaudio.transforms import MelSpectrogram
+    from torchaudio.transforms import MelSpectrogram, Resample
 
 RATE = 16_000  # Hz
 HOP = 160  # samples per frame
@@ -52,7 +52,7 @@ def waveform(item: Any, longest: float | None = None) -> Tensor:
     # The resampling kernel grows with the terms of the ratio; for 44101 Hz it would take
     # gigabytes. A denominator of at most 1000 changes the rate by 4 parts in 10^6.
     ratio = Fraction(RATE / rate).limit_denominator(1000)
-    return import_torchaudio().functional.resample(wave, ratio.denominator, ratio.numerator)
+    return _resampler(ratio.denominator, ratio.numerator)(wave)
 
 
 def _mono(samples: Any, rate: Any) -> Tensor:
@@ -97,6 +97,12 @@ def _check_samples(wave: Tensor, rate: float, longest: float | None) -> None:
         raise ValueError(
             f"audio reaches {peak:.6g}, expected [-1, 1]; divide 16-bit values by 32768"
         )
+
+
+@functools.lru_cache(maxsize=8)  # computing a kernel takes longer than resampling a short clip
+def _resampler(rate: int, target: int) -> Resample:
+    with torch.device("cpu"):
+        return import_torchaudio().transforms.Resample(rate, target, dtype=torch.float32)
 
 
 @functools.cache

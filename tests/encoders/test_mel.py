@@ -74,6 +74,15 @@ def test_waveform_takes_any_layout_and_number_of_channels():
     torch.testing.assert_close(whole, torch.from_numpy(left), atol=1e-4, rtol=0)
 
 
+def test_waveform_computes_the_resampling_kernel_of_a_rate_once(monkeypatch):
+    torchaudio = pytest.importorskip("torchaudio")
+    wave = 0.1 * torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    want = torchaudio.functional.resample(wave, 22050, 16000)
+    assert torch.equal(waveform((wave, 22050)), want)
+    monkeypatch.setattr(torchaudio.transforms, "Resample", None)
+    assert torch.equal(waveform((wave, 22050)), want)
+
+
 def test_waveform_resamples_odd_rates_without_a_huge_kernel():
     time = np.arange(44_101) / 44_101
     out = waveform((np.sin(2 * np.pi * 440 * time).astype(np.float32), 44_101))
