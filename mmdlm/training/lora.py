@@ -95,7 +95,8 @@ def _layers(model: MultimodalDLM, tune: Mapping[str, Rule]) -> dict[str, Lora]:
             "them by a later pattern"
         )
     used = {patterns[f"{name}.weight"] for name in found}
-    if unused := [at for at, rule in tune.items() if lora_of(rule) and at not in used]:
+    asked = [at for at, rule in tune.items() if lora_of(rule) and at in patterns.values()]
+    if unused := [at for at in asked if at not in used]:
         raise ValueError(
             f"tune: {unused[0]!r} asks for LoRA and matches no linear layer but the head; expected "
             "a pattern such as 'backbone.blocks.*'"

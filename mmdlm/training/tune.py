@@ -33,6 +33,8 @@ from torch import nn
 from encoders.checks import AtLeast, Below, Checked, Count, NonNegativeFloat, PositiveFloat
 
 FROZEN = "frozen"
+OPTIONAL = ("encoders.*", "adapters.*")
+"""Patterns that may match nothing: a text model has no such parts."""
 DEFAULT = "default"
 """Name of the group of parameters that no pattern matches."""
 
@@ -85,23 +87,25 @@ def assign(names: Iterable[str], tune: Mapping[str, Rule]) -> dict[str, str]:
         tune: rules by pattern; the last pattern that matches a name decides.
 
     Raises:
-        ValueError: a pattern matches no name, or only names that later patterns decide about; or a
-            rule is neither "frozen" nor a `Rate`.
+        ValueError: a pattern matches no name (except those of `OPTIONAL`), or only names that later
+            patterns decide about; or a rule is neither "frozen" nor a `Rate`.
     """
     names = list(names)
-    result = dict.fromkeys(names, DEFAULT)
+    result, absent = dict.fromkeys(names, DEFAULT), set()
     for pattern, rule in tune.items():
         if rule != FROZEN and not isinstance(rule, Rate):
             raise ValueError(
                 f"tune: {pattern!r} is {rule!r}, expected 'frozen' or lr, weight_decay and lora"
             )
         matched = [name for name in names if fnmatchcase(name, pattern)]
-        if not matched:
+        if not matched and pattern in OPTIONAL:
+            absent.add(pattern)
+        elif not matched:
             near = difflib.get_close_matches(pattern.rstrip("*."), _prefixes(names), 1, 0.5)
             hint = f"did you mean '{near[0]}.*'?" if near else f"expected, e.g., {names[0]!r}"
             raise ValueError(f"tune: {pattern!r} matches no parameter of the model; {hint}")
         result.update(dict.fromkeys(matched, pattern))
-    if unused := [pattern for pattern in tune if pattern not in result.values()]:
+    if unused := [p for p in tune if p not in result.values() and p not in absent]:
         raise ValueError(
             f"tune: {unused[0]!r} has no effect, as later patterns match the same parameters; the "
             "last match decides, so write general patterns first"

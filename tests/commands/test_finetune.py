@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import mmdlm
+from mmdlm.checkpoint import save
 from mmdlm.commands.finetune import Held, expand, table
 from mmdlm.commands.main import main
 from mmdlm.data.episodes import ACTION, IMAGE, STATE
@@ -95,6 +96,20 @@ def test_a_run_leaves_a_model_that_answers_in_the_new_words(
     model = mmdlm.load(folder)
     assert model.tokenizer.decode(model.tokenizer.encode("A cat named B!")) == "A cat named B!"
     assert isinstance(mmdlm.caption(model, photos / "a.png"), str)
+
+
+@pytest.mark.parametrize("way", ["full", "lora"])
+def test_a_text_model_is_trained_without_adapters(way: str, tmp_path: Path, speller) -> None:
+    save(speller(), tmp_path / "text")
+    lines = [json.dumps({"prompt": f"{n} + 1 =", "response": str(n + 1)}) for n in range(4)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(lines))
+    given = ["--source", str(tmp_path / "text"), "--data", str(tmp_path / "sums.jsonl")]
+    options = ["--steps", "2", "--batch-size", "2", "--out", str(tmp_path / "runs")]
+    assert main(["fit", "-c", f"finetune/{way}", *given, *options]) == 0
+    folder = tmp_path / "runs" / "finetune" / "version_0" / "model"
+    used = {"adapter": folder} if way == "lora" else {}
+    model = mmdlm.load(tmp_path / "text" if way == "lora" else folder, **used)
+    assert isinstance(mmdlm.generate(model, "1 + 1 =", length=4), str)
 
 
 def test_a_policy_learns_from_recorded_episodes(tmp_path: Path) -> None:

@@ -84,6 +84,12 @@ def test_the_last_matching_pattern_decides_alone():
     assert found["*"][1:] == (1e-4, 0.3)
 
 
+def test_a_text_model_has_no_adapters_to_match():
+    rules = {"*": "frozen", "adapters.*": Rate(lr=1e-3), "backbone.out.*": Rate(lr=1e-4)}
+    found = tune.assign(["backbone.embed.weight", "backbone.out.weight"], rules)
+    assert found == {"backbone.embed.weight": "*", "backbone.out.weight": "backbone.out.*"}
+
+
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
