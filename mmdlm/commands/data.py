@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mmdlm.data.episodes import Collected
 
 # The tasks the bundled model is trained on, see configs/train/tiny.yaml.
 TASKS = (
@@ -77,9 +81,8 @@ def make_episodes(
         noise: share of disturbed actions, in [0, 1).
         size: side of the pictures in pixels.
     """
-    from mmdlm.data.episodes import collect
     from mmdlm.data.lerobot import LeRobot
-    from mmdlm.simulators.simulator import full_name, open_simulator
+    from mmdlm.simulators.simulator import full_name
 
     for task in tasks:
         folder = out / task.rpartition("/")[2]
@@ -91,9 +94,29 @@ def make_episodes(
                 )
             print(f"{folder}: {there} episodes, recorded before")
             continue
-        with open_simulator(full_name(task), size=size) as simulator:
-            made = collect(simulator, folder, episodes, seed, noise)
+        made = _recorded(full_name(task), folder, episodes, seed, noise, size)
         print(
             f"{folder}: {made.episodes} episodes, {made.frames} frames, {made.failed} tries failed"
         )
     return 0
+
+
+def _recorded(
+    name: str, folder: Path, episodes: int, seed: int, noise: float, size: int
+) -> Collected:
+    """Records one task, with a progress bar in a terminal."""
+    from tqdm import tqdm
+
+    from mmdlm.data.episodes import collect
+    from mmdlm.simulators.simulator import open_simulator
+
+    with (
+        open_simulator(name, size=size) as simulator,
+        tqdm(total=episodes, desc=name, unit="episode", leave=False, disable=None) as bar,
+    ):
+
+        def show(kept: int, failed: int, _: int) -> None:
+            bar.set_postfix_str(f"{failed} tries failed")
+            bar.update(kept - bar.n)
+
+        return collect(simulator, folder, episodes, seed, noise, on_episode=show)

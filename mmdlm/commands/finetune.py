@@ -21,9 +21,11 @@ from mmdlm.benchmarks.answers import answer
 from mmdlm.benchmarks.metrics import same
 from mmdlm.data.conversations import Conversations
 from mmdlm.data.dataset import Dataset
-from mmdlm.data.episodes import is_robot
+from mmdlm.data.episodes import Episodes, is_robot
 from mmdlm.data.formats import of
 from mmdlm.messages import Example
+from mmdlm.model import MultimodalDLM
+from mmdlm.tasks.act import Policy
 
 SHORT = """Short options beside --source and --data:
   --source MODEL       the model to train further: a bundled name, folder or hub id
@@ -40,6 +42,7 @@ USE = {
     "transcribe": "mmdlm transcribe CLIP --model {}",
     "answer": 'mmdlm answer IMAGE --question "..." --model {}',
     "generate": 'mmdlm generate "..." --model {}',
+    "act": "mmdlm act --sim SIMULATOR --model {}",
 }
 """The command that uses a model, by task."""
 
@@ -151,17 +154,35 @@ class Held:
     before: list[str]
 
 
+@dataclass(frozen=True)
+class HeldChunks:
+    """Held-out frames of robot data, and a policy's error before training.
+
+    Args:
+        observations: see `Policy.infer`.
+        targets: [N K A] the actions that follow.
+        before: error before training, see `chunk_error`.
+    """
+
+    observations: list[dict[str, Any]]
+    targets: np.ndarray
+    before: float
+
+
 class Report(Callback):
     """Answers held-out questions before and after training, and writes the model as a folder.
 
+    Of robot data it compares the actions that the policy predicts with the recorded ones.
+
     Args:
-        rows: rows of held-out data that are answered.
+        rows: rows of held-out data that are answered; of robot data, frames.
         shown: examples that are shown side by side.
     """
 
     def __init__(self, rows: int = 64, shown: int = 3) -> None:
         self.rows, self.shown = rows, shown
         self.held: Held | None = None
+        self.chunks: HeldChunks | None = None
 
     def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Says what is trained, and answers before training."""
@@ -169,6 +190,9 @@ class Report(Callback):
             return
         print(plan(trainer, module), file=sys.stderr)
         datasets = trainer.datamodule.val or trainer.datamodule.train
+        robot = next((d for d in datasets.values() if isinstance(base(d), Episodes)), None)
+        if robot is not None:
+            self.chunks = held_chunks(module.model, robot, self.rows)
         data = next((d for d in datasets.values() if isinstance(base(d), Conversations)), None)
         if data is None:
             return
@@ -189,9 +213,18 @@ class Report(Callback):
         if self.held is not None:
             after = answer(module.model, self.held.samples).texts
             console.print(table(self.held, after, self.shown))
+        if self.chunks is not None:
+            after = chunk_error(module.model, self.chunks.observations, self.chunks.targets)
+            count, chunk = self.chunks.targets.shape[:2]
+            console.print(
+                f"{count} held-out frames: the next {chunk} actions differ from the recorded ones "
+                f"by {self.chunks.before:.1%} of their range before training, {after:.1%} after.",
+                soft_wrap=True,
+            )
         out = Path(trainer.log_dir or trainer.default_root_dir) / "model"
         use = module.write(out)
-        task = next(iter(trainer.datamodule.tasks), "generate")
+        other = "generate" if self.chunks is None else "act"
+        task = next(iter(trainer.datamodule.tasks), other)
         command = USE.get(task, "mmdlm info {}").format(use)
         console.print(f"The model is in {out}. Use it:\n  {command}", soft_wrap=True)
 
@@ -215,6 +248,52 @@ def base(dataset: Dataset) -> Dataset:
     while hasattr(dataset, "dataset"):
         dataset = dataset.dataset
     return dataset
+
+
+def held_chunks(model: MultimodalDLM, data: Dataset, count: int) -> HeldChunks:
+    """Frames spread over robot data, and the policy's error on them.
+
+    Args:
+        model: the policy.
+        data: wraps `Episodes`.
+        count: number of frames.
+    """
+    places = np.unique(np.linspace(0, len(data) - 1, count).astype(int))
+    samples = [data.sample(int(i), np.random.default_rng(int(i))) for i in places]
+    observations = []
+    for sample in samples:
+        images, state = sample.media("image"), sample.media("state")
+        seen = {"image": images[0] if len(images) == 1 else images} if images else {}
+        seen |= {"state": state[0]} if state else {}
+        observations.append(seen | {"prompt": sample.turns[0].prompt})
+    targets = np.stack([sample.turns[0].answer for sample in samples])
+    return HeldChunks(observations, targets, chunk_error(model, observations, targets))
+
+
+def chunk_error(
+    model: MultimodalDLM, observations: Items[dict[str, Any]], targets: np.ndarray, batch: int = 16
+) -> float:
+    """Mean difference of predicted and recorded actions, as a share of each number's range.
+
+    Numbers that never change are left out.
+
+    Args:
+        model: the policy.
+        observations: see `Policy.infer`.
+        targets: [N K A] recorded actions.
+        batch: observations per forward.
+    """
+    was = model.training
+    model.eval()
+    try:
+        policy, found = Policy(model), []
+        for i in range(0, len(observations), batch):
+            found += policy.infer_batch(observations[i : i + batch])
+    finally:
+        model.train(was)
+    span = np.ptp(targets, axis=(0, 1))
+    off = np.abs(np.stack([each["actions"] for each in found]) - targets)
+    return float((off[..., span > 0] / span[span > 0]).mean()) if span.any() else 0.0
 
 
 def table(held: Held, after: Items[str], shown: int) -> Table:

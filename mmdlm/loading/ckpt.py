@@ -157,7 +157,7 @@ class Base:
                 exported(name.removeprefix(PREFIX)): saved["state_dict"][name]
                 for name in self.trained
             }
-            return LoraAdapter.trained(self.lora, named, model.tokenizer, model.preset)
+            return LoraAdapter.trained(self.lora, named, model)
 
 
 def trained(checkpoint: str | Path, saved: Mapping[str, Any] | None = None) -> MultimodalDLM:

@@ -3,6 +3,7 @@
 adapter_config.json, adapter_model.safetensors   as peft writes them
 tokenizer.json and its files                     when the vocabulary grew
 decoding.yaml                                    when the adapter has its own defaults
+statistics.json                                  of a policy, those of the data it was trained on
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import yaml
@@ -19,9 +20,12 @@ from torch import Tensor
 
 from mmdlm.files import read_json
 from mmdlm.loading.keymap import FLOATS
-from mmdlm.loading.own import DECODING, read_tasks
+from mmdlm.loading.own import DECODING, STATISTICS, read_tasks
 from mmdlm.loading.shards import copy, index, write_json
 from mmdlm.text import Tokenizer
+
+if TYPE_CHECKING:
+    from mmdlm.model import MultimodalDLM
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -56,6 +60,7 @@ class LoraAdapter:
         tensors: by peft's names, without `PREFIX`.
         tokenizer: None where the folder has none.
         tasks: default prompts, lengths and strategies by task; empty for those of the model.
+        outputs: see `mmdlm.blueprint.Blueprint`; empty for those of the model.
         source: the folder, for errors.
     """
 
@@ -63,6 +68,7 @@ class LoraAdapter:
     tensors: Mapping[str, Tensor]
     tokenizer: Tokenizer | None = None
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     source: Path | str = "the adapter"
 
     @classmethod
@@ -96,26 +102,28 @@ class LoraAdapter:
         named = {name.removeprefix(PREFIX): tensor for name, tensor in values.items()}
         file = folder / DECODING
         tasks = read_tasks(file) if file.is_file() else {}
-        return cls(settings, named, Tokenizer.from_folder(folder), tasks, folder)
+        file = folder / STATISTICS
+        outputs = read_json(file) if file.is_file() else {}
+        return cls(settings, named, Tokenizer.from_folder(folder), tasks, outputs, folder)
 
     @classmethod
     def trained(
         cls,
         settings: Mapping[str, Any],
         named: Mapping[str, Tensor],
-        tokenizer: Tokenizer | None,
-        tasks: dict[str, dict[str, Any]],
+        model: MultimodalDLM,
     ) -> Self:
         """The adapter of a training; it has a tokenizer if rows of the embedding were trained.
 
         Args:
             settings: adapter_config.json.
             named: tensors by peft's names, see `exported`.
-            tokenizer: the model's.
-            tasks: the model's defaults by task.
+            model: it has the tokenizer, defaults and statistics.
         """
         embeds = any(name.startswith("backbone.embed.") for name in named)
-        return cls(settings, named, tokenizer if embeds else None, tasks)
+        tokenizer = model.tokenizer if embeds else None
+        outputs = {} if model.robot is None else {"actions": model.robot.to_dict()}
+        return cls(settings, named, tokenizer, model.preset, outputs)
 
     def write(self, folder: Path) -> None:
         """Writes the adapter as a folder that peft and `mmdlm.load` open.
@@ -132,6 +140,23 @@ class LoraAdapter:
         if self.tasks:
             text = yaml.safe_dump(self.tasks, sort_keys=False)
             (folder / DECODING).write_text(text, encoding="utf-8")
+        if self.outputs:
+            write_json(folder / STATISTICS, self.outputs)
+
+    def set_outputs(self, model: MultimodalDLM) -> None:
+        """Gives a model the adapter's statistics of actions and states, if it has any.
+
+        Raises:
+            ValueError: they are of other action tokens than those of the model.
+        """
+        if "actions" not in self.outputs:
+            return
+        from adapters.robot import Robot
+
+        robot = Robot.from_dict(self.outputs["actions"])
+        if model.robot is None or robot.to_dict()["bins"] != model.robot.to_dict()["bins"]:
+            raise ValueError(f"{STATISTICS} has other action tokens than the model")
+        model.robot = robot
 
     def check(self) -> None:
         """Raises ValueError for settings that give the tensors a meaning that is not supported."""

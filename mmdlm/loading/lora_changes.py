@@ -125,7 +125,7 @@ def attach(
 ) -> tuple[Places, Changes]:
     """Prepares a model whose weights are not read yet for this adapter.
 
-    The vocabulary, tokenizer and defaults become the adapter's.
+    The vocabulary, tokenizer, defaults and statistics become the adapter's.
 
     Args:
         adapter: what to merge.
@@ -150,6 +150,7 @@ def attach(
         changes = [_change(adapter, name, parts, known) for name, parts in entries.items()]
         _check_new_rows(model, changes, before)
         _use_tokenizer(adapter, model)
+        adapter.set_outputs(model)
     model.preset = adapter.tasks or model.preset
     return places, Changes(changes)
 

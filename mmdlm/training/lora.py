@@ -143,7 +143,7 @@ def extract(model: MultimodalDLM) -> LoraAdapter:
         model: with adapters of `inject`.
     """
     named = {exported(name): each.detach() for name, each in trainable(model)}
-    return LoraAdapter.trained(settings(model), named, model.tokenizer, model.preset)
+    return LoraAdapter.trained(settings(model), named, model)
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import mmdlm
 from mmdlm.checkpoint import save
+from mmdlm.commands import finetune
 from mmdlm.commands.finetune import Held, expand, table
 from mmdlm.commands.main import main
 from mmdlm.data.episodes import ACTION, IMAGE, STATE
@@ -112,20 +114,50 @@ def test_a_text_model_is_trained_without_adapters(way: str, tmp_path: Path, spel
     assert isinstance(mmdlm.generate(model, "1 + 1 =", length=4), str)
 
 
-def test_a_policy_learns_from_recorded_episodes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", ["policy", "policy_lora"])
+def test_a_policy_learns_from_recorded_episodes(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], config: str
+) -> None:
     shapes = {IMAGE: (32, 32, 3), STATE: (4,), ACTION: (4,)}
     with Writer(tmp_path / "robot", shapes, fps=10) as writer:
         for i in range(3):
             numbers = np.random.default_rng(i).uniform(-1, 1, (12, 4)).astype(np.float32)
             images = np.full((12, 32, 32, 3), 40 * i, np.uint8)
             writer.add_episode("Open the box.", {IMAGE: images, STATE: numbers, ACTION: numbers})
-    words = ["fit", "-c", "finetune/policy", "--source", "tiny", "--data", str(tmp_path / "robot")]
+    data = str(tmp_path / "robot")
+    words = ["fit", "-c", f"finetune/{config}", "--source", "tiny", "--data", data]
     assert main([*words, "--steps", "2", "--batch-size", "2", "--out", str(tmp_path)]) == 0
-    policy = mmdlm.load_policy(tmp_path / "finetune" / "version_0" / "model")
+    folder = tmp_path / "finetune" / "version_0" / "model"
+    use = {"model": folder} if config == "policy" else {"model": "tiny", "adapter": folder}
+    said = capfd.readouterr().err
+    assert "12 held-out frames: the next 8 actions differ from the recorded ones by" in said
+    options = " ".join(f"--{name} {value}" for name, value in use.items())
+    assert f"mmdlm act --sim SIMULATOR {options}\n" in said
+    policy = mmdlm.load_policy(use.pop("model"), **use)
     seen = {"image": images[0], "state": numbers[0], "prompt": "Open the box."}
     actions = policy.infer(seen)["actions"]
     assert actions.shape[1] == 4
     assert np.abs(actions).max() <= 1.0
+
+
+def test_the_error_of_a_policy_is_a_share_of_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = np.zeros((3, 2, 2), np.float32)
+    targets[0, 0, 0] = 4
+    targets[..., 1] = 7  # never changes, so it does not count
+
+    class Still:
+        def __init__(self, model: object) -> None:
+            assert not model.training
+
+        def infer_batch(self, observations: list[dict]) -> list[dict]:
+            return [{"actions": np.ones((2, 2), np.float32)} for _ in observations]
+
+    monkeypatch.setattr(finetune, "Policy", Still)
+    model = torch.nn.Linear(1, 1)
+    # Five differences of 1 and one of 3, over the range 4.
+    assert finetune.chunk_error(model, [{}] * 3, targets, batch=2) == pytest.approx(8 / 6 / 4)
+    assert model.training
+    assert finetune.chunk_error(model, [{}] * 3, targets * 0) == 0.0
 
 
 def test_help_names_the_short_options(capsys: pytest.CaptureFixture[str]) -> None:

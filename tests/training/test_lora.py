@@ -318,6 +318,25 @@ def test_without_new_words_the_folder_has_no_tokenizer(tmp_path):
     assert not any("trainable_tokens" in n for n, _ in lora.trainable(made.model))
 
 
+def test_statistics_of_the_data_are_in_the_folder(tmp_path):
+    own = mmdlm.load("tiny", device="cpu").robot
+    data = {"action": own.action.statistics, "state": own.state.statistics}
+    data["state"] = {name: [v + 3 for v in values] for name, values in data["state"].items()}
+    made = shaken(module(data_statistics=data))
+    made.write(tmp_path / "out")
+    merged = mmdlm.load("tiny", device="cpu", adapter=tmp_path / "out")
+    assert merged.robot.state.statistics == data["state"] != own.state.statistics
+    assert merged.processor.outputs["actions"] is merged.robot
+    assert merged.robot.to_dict() == made.model.robot.to_dict()
+    export("tiny", tmp_path / "whole", adapter=tmp_path / "out")
+    assert mmdlm.load(tmp_path / "whole", device="cpu").robot.to_dict() == merged.robot.to_dict()
+    saved = json.loads((tmp_path / "out" / "statistics.json").read_text())
+    saved["actions"]["bins"]["last_id"] -= 1
+    (tmp_path / "out" / "statistics.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="other action tokens than the model"):
+        mmdlm.load("tiny", device="cpu", adapter=tmp_path / "out")
+
+
 # A run
 
 
