@@ -59,8 +59,8 @@ class Module(lightning.LightningModule):
             instead of keeping them: less memory, about a third more time.
         weights: weight of each data set in the loss; 1 where not given.
         statistics: of the actions and states of a policy that is trained further: "data" for
-            those of the data, "source" for its own, which its other skills need. None: "data", and
-            one line says so where they differ.
+            those of the data, "source" for its own, which its other skills need. None: its own if
+            the data are within their ranges, else those of the data; one line says which.
         words: words of the data; filled in from the data.
         datasets: training data sets by name, whose texts a new byte-level BPE is trained on; filled
             in from the data.
