@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mmdlm.layout import GOLDEN
 from mmdlm.messages import Example
+from mmdlm.objectives.draw import GOLDEN
 from mmdlm.objectives.objective import Batch
 from mmdlm.processor import Packed, Processor
 
