@@ -102,7 +102,7 @@ def load(
     if config is not None and not isinstance(config, Mapping):
         raise TypeError(f"config is {shown(config)}, expected a table of keys of config.json")
     over = devices(device)
-    method = option.read(prune)
+    method = None if prune is None else option.read(prune)
     if not isinstance(adapter, LoraAdapter | None):
         adapter = LoraAdapter.read(find(adapter))
     folder = find(source)
@@ -132,7 +132,8 @@ def load(
         pack_weights(model.backbone)
     if compile:
         model.compile()
-    option.apply(model, method)
+    if method is not None:
+        option.apply(model, method)
     return model.eval()
 
 

@@ -57,6 +57,12 @@ COMMANDS = {
         TRAIN,
         ("presets",),
     ),
+    "bench prune": Command(
+        "mmdlm.benchmarks.pruning:bench_prune",
+        "what dropping image tokens costs and saves",
+        TRAIN,
+        ("files",),
+    ),
     "export": Command(
         "export:export",
         "a model folder from a training checkpoint",
