@@ -314,8 +314,7 @@ def _embeddings(row: Row) -> list[Tensor]:
     items = [part for part in parts if isinstance(part, Prepared)]
     if items:
         raise TypeError(f"arrange: {items[0].kind} is not encoded yet; use MultimodalDLM.embed")
-    found = (part for part in parts if _is_embedded(part))
-    return [part.tokens if isinstance(part, Sparse) else part for part in found]
+    return [getattr(part, "tokens", part) for part in parts if _is_embedded(part)]
 
 
 def _is_embedded(part: Tensor | Sparse) -> bool:
@@ -329,15 +328,14 @@ def _lay(row: Row, pad: int) -> Tensor:
 
     def span(part: Tensor | Sparse, role: int, start: int, branch: int) -> int:
         source = MEDIUM if _is_embedded(part) else TOKEN
-        is_sparse = isinstance(part, Sparse)
-        n = part.places.cpu() if is_sparse else torch.arange(len(part))
+        n = part.places.cpu() if isinstance(part, Sparse) else torch.arange(len(part))
         ones = torch.ones_like(n)
         ids = pad * ones if source == MEDIUM else part
         order = n if role == ANSWER else 0 * n
         spans.append(
             torch.stack([ids, role * ones, source * ones, ones, start + n, order, branch * ones])
         )
-        return start + (part.span if is_sparse else len(part))
+        return start + (part.span if isinstance(part, Sparse) else len(part))
 
     shared = 0
     for part in row.parts:
