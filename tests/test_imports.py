@@ -25,7 +25,7 @@ LEVELS = (
     {"layout"},
     {"processor"},
     {"model"},
-    {"blueprint"},
+    {"blueprint", "representation"},
     {"systems"},
     {"loading"},
     {"decoding", "objectives"},

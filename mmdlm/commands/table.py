@@ -36,6 +36,7 @@ COMMANDS = {
     "chat": Command("text:chat", "talk with a text model", ASK, ("checkpoint",)),
     "infill": Command("ask:infill", "the [MASK]s of a text", ASK, ("templates",)),
     "embed": Command("ask:embed", "vectors of pictures or sounds", ASK, ("files",)),
+    "search": Command("ask:search", "files most like a text or a file", ASK, ("query",)),
     "likelihood": Command(
         "likelihood:likelihood",
         "how probable answers are",
