@@ -58,6 +58,11 @@ COMMANDS = {
         TRAIN,
         ("presets",),
     ),
+    "bench retrieval": Command(
+        "mmdlm.benchmarks.retrieval:bench_retrieval",
+        "how often a text finds its picture",
+        TRAIN,
+    ),
     "bench prune": Command(
         "mmdlm.benchmarks.pruning:bench_prune",
         "what dropping image tokens costs and saves",
