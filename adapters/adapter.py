@@ -61,9 +61,34 @@ class Adapter(Recorded, nn.Module):
                 f"{type(self).__name__}: {len(features.tokens)} rows of features for {len(items)} "
                 "items; use an adapter that merges the views of an image"
             )
-        out = self(features)
-        sizes = out.sizes or (None,) * len(items)
-        return [
-            Embedded(row[keep], size)
-            for row, keep, size in zip(out.tokens, out.mask, sizes, strict=True)
-        ]
+        return rows_of(self(features))
+
+    def carry(self, features: Features, items: Sequence[Prepared]) -> list[Tensor]:
+        """Values of the encoder's tokens at the tokens that `embed` makes of them.
+
+        They are pooled and merged as the tokens are, but not projected; zero where a token is a
+        learnt vector. For pruners, which rank embeddings by what the encoder says of its tokens.
+
+        Args:
+            features: "tokens" [B N C] are the values, on the grid of the encoder's output.
+            items: see `embed`.
+        Raises:
+            ValueError: the adapter cannot say which tokens its embeddings come from.
+        """
+        raise ValueError(
+            f"{type(self).__name__} mixes tokens, so that its embeddings cannot be ranked by the "
+            "encoder's attention; use divprune, pooling or uniform"
+        )
+
+
+def rows_of(out: Features) -> list[Embedded]:
+    """The real tokens of each row.
+
+    Args:
+        out: tokens [B N D].
+    """
+    sizes = out.sizes or (None,) * len(out.tokens)
+    return [
+        Embedded(row[keep], size)
+        for row, keep, size in zip(out.tokens, out.mask, sizes, strict=True)
+    ]

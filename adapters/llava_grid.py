@@ -93,7 +93,19 @@ class LlavaGrid(Adapter):
         Raises:
             ValueError: rows and views differ, a token is padding, or a grid does not fit.
         """
-        views = self(features)
+        newline = self.newline if self.merge == "spatial_unpad" else None
+        return self._merge(self(features), items, newline)
+
+    def carry(self, features: Features, items: Sequence[Prepared]) -> list[Tensor]:
+        """See `Adapter.carry`."""
+        newline = features.tokens.new_zeros(features.tokens.shape[2])
+        pooled = features if self.pool is None else pool_grid(features, self.pool, self.factor)
+        return [item.tokens for item in self._merge(pooled, items, newline)]
+
+    def _merge(
+        self, views: Features, items: Sequence[Prepared], newline: Tensor | None
+    ) -> list[Embedded]:
+        """The merged views of each image, with a vector [D] that ends rows ("spatial_unpad")."""
         counts = [1 if item.tensor.ndim == 3 else len(item.tensor) for item in items]
         if sum(counts) != len(views.tokens):
             raise ValueError(
@@ -106,18 +118,20 @@ class LlavaGrid(Adapter):
                 "square images, such as encoders.anyres.AnyRes"
             )
         return [
-            self._merged(rows, item, views.grid)
+            self._merged(rows, item, views.grid, newline)
             for rows, item in zip(views.tokens.split(counts), items, strict=True)
         ]
 
-    def _merged(self, views: Tensor, item: Prepared, grid: Size) -> Embedded:
+    def _merged(
+        self, views: Tensor, item: Prepared, grid: Size, newline: Tensor | None
+    ) -> Embedded:
         """One image of its views [V N D]."""
         overview, rest = views[0], views[1:]
         if self.merge == "flat" or not len(rest):
             tokens = views.flatten(0, 1)  # [V*N D]
             if self.merge != "spatial_unpad":
                 return Embedded(tokens, None if len(rest) else grid)
-            return Embedded(torch.cat([tokens, self.newline[None].to(tokens)]))
+            return Embedded(torch.cat([tokens, newline[None].to(tokens)]))
         if math.prod(item.grid) != len(rest) or len(item.grid) != 2:
             raise ValueError(
                 f"LlavaGrid: an image has {len(rest)} tiles besides the overview and tiles per "
@@ -127,7 +141,7 @@ class LlavaGrid(Adapter):
         whole = rearrange(rest, "(r c) (y x) D -> D (r y) (c x)", **tile)
         if self.merge == "spatial_unpad":
             whole = self._shrunk(unpad(whole, item.size), grid)
-            ends = self.newline[:, None, None].to(whole).expand(-1, whole.shape[1], 1)
+            ends = newline[:, None, None].to(whole).expand(-1, whole.shape[1], 1)
             whole = torch.cat([whole, ends], 2)  # [D Y X+1]
         return Embedded(torch.cat([overview, rearrange(whole, "D Y X -> (Y X) D")]))
 

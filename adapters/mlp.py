@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from adapters.adapter import Adapter
 from encoders.checks import Count
-from encoders.features import Features
+from encoders.features import Features, Prepared
 
 
 class MLP(Adapter):
@@ -46,3 +47,7 @@ class MLP(Adapter):
         """
         tokens = features.tokens.to(self.layers[0].weight.dtype)
         return Features(self.layers(tokens), features.mask, features.sizes)
+
+    def carry(self, features: Features, items: Sequence[Prepared]) -> list[Tensor]:
+        """See `Adapter.carry`; each embedding is one token."""
+        return [row[keep] for row, keep in zip(features.tokens, features.mask, strict=True)]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange
+from torch import Tensor
 
-from adapters.adapter import Adapter
+from adapters.adapter import Adapter, rows_of
 from adapters.mlp import MLP
-from encoders.features import Features
+from adapters.pool import pool_grid
+from encoders.features import Features, Prepared
 
 
 class PixelShuffle(Adapter):
@@ -50,3 +54,7 @@ class PixelShuffle(Adapter):
         mask = rearrange(features.mask, "n (y a x b) -> n (y x) (a b)", **size).any(-1)
         merged = Features(tokens, mask, (size["y"], size["x"]))
         return self.project(merged)
+
+    def carry(self, features: Features, items: Sequence[Prepared]) -> list[Tensor]:
+        """See `Adapter.carry`; the mean of the tokens that are concatenated."""
+        return [row.tokens for row in rows_of(pool_grid(features, "average", self.factor))]

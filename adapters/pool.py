@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -10,10 +11,10 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
-from adapters.adapter import Adapter
+from adapters.adapter import Adapter, rows_of
 from adapters.mlp import MLP
 from encoders.checks import Count
-from encoders.features import Features
+from encoders.features import Features, Prepared
 
 
 class Pool(Adapter):
@@ -55,6 +56,12 @@ class Pool(Adapter):
         if self.kind == "concat":
             return self.project(_stack(features, self.factor))
         return pool_grid(self.project(features), self.kind, self.factor)
+
+    def carry(self, features: Features, items: Sequence[Prepared]) -> list[Tensor]:
+        """See `Adapter.carry`."""
+        if self.kind == "concat":
+            return super().carry(features, items)
+        return [row.tokens for row in rows_of(pool_grid(features, self.kind, self.factor))]
 
 
 def pool_grid(

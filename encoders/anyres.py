@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from encoders.checks import Checked, Side
 from encoders.encoder import Encoder
@@ -121,6 +122,11 @@ class AnyRes(Encoder):
         self.dim = encoder.dim
         self.size = view.size
         self.preprocess = AnyResInput(view, parse_pinpoints(pinpoints, view.size), mode)
+
+    @property
+    def attention_layer(self) -> tuple[nn.Module, int, int] | None:
+        """See `Encoder.attention_layer`."""
+        return self.encoder.attention_layer
 
     def forward(self, items: Sequence[Prepared]) -> Features:
         """One row per view, the views of an item in order: tokens [V_0 + V_1 + ... N E].

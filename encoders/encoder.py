@@ -28,6 +28,15 @@ class Encoder(Recorded, nn.Module):
     dim: int
     preprocess: Callable[[Any], Prepared]
 
+    @property
+    def attention_layer(self) -> tuple[nn.Module, int, int] | None:
+        """The attention by which pruners rank the tokens; None: it cannot be recorded.
+
+        The layer that projects queries, keys and values to [B N 3*E], its number of heads, and how
+        many of its tokens come before those that `forward` returns.
+        """
+        return None
+
     def prepare(self, item: Any) -> Prepared:
         """What `forward` takes, from one raw item; see `preprocess`."""
         return self.preprocess(item)

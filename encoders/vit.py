@@ -112,6 +112,7 @@ class ViT(Encoder):
             self.vit: nn.Module = SmallViT(**given, stem=stem or "conv")
         else:
             self.vit = _named(name, pretrained, given, stem or "patch")
+        self.is_cut = layers is not None
         self._cut(layers)
         self.size = self.vit.patch_embed.img_size[0]
         self.grid: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
@@ -121,6 +122,16 @@ class ViT(Encoder):
         self.preprocess = ImageInput(
             self.size, mean or published.get("mean") or half, std or published.get("std") or half
         )
+
+    @property
+    def attention_layer(self) -> tuple[nn.Module, int, int] | None:
+        """See `Encoder.attention_layer`: of the last but one block of the whole transformer."""
+        blocks = self.vit.blocks
+        attention = blocks[-1 if self.is_cut or len(blocks) == 1 else -2].attn
+        if not isinstance(getattr(attention, "qkv", None), nn.Linear):
+            return None
+        heads = getattr(attention, "heads", None) or attention.num_heads
+        return attention.qkv, heads, self.vit.num_prefix_tokens
 
     def _cut(self, layers: int | None) -> None:
         """Drops the blocks after the first `layers`, and with them the final norm."""

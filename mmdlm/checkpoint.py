@@ -18,6 +18,8 @@ from encoders.checks import check_arguments, shown
 from mmdlm.backbones.linear import pack as pack_weights
 from mmdlm.blueprint import Budget, build, describe
 from mmdlm.decoding import preset
+from mmdlm.decoding.pruning import option
+from mmdlm.decoding.pruning.option import Prune
 from mmdlm.files import blaming, find, present, read_json
 from mmdlm.loading import own, publish, published
 from mmdlm.loading.contents import CONFIG, Contents, with_overrides
@@ -46,6 +48,7 @@ def load(
     compile: bool = False,
     config: Mapping[str, Any] | None = None,
     adapter: str | Path | LoraAdapter | None = None,
+    prune: Prune = None,
     **overrides: Any,
 ) -> MultimodalDLM:
     """The model of a checkpoint, ready to use (eval mode); `model.report` lists what was read.
@@ -73,6 +76,8 @@ def load(
             {"unnorm_key": "bridge_orig"} for a policy with statistics of several data sets.
         adapter: folder or hub id of a LoRA adapter in peft's format, of `mmdlm fit` or of another
             program, see `mmdlm.loading.lora`. It is merged into the weights as they are read.
+        prune: how the tokens of images are reduced, such as "divprune@0.25", see
+            `mmdlm.decoding.pruning.option.read`.
         **overrides: what config.json leaves out or gets wrong: mask_id, eos_id, pad_id, stop_ids,
             shift, attention, block_size, template and context of `Spec`; theta and theta_scale of
             `TransformerConfig`. Ids and theta that they replace are not looked at; `eos_id` takes
@@ -91,6 +96,7 @@ def load(
     """
     _check_options(overrides, {"family": family, "pack": pack, "compile": compile}, config)
     over = devices(device)
+    method = None if prune is None else option.read(prune)
     if not isinstance(adapter, LoraAdapter | None):
         adapter = LoraAdapter.read(find(adapter))
     folder = find(source)
@@ -120,6 +126,8 @@ def load(
         pack_weights(model.backbone)
     if compile:
         model.compile()
+    if method is not None:
+        option.apply(model, method)
     return model.eval()
 
 
@@ -132,7 +140,17 @@ def _check_options(overrides: Mapping[str, Any], given: Mapping[str, Any], confi
         config: see `load`.
     """
     if overrides:
-        known = ("device", "dtype", "family", "quantize", "pack", "compile", "config", "adapter")
+        known = (
+            "device",
+            "dtype",
+            "family",
+            "quantize",
+            "pack",
+            "compile",
+            "config",
+            "adapter",
+            "prune",
+        )
         check_overrides(overrides, known)
     check_arguments(load, given)
     if config is not None and not isinstance(config, Mapping):

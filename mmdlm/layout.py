@@ -22,8 +22,6 @@ PROMPT, ANSWER = 0, 1
 """Roles of a position: given, or to be generated."""
 TOKEN, MEDIUM = 0, 1
 """Sources of a position's embedding: the token table, or an encoder."""
-GOLDEN = 0.6180339887498949
-"""Fractional part of the golden ratio: its multiples are evenly spread over [0, 1)."""
 Attention = Literal["full", "prefix", "cascade", "block_causal"]
 """full: bidirectional attention. prefix: the prompt does not attend to the answer. cascade: media
 attend to media, the prompt text to media and text, the answer to all. block_causal: tokens attend
@@ -31,8 +29,27 @@ to the same and earlier blocks. With a block size, the answer of prefix and casc
 block-causal."""
 
 
-Part = Tensor | Prepared
-"""Token ids int64 [n], embeddings float [n D], or a preprocessed item."""
+@dataclass(frozen=True)
+class Sparse:
+    """Embeddings at some of the places of a medium, whose rotary positions they keep.
+
+    Args:
+        tokens: [K D] float.
+        places: [K] int64 ascending, below `span`.
+        span: positions that the medium takes up.
+    """
+
+    tokens: Tensor
+    places: Tensor
+    span: int
+
+    def __len__(self) -> int:
+        """K."""
+        return len(self.tokens)
+
+
+Part = Tensor | Prepared | Sparse
+"""Token ids int64 [n], embeddings float [n D], some of them, or a preprocessed item."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +104,11 @@ class Row:
         turns = (part for turn in self.turns for part in (*turn.parts, turn.answer))
         return sum(len(part) for part in (*self.parts, *turns))
 
-    def map(self, change: Callable[[Prepared], Tensor]) -> Row:
+    def map(self, change: Callable[[Prepared], Tensor | Sparse]) -> Row:
         """The row with every preprocessed item replaced by its embeddings.
 
         Args:
-            change: maps an item to its embeddings [N D].
+            change: maps an item to its embeddings [N D], or some of them.
         """
 
         def changed(parts: Items[Part]) -> tuple[Part, ...]:
@@ -294,7 +311,7 @@ def _check_shared(row: Row, attention: Attention) -> None:
             f"arrange: {len(row.turns)} turns share media, but with {attention} attention media "
             "attend to the prompts; use cascade attention or one row per turn"
         )
-    if not all(part.is_floating_point() for part in row.parts):
+    if not all(map(_is_embedded, row.parts)):
         raise ValueError(
             f"arrange: {len(row.turns)} turns share text, which would attend to their prompts; put "
             "the text into each turn's prompt"
@@ -307,23 +324,28 @@ def _embeddings(row: Row) -> list[Tensor]:
     items = [part for part in parts if isinstance(part, Prepared)]
     if items:
         raise TypeError(f"arrange: {items[0].kind} is not encoded yet; use MultimodalDLM.embed")
-    return [part for part in parts if part.is_floating_point()]
+    return [getattr(part, "tokens", part) for part in parts if _is_embedded(part)]
+
+
+def _is_embedded(part: Tensor | Sparse) -> bool:
+    """Whether a part is embeddings, not token ids."""
+    return isinstance(part, Sparse) or part.is_floating_point()
 
 
 def _lay(row: Row, pad: int) -> Tensor:
     """Table of one row, int64 [7 n]: token, role, source, mask, position, order, branch."""
     spans = []
 
-    def span(part: Tensor, role: int, start: int, branch: int) -> int:
-        source = MEDIUM if part.is_floating_point() else TOKEN
-        n = torch.arange(len(part))
+    def span(part: Tensor | Sparse, role: int, start: int, branch: int) -> int:
+        source = MEDIUM if _is_embedded(part) else TOKEN
+        n = part.places.cpu() if isinstance(part, Sparse) else torch.arange(len(part))
         ones = torch.ones_like(n)
         ids = pad * ones if source == MEDIUM else part
         order = n if role == ANSWER else 0 * n
         spans.append(
             torch.stack([ids, role * ones, source * ones, ones, start + n, order, branch * ones])
         )
-        return start + len(part)
+        return start + (part.span if isinstance(part, Sparse) else len(part))
 
     shared = 0
     for part in row.parts:
@@ -334,31 +356,6 @@ def _lay(row: Row, pad: int) -> Tensor:
             at = span(part, PROMPT, at, j)
         span(turn.answer, ANSWER, at, j)
     return torch.cat(spans, 1) if spans else torch.zeros(7, 0, dtype=torch.long)
-
-
-def check_ids(ids: Tensor, vocab: int, name: str) -> None:
-    """Checks that token ids are rows of the embedding, before they reach it.
-
-    On a GPU an id outside of the embedding ends the process.
-
-    Args:
-        ids: integers of any shape.
-        vocab: rows of the embedding.
-        name: what holds the ids, for the error.
-    Raises:
-        TypeError: the ids are not integers.
-        ValueError: an id is negative or too large; the error names it and its position.
-    """
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"{name} holds {ids.dtype}, expected token ids (int64)")
-    outside = (ids < 0) | (ids >= vocab)
-    if bool(outside.any()):
-        at = outside.nonzero()[0].tolist()
-        raise ValueError(
-            f"{name} holds the id {int(ids[tuple(at)])} at position {at}, expected 0 to "
-            f"{vocab - 1}, the rows of this model's embedding; encode the text with the tokenizer "
-            "of this checkpoint (-100 marks labels, it is not a token)"
-        )
 
 
 def from_tokens(

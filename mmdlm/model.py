@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from collections.abc import Sequence as Items
+from contextlib import nullcontext
 from dataclasses import replace
 from operator import is_not
 from pathlib import PurePath
@@ -12,16 +13,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from adapters.adapter import Adapter
+from adapters.adapter import Adapter, Embedded
+from adapters.pruner import Pruner, seen
+from encoders.attention import recorded
 from encoders.encoder import Encoder
 from encoders.features import Prepared
 from mmdlm.backbones.family import Spec
 from mmdlm.backbones.kv import KV, Rows, count, indices, take
 from mmdlm.backbones.transformer import Transformer
 from mmdlm.chat import Template
-from mmdlm.layout import Attention, Row, Sequence, arrange, check_ids, from_tokens, visible
+from mmdlm.layout import Attention, Row, Sequence, Sparse, arrange, from_tokens, visible
 from mmdlm.processor import Processor
 from mmdlm.text import Tokenizer
+from mmdlm.token_ids import check_ids
 
 STEP = 512
 """Most positions of a compiled step: with more, launching kernels is short beside computing."""
@@ -78,6 +82,10 @@ class MultimodalDLM(nn.Module):
         beside it that other programs read. They complete what is written for these."""
         self.on_damage: Literal["error", "warn"] = "error"
         """Whether damaged media files are rejected, or their readable part is used."""
+        self.pruner: Pruner | None = None
+        """Reduces the tokens of each image before the backbone gets them."""
+        self.strategies: tuple[Any, ...] = ()
+        """Decoding strategies of every task, besides its own; see `mmdlm.decoding.pruning`."""
         self._processor: tuple[tuple[Any, ...], Processor] | None = None
 
     @property
@@ -104,18 +112,34 @@ class MultimodalDLM(nn.Module):
             self._processor = (parts, made)
         return self._processor[1]
 
-    def encode(self, kind: str, items: Items[Prepared]) -> list[Tensor]:
-        """Backbone embeddings [N D] of each preprocessed item of one modality.
+    def encode(self, kind: str, items: Items[Prepared]) -> list[Tensor | Sparse]:
+        """Backbone embeddings [N D] of each preprocessed item of one modality, or some of them.
 
         An encoder whose parameters are all frozen runs without a gradient graph.
         """
         ready = [replace(item, tensor=item.tensor.to(self.device)) for item in items]
-        encoder = self.encoders[kind]
+        encoder, adapter = self.encoders[kind], self.adapters[kind]
         trained = any(weight.requires_grad for weight in encoder.parameters())
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+        pruner = self.pruner if kind == "image" else None
+        ranked = pruner is not None and pruner.needs_attention
+        with (
+            torch.set_grad_enabled(trained and torch.is_grad_enabled()),
+            recorded(encoder) if ranked else nullcontext() as attended,
+        ):
             features = encoder(ready)
-        embedded = self.adapters[kind].embed(features, ready)
-        return [item.tokens for item in embedded]
+        embedded = adapter.embed(features, ready)
+        if pruner is None:
+            return [item.tokens for item in embedded]
+        none = [None] * len(ready)
+        carried = adapter.carry(attended.features(features), ready) if ranked else none
+        return [self._pruned(*pair) for pair in zip(embedded, carried, strict=True)]
+
+    def _pruned(self, item: Embedded, carried: Tensor | None) -> Tensor | Sparse:
+        """What the pruner leaves of an item, see `adapters.pruner.seen`."""
+        found = self.pruner(seen(item, carried))
+        if self.pruner.renumber or len(found.tokens) == len(item.tokens):
+            return found.tokens
+        return Sparse(found.tokens, found.places, len(item.tokens))
 
     def compile(self, backend: str = "inductor") -> None:
         """Compiles the backbone with `torch.compile`, for GPUs.
@@ -141,7 +165,9 @@ class MultimodalDLM(nn.Module):
             rows, pad=spec.pad_id, attention=spec.attention, block_size=spec.block_size
         ).to(self.device)
 
-    def embed(self, rows: Items[Row], held: dict[Hashable, Tensor] | None = None) -> Sequence:
+    def embed(
+        self, rows: Items[Row], held: dict[Hashable, Tensor | Sparse] | None = None
+    ) -> Sequence:
         """Encode the media of rows and arrange them as a sequence.
 
         Args:

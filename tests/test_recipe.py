@@ -4,14 +4,13 @@ import copy
 import json
 import pickle
 import sys
-from functools import partial
 
 import pytest
 import torch
 
 from adapters.mlp import MLP
 from adapters.pool import Pool
-from adapters.prune_divprune import DivPrune
+from encoders.anyres import AnyRes
 from encoders.arguments import Recorded
 from encoders.features import Features
 from encoders.state import StateEncoder
@@ -85,12 +84,11 @@ def test_recipes_have_the_format_of_configs():
     }
 
 
-@pytest.mark.parametrize("inner", [Pool, partial(Pool, factor=3, layers=1)])
-def test_nested_adapters_are_rebuilt(inner):
-    made = DivPrune(8, 12, inner=inner, keep=2)
+def test_nested_encoders_are_rebuilt():
+    made = AnyRes(ViT(size=16, patch=8, dim=32, depth=1, heads=2), [[16, 32]])
     again = again_from(made)
-    assert type(again.inner) is Pool
-    assert again.inner.factor == made.inner.factor
+    assert type(again.encoder) is ViT
+    assert again.encoder.size == 16
     assert shapes(again) == shapes(made)
 
 
@@ -118,11 +116,9 @@ def test_foreign_classes_are_not_imported():
 
 def test_foreign_classes_in_arguments_are_rejected():
     inner = {"class_path": "os.system", "init_args": {}}
-    given = {"in_dim": 8, "out_dim": 12, "inner": inner}
+    given = {"encoder": inner, "pinpoints": [[16, 32]]}
     with pytest.raises(ValueError, match="'os.system' is outside"):
-        build(
-            {"class_path": "adapters.prune_divprune.DivPrune", "init_args": given}, PARTS, Recorded
-        )
+        build({"class_path": "encoders.anyres.AnyRes", "init_args": given}, PARTS, Recorded)
 
 
 @pytest.mark.parametrize(

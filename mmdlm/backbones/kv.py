@@ -46,7 +46,7 @@ class KV:
         dtype: type of the buffers.
     """
 
-    needs_all_queries: ClassVar[bool] = False
+    needs_all_queries: bool = False
     """`watch` sees the queries of all computed rows in the last layer too, not of the read ones."""
 
     whole_batch: ClassVar[bool] = False
@@ -134,6 +134,16 @@ class KV:
         ):
             theirs[:, :, left : left + stay] = mine[:, :, :stay]
         return grown
+
+    def select(self, at: Tensor) -> KV:
+        """Buffers of some positions of each row, [B N] int64."""
+        chosen = self.like(len(at), at.shape[1])
+        for new, old in zip(
+            (*chosen.keys, *chosen.values), (*self.keys, *self.values), strict=True
+        ):
+            index = at.to(old.device)[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[3])
+            torch.gather(old, 2, index, out=new)
+        return chosen
 
     def join(self, other: KV) -> KV:
         """Buffers of these rows, then of the others; the lengths are the same."""

@@ -149,18 +149,53 @@ def embed(
     run: Run,
     output: Output,
     kind: Literal["image", "audio"] = "image",
+    masks: int | None = None,
+    pooling: Literal["mean", "text", "last"] = "mean",
 ) -> int:
     """Gives a vector of unit length for each picture or recording.
 
     mmdlm embed photos/ --out vectors.jsonl
+    mmdlm search "a red circle" --index vectors.jsonl
 
     Args:
         files: media files, and folders that are searched for them.
         kind: what to look for.
+        masks: append this number of mask tokens and give a vector for each of them.
+        pooling: what is averaged: mean (all tokens), text, or last (token).
         run: which model runs, and where.
         output: where the results are kept.
     """
-    return _over_files("embed", files, run, output, {}, kind)
+    options = {"masks": masks, "pooling": pooling}
+    given = {name: value for name, value in options.items() if value not in (None, "mean")}
+    return _over_files("embed", files, run, output, given, kind)
+
+
+def search(query: list[str], index: Path, run: Run, top: int = 5) -> int:
+    """Finds the pictures or recordings that are most like a text, picture or recording.
+
+    mmdlm search "a red circle" --index vectors.jsonl
+    mmdlm search holiday.jpg --index vectors.jsonl --top 10
+
+    Args:
+        query: texts, or media files; one result list each.
+        index: what `mmdlm embed --out` wrote.
+        top: results per query.
+        run: which model runs, and where; the one that made the index.
+    """
+    from mmdlm.tasks.retrieval import Index
+    from mmdlm.tasks.retrieval import search as find
+
+    vectors = Index.read(index)
+    model = run.load()
+    for asked, results in zip(query, find(model, vectors, query, top), strict=True):
+        if run.json:
+            found = [{"file": file, "score": score} for file, score in results]
+            print(json.dumps({"query": asked, "results": found}, ensure_ascii=False), flush=True)
+            continue
+        print(f"{asked}:")
+        for file, score in results:
+            print(f"  {score:.3f}  {file}")
+    return 0
 
 
 def _over_files(

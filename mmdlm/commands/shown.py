@@ -30,6 +30,9 @@ class Run:
         adapter: folder or hub id of a LoRA adapter of the model, merged into its weights.
         on_damage: what a damaged or truncated image or recording is: an "error", or a warning
             ("warn") after which its readable part is used.
+        prune: drop tokens of images, METHOD@KEEP with a share or a number: divprune@0.25 before the
+            language model, attention@0.35 inside it, or
+            '{rank: attention, layer: 16, step: 1, keep: 0.35}' (see mmdlm bench prune).
     """
 
     model: str = "tiny"
@@ -40,12 +43,13 @@ class Run:
     json: bool = False
     adapter: str | None = None
     on_damage: Literal["error", "warn"] = "error"
+    prune: str | None = None
 
     def load(self) -> MultimodalDLM:
         """The model."""
         from mmdlm.checkpoint import load
 
-        names = ("device", "dtype", "compile", "adapter")
+        names = ("device", "dtype", "compile", "adapter", "prune")
         model = load(self.model, **{name: getattr(self, name) for name in names})
         model.on_damage = self.on_damage
         return model

@@ -36,6 +36,7 @@ COMMANDS = {
     "chat": Command("text:chat", "talk with a text model", ASK, ("checkpoint",)),
     "infill": Command("ask:infill", "the [MASK]s of a text", ASK, ("templates",)),
     "embed": Command("ask:embed", "vectors of pictures or sounds", ASK, ("files",)),
+    "search": Command("ask:search", "files most like a text or a file", ASK, ("query",)),
     "likelihood": Command(
         "likelihood:likelihood",
         "how probable answers are",
@@ -61,6 +62,17 @@ COMMANDS = {
         "mmdlm.benchmarks.training:bench_train",
         "training steps: time, padding, buckets, packing",
         TRAIN,
+    ),
+    "bench retrieval": Command(
+        "mmdlm.benchmarks.retrieval:bench_retrieval",
+        "how often a text finds its picture",
+        TRAIN,
+    ),
+    "bench prune": Command(
+        "mmdlm.benchmarks.pruning:bench_prune",
+        "what dropping image tokens costs and saves",
+        TRAIN,
+        ("files",),
     ),
     "export": Command(
         "export:export",

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mmdlm.layout import GOLDEN, Row, Sequence, Turn
+from mmdlm.layout import Row, Sequence, Turn
 from mmdlm.messages import Example
+from mmdlm.objectives.draw import GOLDEN
 from mmdlm.objectives.objective import Batch
 from mmdlm.objectives.packing import Packing, bins
 from mmdlm.processor import Packed, Processor

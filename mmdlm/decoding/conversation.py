@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from mmdlm.decoding.state import State
-from mmdlm.layout import MEDIUM, PROMPT, TOKEN, Sequence, check_ids, chosen, levels
+from mmdlm.layout import MEDIUM, PROMPT, TOKEN, Sequence, chosen, levels
 from mmdlm.model import MultimodalDLM
+from mmdlm.token_ids import check_ids
 
 
 @dataclass(frozen=True, eq=False)

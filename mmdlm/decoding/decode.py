@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmdlm.decoding import preset
-from mmdlm.decoding.session import NO_TOKEN, Finished, Session
+from mmdlm.decoding.events import Finished
+from mmdlm.decoding.session import NO_TOKEN, Session
 from mmdlm.decoding.state import Source
 from mmdlm.layout import Sequence
 from mmdlm.model import MultimodalDLM, require_model

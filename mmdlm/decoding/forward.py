@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from mmdlm.backbones.kv import KV, Rows, listed, take
+from mmdlm.decoding.look import Looking
 from mmdlm.layout import Sequence, chosen, seen_by
 
 if TYPE_CHECKING:
@@ -161,18 +162,22 @@ def _prefill(state: State, sequence: Sequence, kv: KV) -> None:
 def _run(state: State, sequence: Sequence, part: Part, read: Rows, kv: KV | None) -> Tensor:
     """Logits of one forward, which is counted."""
     state.calls += 1
-    rows = part.rows
+    rows, device = part.rows, state.tokens.device
+    at = torch.arange(len(state.tokens), device=device) if rows is None else rows.to(device)
     if rows is None:
         state.forwards += 1
     else:
         state.forwards[rows] += 1
-        at = rows.to(state.tokens.device)
         sequence = chosen(sequence, at)
         kv = None if kv is None else kv.of_rows(at)
-    if kv is not None:
-        kv.end = part.end
+    if state.look is not None and kv is None:  # for what layers write and see in this forward
+        kv, part = state.model.backbone.cache(len(at), state.length), replace(part, mask="unknown")
     if isinstance(part.mask, str):
         part.mask = _mask(state, sequence, part, slice(0, part.end) if kv is not None else part.at)
+    if kv is not None:
+        kv.end = part.end
+    if state.look is not None:
+        kv = Looking(kv, state.look, at)
     return state.model.run(sequence, part.at, read, kv, state.columns, part.mask)
 
 

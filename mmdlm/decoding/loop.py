@@ -106,6 +106,7 @@ def step(state: State, owners: Owners, on_commit: Callable[[State], None] | None
     """
     view = View(state)
     state.refresh = owners["refresh"][0].refresh(view)
+    state.look = owners["look"][0].look(view) if "look" in owners else None
     state.focus(active_positions(state, owners))
     forward.prepare(state)
     logits = forward.run(state)
@@ -133,6 +134,8 @@ def step(state: State, owners: Owners, on_commit: Callable[[State], None] | None
             rows.resize(state, source)
             for other in owners.get("layout", ()):
                 state.set_levels(other.layout(view))
+    if state.look is not None and state.look.leaving is not None:
+        rows.drop(state, state.look.leaving)
     state.wrote()
     state.step += 1
     state.block_step += 1

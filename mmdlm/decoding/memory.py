@@ -30,6 +30,10 @@ class Entry:
         """The same where the prompts are `left` and the answers `right` positions longer."""
         return self
 
+    def select(self, at: Tensor, real: Tensor) -> Entry:
+        """The same on a canvas of some of its positions, [B N] int64 where `real` [B N] is True."""
+        return self
+
     def join(self, other: Entry) -> Entry:
         """These rows, then the others."""
         return replace(self, value=torch.cat([self.value, other.value]))
@@ -70,6 +74,10 @@ class PerCanvas(Entry):
         answer = moved(self.value[:, prompt:], source, self.fill)
         return replace(self, value=torch.cat([self.value[:, :prompt], answer], 1))
 
+    def select(self, at: Tensor, real: Tensor) -> Entry:
+        """See `Entry.select`."""
+        return replace(self, value=selected(self.value, at, real, self.fill))
+
 
 @dataclass(frozen=True)
 class PerRequest:
@@ -87,6 +95,10 @@ class PerRequest:
 
     def pad(self, left: int, right: int) -> PerRequest:
         """See `Entry.pad`."""
+        return self
+
+    def select(self, at: Tensor, real: Tensor) -> PerRequest:
+        """See `Entry.select`."""
         return self
 
     def join(self, other: PerRequest) -> PerRequest:
@@ -153,3 +165,10 @@ def moved(x: Tensor, source: Tensor, fill: float) -> Tensor:
     at = source.to(x.device)[(...,) + (None,) * (x.ndim - 2)]
     old = x.gather(1, at.clamp(min=0).expand(-1, -1, *x.shape[2:]))
     return old.masked_fill(at < 0, fill)
+
+
+def selected(x: Tensor, at: Tensor, real: Tensor, fill: float) -> Tensor:
+    """[B N ...] entries of [B L ...] at the positions [B N], `fill` where `real` [B N] is False."""
+    wide = (...,) + (None,) * (x.ndim - 2)
+    old = x.gather(1, at.to(x.device)[wide].expand(-1, -1, *x.shape[2:]))
+    return old.masked_fill(~real.to(x.device)[wide], fill)

@@ -7,10 +7,10 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from mmdlm.decoding.memory import moved, padded
+from mmdlm.decoding.memory import moved, padded, selected
 from mmdlm.decoding.state import CLOCKS, State
 from mmdlm.decoding.strategy import GONE, NEW
-from mmdlm.layout import ANSWER, TOKEN, Sequence, chosen
+from mmdlm.layout import ANSWER, MEDIUM, TOKEN, Sequence, chosen
 
 HOST = (*CLOCKS, "answer", "has_cache", "resized", "plan", "region", "held", "level", "left_before")
 DEVICE = ("opened", "writable", "commit_step", "commit_confidence")
@@ -111,6 +111,42 @@ def joined(one: Sequence, other: Sequence) -> Sequence:
             values = [v.to(values[0].dtype) for v in values]
         changed[part.name] = torch.cat(values) if values else None
     return replace(one, **changed)
+
+
+def drop(state: State, leaving: Tensor) -> None:
+    """Takes positions out of the prompts; the others keep their rotary positions.
+
+    Args:
+        state: changed in place.
+        leaving: [B L] host bool, positions of the prompt.
+    """
+    prompt, length, spec = state.prompt, state.length, state.model.spec
+    stays = (state.level >= 0)[:, :prompt] & ~leaving[:, :prompt]
+    size = max(1, int(stays.sum(1).max()))
+    # Padding first, then what stays, in its order.
+    at = stays.int().sort(dim=1, stable=True).indices[:, prompt - size :]
+    real = stays.gather(1, at)
+    answer = torch.arange(prompt, length).expand(len(at), -1)
+    at = torch.cat([at, answer], 1)
+    real = torch.cat([real, torch.ones_like(answer, dtype=torch.bool)], 1)
+    was, changed = state.sequence, {}
+    for part in fields(was):
+        value = getattr(was, part.name)
+        if part.name != "media" and value is not None:
+            fill = spec.pad_id if part.name == "tokens" else 0
+            changed[part.name] = selected(value, at, real, fill)
+    if was.media is not None:
+        held = was.is_medium
+        number = (held.flatten().cumsum(0) - 1).view_as(held)
+        kept = changed["source"] == MEDIUM
+        changed["media"] = was.media[number.gather(1, at.to(number.device))[kept]]
+    state.sequence, state.prompt = replace(was, **changed), size
+    for name in CANVAS:
+        setattr(state, name, selected(getattr(state, name), at, real, False))
+    state.memories = {k: m.each("select", at, real) for k, m in state.memories.items()}
+    state.caches = {name: kv.select(at) for name, kv in state.caches.items()}
+    state.set_levels(state.sequence.level)
+    state.wrote()
 
 
 def resize(state: State, source: Tensor) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from mmdlm.backbones.linear import active, packed, using
 from mmdlm.decoding import loop, preset, rows
 from mmdlm.decoding.conversation import Turn, continued, resume, saved
+from mmdlm.decoding.events import Committed, Finished
 from mmdlm.decoding.loop import assign
 from mmdlm.decoding.memory import Memory
 from mmdlm.decoding.start import Source, committable, start
@@ -24,43 +23,6 @@ NO_TOKEN = (
     "a position had no possible token: the model gave NaN (check the weights, or load with "
     "dtype=float32), or strategies such as Suppress and Nucleus left none"
 )
-
-
-@dataclass(frozen=True)
-class Committed:
-    """Positions of one answer that a step filled.
-
-    Args:
-        key: the request.
-        positions: within the answer, ascending; 0 is its first.
-        tokens: the ids they got.
-        confidence: their probabilities, 0 to 1.
-    """
-
-    key: int
-    positions: list[int]
-    tokens: list[int]
-    confidence: list[float]
-
-
-@dataclass(frozen=True, eq=False)
-class Finished:
-    """A complete answer.
-
-    Args:
-        key: the request.
-        tokens: [G] int64.
-        step: [G] int64, 0-based step of this request that filled a position; -1 where none did:
-            known beforehand, or ended.
-        confidence: [G] float32 probability of the token at that step, 0 where none did.
-        forwards: forwards of the backbone that this request took.
-    """
-
-    key: int
-    tokens: Tensor
-    step: Tensor
-    confidence: Tensor
-    forwards: int
 
 
 class Session:
@@ -365,6 +327,16 @@ class Session:
         self._drop_empty()
         if not known:
             raise KeyError(f"there is no request {key}; running: {self.keys}")
+
+    def conversation(self, key: int) -> Sequence:
+        """A finished request that was added with `keep=True`, as it was laid out at its end.
+
+        Raises:
+            KeyError: there is no such request.
+        """
+        if key not in self._turns:
+            raise KeyError(f"request {key} is not finished, or was added without keep=True")
+        return self._turns[key].sequence
 
     def canvas(self, key: int) -> Tensor:
         """[G] int64 ids of an answer so far; what is open holds the mask id.

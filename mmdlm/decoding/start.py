@@ -12,8 +12,9 @@ from encoders.checks import shown
 from mmdlm.backbones.family import MOST_TOKENS, Spec
 from mmdlm.decoding.rows import pad
 from mmdlm.decoding.state import Source, State, Streams
-from mmdlm.layout import ANSWER, TOKEN, Sequence, check_ids, from_tokens, levels
+from mmdlm.layout import ANSWER, TOKEN, Sequence, from_tokens, levels
 from mmdlm.model import MultimodalDLM
+from mmdlm.token_ids import check_ids
 
 
 def start(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmdlm.backbones.kv import KV, listed, take
+from mmdlm.decoding.look import Look
 from mmdlm.decoding.memory import Memory
 from mmdlm.decoding.refresh import Refresh
 from mmdlm.layout import Sequence
@@ -134,6 +135,8 @@ class State:
 
     refresh: Refresh | None = None
     """What this step computes."""
+    look: Look | None = None
+    """What the layers of this step leave out."""
     parts: list[Any] = field(default_factory=list)
     """The forwards of this step, see `mmdlm.decoding.forward`."""
     at: Tensor = field(default_factory=_nothing)

@@ -14,6 +14,7 @@ from mmdlm.decoding.refresh import Refresh
 from mmdlm.model import MultimodalDLM
 
 if TYPE_CHECKING:
+    from mmdlm.decoding.look import Look
     from mmdlm.decoding.view import View
 from collections.abc import Sequence as Items
 
@@ -29,10 +30,10 @@ class Strategy(Checked):
     the other rows. The hooks see all rows at once, through a read-only `View`; only the loop
     writes.
 
-    A step calls, in this order: plan, refresh, (the model runs), guide and observe in the order of
-    the strategies, pick, score, replan, stop, select, edit; then the loop writes and calls hold,
-    revise, end and resize. `layout`, `plan`, `refresh`, `pick`, `score`, `select`, `edit` and
-    `resize` have one owner per decode; of the others there may be many.
+    A step calls, in this order: plan, refresh, look, (the model runs), guide and observe in the
+    order of the strategies, pick, score, replan, stop, select, edit; then the loop writes and calls
+    hold, revise, end and resize. `layout`, `plan`, `refresh`, `look`, `pick`, `score`, `select`,
+    `edit` and `resize` have one owner per decode; of the others there may be many.
 
     The loop, never a strategy, keeps these rules: the mask id is never committed; only masked
     positions that are open commit, so prompt and known tokens stay; at least one of them commits
@@ -56,7 +57,7 @@ class Strategy(Checked):
     """
 
     ONE_OWNER: ClassVar[tuple[str, ...]] = (
-        *("layout", "plan", "refresh", "pick", "score", "select", "edit", "resize"),
+        *("layout", "plan", "refresh", "look", "pick", "score", "select", "edit", "resize"),
     )
     MANY: ClassVar[tuple[str, ...]] = ("observe", "guide", "stop", "hold", "revise", "end")
     paper: ClassVar[str] = ""
@@ -123,6 +124,14 @@ class Strategy(Checked):
     def refresh(self, view: View) -> Refresh:
         """The positions to recompute in this step."""
         raise TypeError(f"{type(self).__name__} does not decide refresh")
+
+    def look(self, view: View) -> Look | None:
+        """What the layers of this step leave out, and what leaves the canvas after it; or None.
+
+        What leaves are positions of the prompt; keys and values of all layers go with them, and
+        the others keep their rotary positions.
+        """
+        raise TypeError(f"{type(self).__name__} does not decide look")
 
     def guide(self, view: View, logits: Tensor) -> Tensor:
         """Rewritten logits [B R V] of the scored positions."""
@@ -207,6 +216,7 @@ PROPERTIES = {
     "final_tokens": "committed tokens that do not change",
     "own_schedule": "a schedule that no early exit cuts short",
     "one_forward": "one forward per step",
+    "plain_cache": "keys and values that are all the cache holds",
 }
 """Name of each property and what it means; see `Strategy.requires` and `Strategy.denies`."""
 

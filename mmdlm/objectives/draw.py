@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from encoders.checks import Checked, NonNegativeFloat, UnitFloat
-from mmdlm.layout import GOLDEN
 from mmdlm.objectives.noise import Noise, stratified, uniform, uniform_at
 from mmdlm.objectives.schedule import Schedule
 
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
     from mmdlm.objectives.objective import Batch
 
 
+GOLDEN = 0.6180339887498949
+"""Fractional part of the golden ratio: its multiples are evenly spread over [0, 1)."""
 SILVER = 0.4142135623730951
 """Fractional part of the square root of 2, whose multiples are evenly spread like `GOLDEN`'s."""
 BLOCK = 1 << 20

@@ -29,6 +29,8 @@ def made_with(
         options: other options that change results; None stands for a default.
     """
     made: dict[str, Any] = {"model": fingerprint(model)}
+    if model.pruner is not None:
+        made["prune"] = repr(model.pruner)
     if settings is not None:
         # The address of an object, which differs between processes, does not describe it.
         decoding = re.sub(" at 0x[0-9a-f]+", "", ", ".join(map(repr, settings.strategies)))

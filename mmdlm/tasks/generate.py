@@ -144,8 +144,10 @@ def resolve_settings(
     length = defaults.get("length") or LENGTH if length is None else length
     check_length(length)
     if strategies is None:  # the checkpoint's strategies need no check against the length
-        return Settings(prompt, length, _default_strategies(defaults.get("strategies") or []))
-    return Settings(prompt, length, preset.effective(strategies, length))
+        found = _default_strategies(defaults.get("strategies") or [])
+    else:
+        found = preset.effective(strategies, length)
+    return Settings(prompt, length, [*found, *model.strategies])
 
 
 def _default_strategies(entries: Items[Any]) -> list[Strategy]:

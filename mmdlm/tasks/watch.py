@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from mmdlm.decoding.session import Finished, Session
+from mmdlm.decoding.events import Finished
+from mmdlm.decoding.session import Session
 from mmdlm.text import Tokenizer
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from mmdlm.decoding import preset
 from mmdlm.decoding.commits.threshold import Threshold
 from mmdlm.decoding.decode import decode
+from mmdlm.decoding.events import Committed, Finished
 from mmdlm.decoding.plans.blocks import Blocks
-from mmdlm.decoding.session import Committed, Finished, Session
+from mmdlm.decoding.session import Session
 from mmdlm.layout import Row
 from mmdlm.model import MultimodalDLM
 

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from mmdlm.layout import GOLDEN
 from mmdlm.objectives.block_diffusion import BlockDiffusion
 from mmdlm.objectives.complementary import Complementary
-from mmdlm.objectives.draw import Draw
+from mmdlm.objectives.draw import GOLDEN, Draw
 from mmdlm.objectives.masked import Masked
 from mmdlm.objectives.objective import Batch
 from mmdlm.objectives.schedule import Schedule

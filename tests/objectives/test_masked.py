@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
-from mmdlm.layout import GOLDEN, Row, Turn
+from mmdlm.layout import Row, Turn
 from mmdlm.model import MultimodalDLM
+from mmdlm.objectives.draw import GOLDEN
 from mmdlm.objectives.masked import Masked
 from mmdlm.objectives.objective import Batch
 

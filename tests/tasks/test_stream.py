@@ -14,7 +14,7 @@ import mmdlm
 from mmdlm.commands.live import OPEN, colour, drawn, live
 from mmdlm.commands.main import main
 from mmdlm.data import scenes
-from mmdlm.decoding.session import Finished
+from mmdlm.decoding.events import Finished
 from mmdlm.layout import Row, Turn
 from mmdlm.messages import Example, Media, Slot, assistant, user
 from mmdlm.model import MultimodalDLM

@@ -8,6 +8,7 @@ import torch
 from mmdlm.decoding.caches.dual_cache import DualCache
 from mmdlm.decoding.commits.threshold import Threshold
 from mmdlm.decoding.decode import decode
+from mmdlm.decoding.events import Finished
 from mmdlm.decoding.guidance.allowed import Allowed, Choice, Slot
 from mmdlm.decoding.guidance.cfg import CFG
 from mmdlm.decoding.guidance.suppress import Suppress
@@ -15,7 +16,7 @@ from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.decoding.scores.gumbel import Gumbel
 from mmdlm.decoding.scores.left_to_right import LeftToRight
 from mmdlm.decoding.scores.random_order import RandomOrder
-from mmdlm.decoding.session import Finished, Session
+from mmdlm.decoding.session import Session
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 
