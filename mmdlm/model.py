@@ -23,9 +23,9 @@ from mmdlm.backbones.kv import KV, Rows, count, indices, take
 from mmdlm.backbones.transformer import Transformer
 from mmdlm.chat import Template
 from mmdlm.layout import Attention, Row, Sequence, Sparse, arrange, from_tokens, visible
+from mmdlm.messages import check_ids
 from mmdlm.processor import Processor
 from mmdlm.text import Tokenizer
-from mmdlm.token_ids import check_ids
 
 STEP = 512
 """Most positions of a compiled step: with more, launching kernels is short beside computing."""

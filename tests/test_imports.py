@@ -22,7 +22,7 @@ LEVELS = (
     {"text", "discover", "lines", "media", "messages", "sandbox"},
     {"recipe", "jinja"},
     {"backbones", "chat"},
-    {"layout", "token_ids"},
+    {"layout"},
     {"processor"},
     {"model"},
     {"blueprint", "representation"},

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mmdlm.decoding.state import State
 from mmdlm.layout import MEDIUM, PROMPT, TOKEN, Sequence, chosen, levels
+from mmdlm.messages import check_ids
 from mmdlm.model import MultimodalDLM
-from mmdlm.token_ids import check_ids
 
 
 @dataclass(frozen=True, eq=False)

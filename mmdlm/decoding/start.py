@@ -13,8 +13,8 @@ from mmdlm.backbones.family import MOST_TOKENS, Spec
 from mmdlm.decoding.rows import pad
 from mmdlm.decoding.state import Source, State, Streams
 from mmdlm.layout import ANSWER, TOKEN, Sequence, from_tokens, levels
+from mmdlm.messages import check_ids
 from mmdlm.model import MultimodalDLM
-from mmdlm.token_ids import check_ids
 
 
 def start(
