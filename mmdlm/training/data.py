@@ -235,7 +235,8 @@ class Data(lightning.LightningDataModule):
         if workers is None:
             workers = useful_workers(steps, len(order), idle_cores(self.trainer))
             if workers:
-                rank_zero_info(f"{workers} workers prepare batches; choose with data.workers")
+                more = "worker prepares" if workers == 1 else "workers prepare"
+                rank_zero_info(f"{workers} {more} batches; choose with data.workers")
         return Stateless(
             steps,
             batch_size=None,
