@@ -83,13 +83,21 @@ def system_of(config: dict[str, Any], names: set[str], name: str | None) -> type
         ValueError: more than one system fits.
     """
     if name is not None:
-        there = name in discover.names(SYSTEMS, System)
+        # Of a name that is both, such as llada_v, the family: the language model alone.
+        there = name in {*discover.names(SYSTEMS, System)} - {*discover.names(FAMILIES, Family)}
         return discover.find(SYSTEMS, name, System) if there else None
-    fitting = _fitting(discover.classes(SYSTEMS, System), config, names)
+    known = discover.classes(SYSTEMS, System).items()
+    signed = {n: k for n, k in known if not k.SIGNS or _shows(k.SIGNS, config, names)}
+    fitting = _fitting(signed, config, names)
     if len(fitting) > 1:
         both = " and ".join(map(_file, fitting))
         raise ValueError(f"systems {both} both fit this config.json; choose with family=")
     return fitting[0] if fitting else None
+
+
+def _shows(signs: tuple[str, ...], config: dict[str, Any], names: set[str]) -> bool:
+    """Whether config.json has one of these entries, or a tensor's name begins with one."""
+    return any(sign in config for sign in signs) or any(name.startswith(signs) for name in names)
 
 
 def _fitting(

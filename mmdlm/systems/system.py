@@ -98,6 +98,8 @@ class System:
     Attributes:
         TYPES: lower-case architectures and model types by which config.json names the system, see
             `Family.TYPES`.
+        SIGNS: entries of config.json and beginnings of tensor names; a checkpoint with none of them
+            is not of this system, and `matches` is not called. Without any, it always is.
         FILES: JSON files beside config.json (or in sub-folders) that `read` needs, where they are
             there. `read` finds the contents in `config[file]`; what `write` returns under such a
             key becomes that file.
@@ -109,6 +111,7 @@ class System:
     """
 
     TYPES: ClassVar[tuple[str, ...]] = ()
+    SIGNS: ClassVar[tuple[str, ...]] = ()
     FILES: ClassVar[tuple[str, ...]] = ()
     WEIGHTS: ClassVar[tuple[Beside, ...]] = ()
     PARTS: ClassVar[tuple[Part, ...]] = ()
