@@ -25,7 +25,7 @@ from mmdlm.loading.keymap import Table, prefix_of
 from mmdlm.loading.shards import Stored, index
 from mmdlm.loading.special_ids import Sources, SpecialIds, gather
 from mmdlm.loading.tied import untie
-from mmdlm.systems.system import Beside, System
+from mmdlm.systems.system import Beside, System, respelled
 from mmdlm.text import Tokenizer
 
 FAMILIES, SYSTEMS = "mmdlm.backbones", "mmdlm.systems"
@@ -178,6 +178,8 @@ def read(
     if system is None:
         return _read_family(ids, config, stored, name)
     stored |= _beside(folder, beside or _places(folder, config, system), stored)
+    spelling = system.spelling(set(stored))
+    stored = respelled(stored, {to: ours for ours, to in spelling.items()})
     files = beside_config(folder, system.FILES)
     blueprint = system.read(ids.complete(config) | files, set(stored))
     blueprint, sources = _settled(blueprint, ids)
@@ -189,7 +191,7 @@ def read(
         blueprint = system.with_tokenizer(blueprint, tokenizer)
     blueprint = replace(blueprint, system=_file(system))
     tables = system.keys(blueprint)
-    found = {"published": files | {CONFIG: config}, "sources": sources}
+    found = {"published": files | {CONFIG: config}, "sources": sources, "spelling": spelling}
     return _untied(Contents(blueprint, tokenizer, stored, tables, **found))
 
 

@@ -190,16 +190,16 @@ def check_parts(
         return
     if not any(name.startswith(projector) for name in names):
         raise ValueError(
-            f"{system}: the checkpoint holds no projector ({projector}*); add the tensors of "
-            "mm_projector.bin, converted to safetensors, or load the language model alone with "
-            "family="
+            f"{system}: the checkpoint holds no projector ({projector}*); put its tensors into the "
+            "folder (a mm_projector.bin of the first training stage must be converted to "
+            "safetensors)"
         )
     if not any(name.startswith(tower) for name in names):
         named = config.get("mm_vision_tower")
-        where = f"{named!r}, which config.json names," if named else "the tower"
+        where = f"{named!r} of config.json" if named else "the tower"
         raise ValueError(
-            f"{system}: the checkpoint holds no vision tower ({tower}*); it does not download "
-            f"{where} so put its weights into the folder under these names"
+            f"{system}: the checkpoint holds no vision tower ({tower}*), and {where} is not "
+            "downloaded; put its weights into the folder under these names"
         )
 
 
