@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
+from collections.abc import Hashable
 from collections.abc import Sequence as Items
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -231,6 +232,7 @@ def fill(
     batch_size: int = 16,
     seed: int | None = None,
     chat: bool | None = None,
+    features: dict[Hashable, Tensor] | None = None,
 ) -> list[Filled]:
     """Decoded canvas of each example, in order, independent of the batching.
 
@@ -248,12 +250,16 @@ def fill(
         batch_size: examples per batch.
         seed: seed of a separate generator per example; None: torch's default generator.
         chat: see `mmdlm.processor.Processor.prompt`.
+        features: embeddings of media by content, which are reused and added to; None to forget
+            those that no later example needs. The weights must not change in between.
     Raises:
         ValueError: an example is not valid; message or note give its index among several.
     """
     if not isinstance(seed, int | None):
         raise TypeError(f"seed is {shown(seed)}, expected an integer or None")
     processor, media, show = model.processor, MediaCache(examples), WATCHER.get()
+    if features is not None:
+        media.embeddings = features
     sizes = [len(processor.canvas(example.messages)) for example in examples]
     done: dict[int, Filled] = {}
     for batch in batches(sizes, batch_size):
@@ -261,7 +267,8 @@ def fill(
         packed = processor.pack([examples[i] for i in batch], media, chat=chat)
         begin = time.perf_counter()
         sequence = model.embed(packed.prompts, media.embeddings)
-        media.forget()
+        if features is None:
+            media.forget()
         generators = _generators(model, seed, len(batch))
         decoded = decode(
             model,

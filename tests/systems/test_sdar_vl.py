@@ -23,8 +23,12 @@ from mmdlm import checkpoint
 from mmdlm.blueprint import describe
 from mmdlm.decoding.caches.block_cache import BlockCache
 from mmdlm.decoding.commits.top_k import TopK
+from mmdlm.decoding.lengths.end_of_text import EndOfText
+from mmdlm.decoding.session import Finished
 from mmdlm.layout import Row, Sequence, Turn
+from mmdlm.messages import Example, Slot, assistant, conversation
 from mmdlm.model import MultimodalDLM
+from mmdlm.processor import Packed
 from tests.systems.llava_golden import asked, with_tokenizer
 
 SIDE, MASK, EOS, END, IMAGE = 54, 190, 191, 192, 150
@@ -258,6 +262,42 @@ def test_answers_of_one_and_two_images_agree_alone_and_in_a_batch(model: Multimo
     for found, alone in zip(both, (one, two), strict=True):
         assert found.tokens == mmdlm.answer(model, alone, length=8, details=True).tokens
     assert model.spec.stop_ids == (END,)
+
+
+@pytest.mark.filterwarnings("ignore:.* filled the canvas")
+def test_an_image_is_encoded_once_in_a_conversation(
+    model: MultimodalDLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    encode = model.encode
+    monkeypatch.setattr(
+        model, "encode", lambda kind, items: encoded.append(len(items)) or encode(kind, items)
+    )
+    turns = asked(images()[0], "What is it?")
+    features: dict = {}
+    first = mmdlm.generate(model, turns, length=8, features=features, details=True)
+    more = [*turns, {"role": "assistant", "content": "It"}, {"role": "user", "content": "Sure?"}]
+    second = mmdlm.generate(model, more, length=8, features=features, details=True)
+    assert encoded == [1]
+    assert second.tokens == mmdlm.generate(model, more, length=8, details=True).tokens
+
+    session, done = mmdlm.Session(model, [BlockCache(), EndOfText()]), {}
+    key = session.add(packed(model, turns), keep=True)
+    encoded.clear()
+    for request in (None, more):
+        if request is not None:
+            session.extend(key, packed(model, request))
+        while session.keys:
+            done |= {e.key: e for e in session.step() if isinstance(e, Finished)}
+        assert encoded == []
+        want = first if request is None else second
+        assert done[key].tokens[: len(want.tokens)].tolist() == list(want.tokens)
+
+
+def packed(model: MultimodalDLM, messages: list[dict[str, Any]]) -> Packed:
+    """The conversation with an answer of 8 tokens."""
+    slot = assistant(Slot(length=8))
+    return model.processor.pack([Example((*conversation(messages), slot))], chat=True)
 
 
 def test_several_steps_may_be_joined_in_a_block(model: MultimodalDLM) -> None:
