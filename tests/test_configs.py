@@ -48,7 +48,7 @@ def data(tmp_path_factory):
 
 def test_training_configs_are_listed():
     """Those of published systems: tests/systems/test_llava_training.py."""
-    systems = {"lavida_stage1", "lavida_stage2", "llada_v", "sdar_vl"}
+    systems = {"lavida_stage1", "lavida_stage2", "lavida_infill", "llada_v", "sdar_vl"}
     assert {path.stem for path in (CONFIGS / "train").glob("*.yaml")} == {*STAGES, *systems}
 
 

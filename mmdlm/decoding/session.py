@@ -13,7 +13,7 @@ from mmdlm.decoding import loop, preset, rows
 from mmdlm.decoding.conversation import Turn, continued, resume, saved
 from mmdlm.decoding.loop import assign
 from mmdlm.decoding.memory import Memory
-from mmdlm.decoding.start import Source, committable, start
+from mmdlm.decoding.start import Source, committable, start, unpacked
 from mmdlm.decoding.state import State
 from mmdlm.decoding.strategy import Strategy, check_model
 from mmdlm.decoding.view import View
@@ -140,7 +140,7 @@ class Session:
             ValueError: see `mmdlm.decode`, or there is more than one row, or no length.
         """
         features: dict[Hashable, Tensor] = {}
-        prompt, length, canvas = self._unpacked(prompt, length, canvas, features)
+        prompt, length, canvas = unpacked(self.model, prompt, length, canvas, features)
         if isinstance(prompt, Tensor) and prompt.ndim == 1:
             prompt = prompt[None]
         count = len(prompt if isinstance(prompt, Tensor) else prompt.tokens)
@@ -150,30 +150,6 @@ class Session:
         if keep and features:
             self._features[key] = features
         return key
-
-    def _unpacked(
-        self,
-        prompt: Tensor | Sequence | Packed,
-        length: int | None,
-        canvas: Tensor | None,
-        features: dict[Hashable, Tensor],
-    ) -> tuple[Tensor | Sequence, int, Tensor | None]:
-        """Prompt, length and canvas [1 G] of a request, see `add`.
-
-        Args:
-            prompt: see `add`.
-            length: see `add`.
-            canvas: see `add`.
-            features: embeddings of media that are encoded already, which is updated.
-        """
-        if isinstance(prompt, Packed):
-            if length is not None or canvas is not None:
-                raise ValueError("a packed example brings its canvas; leave length and canvas out")
-            canvas = prompt.canvas
-            return self.model.embed(prompt.prompts, features), canvas.shape[1], canvas
-        if length is None:
-            raise ValueError("give length=, the positions to fill; only packed examples bring it")
-        return prompt, length, canvas if canvas is None or canvas.ndim == 2 else canvas[None]
 
     @torch.inference_mode()
     def add_rows(
@@ -354,7 +330,7 @@ class Session:
                 f"request {key} cannot be extended; it must be finished, and added with keep=True"
             )
         features = self._features.get(key, {})
-        prompt, length, canvas = self._unpacked(prompt, length, canvas, features)
+        prompt, length, canvas = unpacked(self.model, prompt, length, canvas, features)
         turn = self._turns[key]
         if isinstance(prompt, Tensor):
             prompt = continued(self.model, turn, prompt)

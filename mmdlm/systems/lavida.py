@@ -27,7 +27,7 @@ STRATEGIES: list[Recipe] = [
 
 
 def tasks(strategies: list[Recipe]) -> dict[str, dict[str, Any]]:
-    """Prompt and length of the evaluation with these strategies."""
+    """Prompt and length of the evaluation, and of the demonstration, with these strategies."""
     return {
         "caption": {
             "prompt": "Provide a one-sentence caption for the provided image.",
@@ -35,6 +35,7 @@ def tasks(strategies: list[Recipe]) -> dict[str, dict[str, Any]]:
             "strategies": strategies,
         },
         "answer": {"length": 32, "strategies": strategies},
+        "generate": {"length": 128, "strategies": strategies},
     }
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from mmdlm.backbones.family import Family
+from mmdlm.backbones.family import Family, architecture
 from mmdlm.backbones.llada_v import LLaDAV as Language
 from mmdlm.blueprint import Blueprint
 from mmdlm.systems.llava import LlavaLayout
@@ -49,8 +49,9 @@ class LLaDAV(LlavaLayout, System):
 
     @classmethod
     def matches(cls, config: dict[str, Any], names: set[str]) -> bool:
-        """Whether LLaDA is under LLaMA's tensor names."""
-        return "model.embed_tokens.weight" in names and Language.matches(config, names)
+        """Whether config.json names LLaDA, whose tensors have LLaMA's names."""
+        named = f"{architecture(config)} {config.get('model_type')}".lower()
+        return "llada" in named and "model.embed_tokens.weight" in names
 
     @classmethod
     def read(cls, config: dict[str, Any], names: set[str]) -> Blueprint:
@@ -84,4 +85,5 @@ def tasks(banned: list[int]) -> dict[str, dict[str, Any]]:
             "strategies": strategies,
         },
         "answer": {"length": 128, "strategies": strategies},
+        "generate": {"length": 128, "strategies": strategies},
     }

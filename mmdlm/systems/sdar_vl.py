@@ -62,6 +62,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "strategies": STRATEGIES,
     },
     "answer": {"length": 128, "strategies": STRATEGIES},
+    "generate": {"length": 128, "strategies": STRATEGIES},
 }
 
 

@@ -237,11 +237,9 @@ def fill(
     """Decoded canvas of each example, in order, independent of the batching.
 
     In float32 logits differ by about 1e-6 between batch sizes, which decides exact ties only. In
-    bfloat16 and float16, rounding may decide near ties otherwise, see "Batches and threads" in the
-    README.
+    bfloat16 and float16 rounding may decide near ties, see "Batches and threads" in the README.
 
-    Media shared by several examples are encoded once. The same path or object is recognised
-    within the whole call, equal content at least within a batch.
+    The same path or object is encoded once in a call, equal content at least once in a batch.
 
     Args:
         model: model.
@@ -250,16 +248,14 @@ def fill(
         batch_size: examples per batch.
         seed: seed of a separate generator per example; None: torch's default generator.
         chat: see `mmdlm.processor.Processor.prompt`.
-        features: embeddings of media by content, which are reused and added to; None to forget
-            those that no later example needs. The weights must not change in between.
+        features: embeddings of media by content, reused and added to; None to keep none.
     Raises:
-        ValueError: an example is not valid; message or note give its index among several.
+        ValueError: an example is not valid; its index among several is in the message or a note.
     """
     if not isinstance(seed, int | None):
         raise TypeError(f"seed is {shown(seed)}, expected an integer or None")
-    processor, media, show = model.processor, MediaCache(examples), WATCHER.get()
-    if features is not None:
-        media.embeddings = features
+    processor, show = model.processor, WATCHER.get()
+    media = MediaCache(examples, embeddings={} if features is None else features)
     sizes = [len(processor.canvas(example.messages)) for example in examples]
     done: dict[int, Filled] = {}
     for batch in batches(sizes, batch_size):

@@ -4,61 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import mmdlm
 from mmdlm import checkpoint
-from mmdlm.blueprint import build
 from mmdlm.commands.main import main
-from mmdlm.loading.keymap import locate, shapes
-from mmdlm.systems.lavida import LaViDa
-from mmdlm.systems.llada_v import LLaDAV
-from mmdlm.systems.sdar_vl import SDARVL
-from mmdlm.systems.system import System
-from tests.systems import test_lavida, test_llada_v, test_sdar_vl
-from tests.systems.llava_golden import with_tokenizer
+from tests.systems.llava_layouts import lavida, llada_v, sdar_vl
 
-SMALL = {"vision_config": {**test_lavida.SIZES, "patch_size": 9, "num_hidden_layers": 2}}
-"""Views of 6x6 tokens."""
+ONE_VIEW = {"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat"}
 COLOURS = {"R": (230, 20, 20), "B": (20, 20, 230), "G": (20, 200, 20)}
-
-
-def folder_of(
-    system: type[System], config: dict[str, Any], folder: Path, control: dict[str, int]
-) -> Path:
-    """A published folder of this configuration, with random weights and a tokenizer."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    blueprint = system.read(config, set())
-    made = build(blueprint)
-    places = locate(shapes(made), system.keys(blueprint), made.spec.transformer)
-    generator = torch.Generator().manual_seed(0)
-    weights = {
-        name: torch.randn(place.shape, generator=generator) * 0.1 + float("norm" in name)
-        for name, place in places.items()
-    }
-    save_file(weights, folder / "model.safetensors")
-    return with_tokenizer(folder, control)
-
-
-def lavida(folder: Path) -> Path:
-    settings = {"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat", "n_layers": 2}
-    config = {**test_lavida.flat(), **SMALL, **settings}
-    return folder_of(LaViDa, config, folder, test_lavida.CONTROL)
-
-
-def llada_v(folder: Path) -> Path:
-    return folder_of(LLaDAV, {**test_llada_v.GOLDEN.flat(), **SMALL}, folder, test_llada_v.CONTROL)
-
-
-def sdar_vl(folder: Path) -> Path:
-    config = test_sdar_vl.config_of(test_sdar_vl.reference(-1))
-    return folder_of(SDARVL, config, folder, test_sdar_vl.CONTROL)
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +62,24 @@ def test_a_recipe_trains_two_steps(name: str, data: Path, tmp_path: Path) -> Non
     assert all(weight.isfinite().all() for weight in after.values())
 
 
+def test_the_infilling_recipe_trains_two_steps(data: Path, tmp_path: Path) -> None:
+    source = lavida(tmp_path / "source", **ONE_VIEW)
+    tokens = {"end": "<|eot_id|>", "filler": "<|start_header_id|>"}  # not used by the answers
+    inner = {"class_path": "mmdlm.data.llava.LLaVA", "init_args": {"path": str(data)}}
+    mix = {"class_path": "mmdlm.data.gaps.Gaps", "init_args": {"dataset": inner, **tokens}}
+    words = ["fit", "-c", "train/lavida_infill", "--source", str(source), "--steps", "2"]
+    words += ["--batch-size", "2", "--out", str(tmp_path), f"--data.train={json.dumps({'m': mix})}"]
+    fast = ["accelerator=cpu", "precision=32", "accumulate_grad_batches=1"]
+    given = "--model.objective.init_args.objective.init_args.ids=[103]"
+    run = [*words, given, *(f"--trainer.{word}" for word in fast), "--check", "none"]
+    assert main(run) == 0
+    saved = tmp_path / "lavida_infill" / "version_0" / "checkpoints" / "last.ckpt"
+    assert torch.load(saved, weights_only=True)["global_step"] == 2
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_lora_fine_tune_answers_better_and_is_published(data: Path, tmp_path: Path) -> None:
-    source = lavida(tmp_path / "source")
+    source = lavida(tmp_path / "source", **ONE_VIEW)
     words = ["fit", "-c", "finetune/lora", "--source", str(source), "--data", str(data)]
     words += ["--val", str(data), "--batch-size", "12", "--out", str(tmp_path), "--length", "4"]
     fast = ["--trainer.accelerator=cpu", "--check", "none", "--data.val_rows=3"]
