@@ -96,6 +96,9 @@ class LlavaLayout:
             ValueError: tower or projector are unknown or missing, or a setting is not supported.
         """
         kinds = {
+            "image_aspect_ratio": "square",
+            "mm_projector_type": "linear",
+            "mm_vision_tower": "",
             "pooling_on": True,
             "tokenizer_model_max_length": 0,
             "image_template": cls.IMAGE,
@@ -243,6 +246,7 @@ def vit(system: str, sizes: dict[str, Any], last: int) -> dict[str, Any]:
     absent = sorted(SO400M.keys() - sizes.keys())
     if absent:
         raise ValueError(f"{system}: the tower's sizes in config.json lack {', '.join(absent)}")
+    sizes = filled(system, SO400M, sizes)
     given = {key: sizes[key] for key in TOWER_SUPPORTED if key in sizes}
     require(system, given, {key: TOWER_SUPPORTED[key] for key in given})
     kept, dim = sizes["num_hidden_layers"] + last, sizes["hidden_size"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from mmdlm.backbones.family import Keys, Spec, architecture, require
+from mmdlm.backbones.family import Keys, Spec, architecture, filled, require
 from mmdlm.backbones.sdar import SDAR
 from mmdlm.blueprint import Blueprint, describe
 from mmdlm.model import MultimodalDLM
@@ -89,7 +89,9 @@ class SDARVL(System):
     @classmethod
     def matches(cls, config: dict[str, Any], names: set[str]) -> bool:
         """Whether the language model in config.json is SDAR (in others it is autoregressive)."""
-        text = config.get("text_config") or {}
+        text = config.get("text_config")
+        if not isinstance(text, dict):
+            return False
         said = {str(text.get("model_type")).lower(), architecture(text).lower()}
         named = architecture(config) or config.get("model_type")
         is_layout = str(named).lower() in cls.TYPES
@@ -102,17 +104,14 @@ class SDARVL(System):
         Raises:
             ValueError: tower or projector are missing, or a setting is not supported.
         """
-        c = DEFAULTS | config
+        kinds = {"text_config": {}, "vision_config": {}, PIXELS: {}, "image_grid_pinpoints": []}
+        c = filled(NAME, DEFAULTS | kinds, config)
         require(NAME, c, SUPPORTED)
         check_parts(NAME, c, names, TOWER, PROJECTOR)
         spec, tower = _spec(c), _tower(c)
-        canvases = c.get("image_grid_pinpoints") or [
-            [tower["size"] * i, tower["size"] * j] for i in MOST for j in MOST
-        ]
         given = {
             "image_aspect_ratio": c["vision_aspect_ratio"],
-            # (height, width) there.
-            "image_grid_pinpoints": [[width, height] for height, width in canvases],
+            "image_grid_pinpoints": _canvases(c["image_grid_pinpoints"], tower["size"]),
             "mm_patch_merge_type": "spatial_unpad",
             "mm_projector_type": "mlp2x_gelu",
         }
@@ -177,9 +176,21 @@ class SDARVL(System):
         }
 
 
+def _canvases(given: list[Any] | None, side: int) -> list[list[int]]:
+    """Canvases as (width, height); in config.json they are (height, width)."""
+    if not given:
+        return [[side * j, side * i] for i in MOST for j in MOST]
+    try:
+        return [[width, height] for height, width in given]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{NAME}: image_grid_pinpoints is {given!r}; expected pairs of pixels"
+        ) from error
+
+
 def _spec(config: dict[str, Any]) -> Spec:
     """SDAR's spec, with the special ids of config.json itself where it has them."""
-    text = dict(config.get("text_config") or {})
+    text = dict(config["text_config"] or {})
     text |= {key: config[key] for key in IDS if config.get(key) is not None}
     tied = text.get("tie_word_embeddings") or config.get("tie_word_embeddings")
     return SDAR.read(text | {"tie_word_embeddings": bool(tied)}, set())
@@ -191,18 +202,19 @@ def _tower(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: another layer is read, or the image processor does not fit the tower.
     """
-    layer, pixels = config["vision_feature_layer"], config.get(PIXELS) or {}
+    kinds = {"size": {}, "image_mean": [], "image_std": []}
+    layer, pixels = config["vision_feature_layer"], filled(NAME, kinds, config[PIXELS] or {})
     if layer not in (-1, -2):
         raise ValueError(f"{NAME}: vision_feature_layer is {layer!r}, expected -1 or -2")
-    tower = vit(NAME, config.get("vision_config") or {}, layer + 1)
-    side = (pixels.get("size") or {}).get("height", tower["size"])
+    tower = vit(NAME, config["vision_config"] or {}, layer + 1)
+    side = (pixels["size"] or {}).get("height", tower["size"])
     if side != tower["size"]:
         raise ValueError(
             f"{NAME}: {PIXELS} has images of {side} pixels, but the tower in config.json takes "
             f"{tower['size']}; correct one of them"
         )
     for key in ("mean", "std"):
-        value = pixels.get(f"image_{key}")
-        if value is not None and list(value) != HALF:
-            tower[key] = list(value)
+        value = pixels[f"image_{key}"]
+        if value and value != HALF:
+            tower[key] = value
     return tower
