@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 import mmdlm
+from mmdlm.decoding.guidance.suppress import Suppress
 from mmdlm.model import MultimodalDLM
 from tests.systems import llava_layouts
-from tests.systems.llava_golden import asked
+from tests.systems.llava_golden import WRITTEN, asked
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* filled the canvas", "ignore:.* changes nothing")
 SYSTEMS = ("lavida", "lavida_dream", "llada_v", "sdar_vl")
@@ -69,6 +70,21 @@ def test_captions_and_infills_of_a_list_equal_those_of_each(
         for image in images
     ]
     assert all(text.startswith("A ") and " on " in text for text in texts)
+
+
+def test_an_answer_is_cut_at_a_stop(model: MultimodalDLM, images: list[Path]) -> None:
+    others = set(range(len(WRITTEN), model.spec.transformer.vocab)) - {model.spec.mask_id}
+    run = {"length": 8, "strategies": [Suppress(tuple(others))], "details": True}
+    plain = mmdlm.answer(model, "Which?", images[0], **run)
+    text = model.tokenizer.decode(list(plain.tokens))
+    assert len(text) == 8
+    first = plain.step.index(0)
+    found = mmdlm.answer(model, "Which?", images[0], stop=[text[first], "not there"], **run)
+    assert text[first] not in found.text
+    assert len(found.tokens) <= first
+    assert found.forwards <= plain.forwards
+    with pytest.raises(ValueError, match="stop is 'x', expected a list of texts"):
+        mmdlm.answer(model, "Which?", images[0], stop="x")
 
 
 def test_choices_are_scored(model: MultimodalDLM, images: list[Path]) -> None:
