@@ -44,6 +44,8 @@ class LlavaGrid(Adapter):
         most_tiles: shrink a map of more than 1.1^2 times the tokens of this many tiles to about
             their number ("spatial_unpad" only, `anyres_max_N` of the sources); None never does.
         layers: linear layers of the projector.
+        rounded: round the size of an unpadded map to 7 digits before it is cut to an integer, as
+            transformers' LLaVA-OneVision does (models/llava_onevision/modeling_llava_onevision.py).
     """
 
     KEYS: ClassVar[dict[str, str]] = {
@@ -61,6 +63,7 @@ class LlavaGrid(Adapter):
         factor: Count = 2,
         most_tiles: Count | None = None,
         layers: Count = 2,
+        rounded: bool = False,
     ) -> None:
         super().__init__(in_dim, out_dim)
         if most_tiles is not None and merge != "spatial_unpad":
@@ -68,6 +71,7 @@ class LlavaGrid(Adapter):
                 f"LlavaGrid: most_tiles={most_tiles} has no effect with merge={merge!r}; drop it"
             )
         self.merge, self.pool, self.factor, self.most_tiles = merge, pool, factor, most_tiles
+        self.rounded = rounded
         self.project = MLP(in_dim, out_dim, layers)
         if merge == "spatial_unpad":
             self.newline = nn.Parameter(torch.randn(out_dim) / math.sqrt(out_dim))
@@ -140,7 +144,7 @@ class LlavaGrid(Adapter):
         tile = {"r": item.grid[0], "c": item.grid[1], "y": grid[0], "x": grid[1]}
         whole = rearrange(rest, "(r c) (y x) D -> D (r y) (c x)", **tile)
         if self.merge == "spatial_unpad":
-            whole = self._shrunk(unpad(whole, item.size), grid)
+            whole = self._shrunk(unpad(whole, item.size, self.rounded), grid)
             ends = newline[:, None, None].to(whole).expand(-1, whole.shape[1], 1)
             whole = torch.cat([whole, ends], 2)  # [D Y X+1]
         return Embedded(torch.cat([overview, rearrange(whole, "D Y X -> (Y X) D")]))
@@ -158,7 +162,7 @@ class LlavaGrid(Adapter):
         return functional.interpolate(whole[None], size, mode="bilinear", align_corners=False)[0]
 
 
-def unpad(whole: Tensor, size: tuple[int, ...]) -> Tensor:
+def unpad(whole: Tensor, size: tuple[int, ...], rounded: bool = False) -> Tensor:
     """A map without the rows or columns that lie on the padding of its canvas.
 
     Padding is cut off in equal halves, so that one row or column of it may stay.
@@ -166,6 +170,7 @@ def unpad(whole: Tensor, size: tuple[int, ...]) -> Tensor:
     Args:
         whole: [D Y X] features of a canvas with a centred image.
         size: rows and columns of that image in pixels, before it was scaled.
+        rounded: see `LlavaGrid`.
     Raises:
         ValueError: the size is missing.
     """
@@ -173,7 +178,9 @@ def unpad(whole: Tensor, size: tuple[int, ...]) -> Tensor:
         raise ValueError(f"LlavaGrid: original size {size}; expected rows and columns in pixels")
     (height, width), (rows, columns) = size, whole.shape[1:]
     if width / height > columns / rows:
-        cut = (rows - int(height * (columns / width))) // 2
+        inner = height * (columns / width)
+        cut = (rows - int(round(inner, 7) if rounded else inner)) // 2
         return whole[:, cut : rows - cut]
-    cut = (columns - int(width * (rows / height))) // 2
+    inner = width * (rows / height)
+    cut = (columns - int(round(inner, 7) if rounded else inner)) // 2
     return whole[:, :, cut : columns - cut]

@@ -127,6 +127,15 @@ class Attention(nn.Module):
             q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
         return q, k, v
 
+    def values(self, x: Tensor) -> Tensor:
+        """Values alone of all rows, [B M KV hd]; see `project`."""
+        if not is_plain(self.qkv):
+            return self.project(x, None)[2].transpose(1, 2)
+        start = self.q_size + self.kv_size
+        v = outputs(self.qkv, x, slice(start, start + self.kv_size))
+        v = v.unflatten(-1, (-1, self.head_dim))
+        return v if self.clip is None else v.clamp(-self.clip, self.clip)
+
 
 Angles = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Cosines and sines of queries and of keys."""

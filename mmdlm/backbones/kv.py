@@ -106,6 +106,14 @@ class KV:
         """
         return now
 
+    def leave(self, now: Pass) -> Tensor:
+        """The states [B R D] of the positions to read; asked with `needs_all_queries` only.
+
+        Args:
+            now: what the last layer hands on, all positions that it computed.
+        """
+        return take(now.x, now.read)
+
     def watch(self, layer: int, queries: Tensor, rows: Rows) -> None:
         """Shown what a layer asks, after its keys and values were written.
 
@@ -257,3 +265,13 @@ def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     place = torch.arange(max(1, int(count.max())), device=chosen.device).expand(len(chosen), -1)
     at = order.gather(1, place.minimum((count - 1).clamp(min=0)))
     return at, place < count
+
+
+def joined(one: list[Tensor], other: list[Tensor], batch: int, added: int) -> list[Tensor]:
+    """The tensors of each layer, those of `batch` rows and then those of `added` rows.
+
+    Rows without any, which have not run yet, get zeros; empty if none has any.
+    """
+    one = one or [x.new_zeros(batch, *x.shape[1:]) for x in other]
+    other = other or [x.new_zeros(added, *x.shape[1:]) for x in one]
+    return [torch.cat(both) for both in zip(one, other, strict=True)]

@@ -139,7 +139,7 @@ class Transformer(nn.Module):
                 x = block(*args)
             now = now._replace(x=x)
         if kv is not None and kv.needs_all_queries:
-            x = take(x, now.read)
+            x = kv.leave(now)
         return self.norm(x).to(self.embed.weight.device)
 
     def head(self, hidden: Tensor, columns: slice | None = None) -> Tensor:

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from encoders.features import Prepared
     from mmdlm.backbones.config import TransformerConfig
     from mmdlm.model import MultimodalDLM
 
@@ -135,17 +138,21 @@ def names(kind: str) -> list[tuple[str, str]]:
     return [(name, _first(path)) for name, path in sorted(found.items())]
 
 
-def info(checkpoint: str) -> int:
+def info(checkpoint: str, image: Path | None = None) -> int:
     """Shows what a checkpoint is and can do; its weights stay on disk.
 
-    mmdlm info tiny
+    mmdlm info tiny --image cat.jpg
 
     Args:
         checkpoint: bundled name, folder, or hub id (owner/name).
+        image: an image file; shows how many positions of the prompt it takes.
     """
     from mmdlm.checkpoint import load
 
-    found = facts(load(checkpoint, device="meta"))
+    model = load(checkpoint, device="meta")
+    found = facts(model)
+    if image is not None:
+        found[f"image {image.name}"] = image_tokens(model, image)
     left = max(map(len, found)) + 2
     width = max(40, shutil.get_terminal_size().columns)
     print(checkpoint)
@@ -195,6 +202,47 @@ def facts(model: MultimodalDLM) -> dict[str, str]:
         words = sorted(w for w in model.tokenizer.words if not w.startswith("<"))
         found[f"its {len(words)} words"] = " ".join(words)
     return found
+
+
+def image_tokens(model: MultimodalDLM, image: Path) -> str:
+    """How many tokens an image takes, alone and among several, without the weights.
+
+    Args:
+        model: on the meta device.
+        image: an image file.
+    Raises:
+        ValueError: the model takes no images, or the file is not valid.
+    """
+    counts = {}
+    for several in (False, True):
+        item = model.processor.prepare("image", image, several)
+        views = len(item.tensor) if item.tensor.ndim == 4 else 1
+        count = len(_embedded(model, item))
+        counts[several] = f"{count} tokens" + (f" of {views} views" if views > 1 else "")
+    height, width = item.size
+    more = "" if counts[True] == counts[False] else f"; {counts[True]} beside other images"
+    return f"{width} x {height} pixels, {counts[False]}{more}"
+
+
+def _embedded(model: MultimodalDLM, item: Prepared) -> Tensor:
+    """Embeddings [N D] of an image, whose numbers mean nothing."""
+    import copy
+    from dataclasses import replace
+
+    import torch
+
+    from encoders.features import Features
+
+    encoder, adapter = model.encoders["image"], model.adapters["image"]
+    adapter = copy.deepcopy(adapter).to_empty(device="cpu")
+    with torch.inference_mode():
+        try:
+            on_meta = encoder([replace(item, tensor=item.tensor.to("meta"))])
+            mask = torch.ones(on_meta.mask.shape, dtype=torch.bool)
+            features = Features(torch.zeros(on_meta.tokens.shape), mask, on_meta.sizes)
+        except (NotImplementedError, RuntimeError):  # it reads numbers
+            features = copy.deepcopy(encoder).to_empty(device="cpu")([item])
+        return adapter.to(features.tokens.dtype).embed(features, [item])[0].tokens
 
 
 def doctor() -> int:

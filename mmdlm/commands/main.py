@@ -99,13 +99,15 @@ def _run(args: list[str]) -> int:
 def _words(
     call: Callable[..., Any], rest: Items[str], positional: Items[str]
 ) -> dict[str, str] | None:
-    """Arguments of a command that takes words only, such as `mmdlm info tiny`; None for others.
+    """Arguments of a call that gives words only, such as `mmdlm info tiny`; None for others.
 
     It saves the import of the parser, which takes longer than such a command itself.
     """
-    parameters = inspect.signature(call).parameters
-    is_plain = tuple(parameters) == tuple(positional) and len(rest) == len(positional)
-    if not is_plain or any(p.annotation not in (str, "str") for p in parameters.values()):
+    parameters = list(inspect.signature(call).parameters.values())
+    first, more = parameters[: len(positional)], parameters[len(positional) :]
+    is_plain = [p.name for p in first] == list(positional) and len(rest) == len(positional)
+    is_plain = is_plain and all(p.default is not p.empty for p in more)
+    if not is_plain or any(p.annotation not in (str, "str") for p in first):
         return None
     return (
         None

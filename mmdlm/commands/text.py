@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,8 @@ from mmdlm.commands.shown import Output, Run, plain, print_result
 from mmdlm.files import read_input
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mmdlm.model import MultimodalDLM
     from mmdlm.tasks.generate import Answer
     from mmdlm.tasks.results import Results
@@ -258,6 +260,7 @@ class Conversation:
         """Forgets everything but the system message."""
         self.messages: list[dict[str, Any]] = list(self.say.opening())
         self.media: list[dict[str, Any]] = []
+        self.features: dict[Hashable, Tensor] = {}
 
     def show(self, kind: str, path: str) -> str:
         """Reads a file for the next question, and describes it.
@@ -272,7 +275,8 @@ class Conversation:
         if not path:
             raise ValueError(f"/{kind} needs a file")
         item = self.model.processor.prepare(kind, path)
-        self.media.append({"type": kind, kind: item})
+        # Not the item: among several images it is prepared otherwise by some models.
+        self.media.append({"type": kind, kind: path})
         size = f", {item.size[1]} x {item.size[0]} pixels" if item.size else ""
         return f"{path}: {kind}{size}"
 
@@ -287,7 +291,7 @@ class Conversation:
             return answer(self.model, asked, **options)
         from mmdlm.tasks.chat import generate
 
-        found = generate(self.model, asked, **options)
+        found = generate(self.model, asked, features=self.features, **options)
         self.messages = [*asked, {"role": "assistant", "content": found.text}]
         self.media = []
         return found

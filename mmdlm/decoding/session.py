@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from mmdlm.decoding.conversation import Turn, continued, resume, saved
 from mmdlm.decoding.events import Committed, Finished
 from mmdlm.decoding.loop import assign
 from mmdlm.decoding.memory import Memory
-from mmdlm.decoding.start import Source, committable, start
+from mmdlm.decoding.start import Source, committable, start, unpacked
 from mmdlm.decoding.state import State
 from mmdlm.decoding.strategy import Strategy, check_model
 from mmdlm.decoding.view import View
@@ -60,6 +62,7 @@ class Session:
         self._done: list[Finished] = []
         self._turns: dict[int, Turn] = {}
         self._kept: set[int] = set()
+        self._features: dict[int, dict[Hashable, Tensor]] = {}
         self._next, self._planned, self._calls = 0, False, 0
         self._packs = active()
         self._events: list[Committed] = []
@@ -99,26 +102,17 @@ class Session:
         Raises:
             ValueError: see `mmdlm.decode`, or there is more than one row, or no length.
         """
-        prompt, length, canvas = self._unpacked(prompt, length, canvas)
+        features: dict[Hashable, Tensor] = {}
+        prompt, length, canvas = unpacked(self.model, prompt, length, canvas, features)
         if isinstance(prompt, Tensor) and prompt.ndim == 1:
             prompt = prompt[None]
         count = len(prompt if isinstance(prompt, Tensor) else prompt.tokens)
         if count != 1:
             raise ValueError(f"add: the prompt has {count} rows, expected 1; use add_rows")
-        return self.add_rows(prompt, length, generator=generator, canvas=canvas, keep=keep)[0]
-
-    def _unpacked(
-        self, prompt: Tensor | Sequence | Packed, length: int | None, canvas: Tensor | None
-    ) -> tuple[Tensor | Sequence, int, Tensor | None]:
-        """Prompt, length and canvas [1 G] of a request, see `add`."""
-        if isinstance(prompt, Packed):
-            if length is not None or canvas is not None:
-                raise ValueError("a packed example brings its canvas; leave length and canvas out")
-            canvas = prompt.canvas
-            return self.model.embed(prompt.prompts), canvas.shape[1], canvas
-        if length is None:
-            raise ValueError("give length=, the positions to fill; only packed examples bring it")
-        return prompt, length, canvas if canvas is None or canvas.ndim == 2 else canvas[None]
+        key = self.add_rows(prompt, length, generator=generator, canvas=canvas, keep=keep)[0]
+        if keep and features:
+            self._features[key] = features
+        return key
 
     @torch.inference_mode()
     def add_rows(
@@ -278,7 +272,8 @@ class Session:
         """Asks for the next answer of a conversation; equal to a fresh decode of all of it.
 
         Keys and values of the earlier text are reused as far as new text cannot change them: whole
-        blocks of a block-causal model, media of a cascade; nothing with full attention.
+        blocks of a block-causal model, media of a cascade; nothing with full attention. Media of a
+        packed example that earlier turns held are not encoded again.
 
         Args:
             key: a finished request that was added with `keep=True`.
@@ -297,7 +292,8 @@ class Session:
             raise KeyError(
                 f"request {key} cannot be extended; it must be finished, and added with keep=True"
             )
-        prompt, length, canvas = self._unpacked(prompt, length, canvas)
+        features = self._features.get(key, {})
+        prompt, length, canvas = unpacked(self.model, prompt, length, canvas, features)
         turn = self._turns[key]
         if isinstance(prompt, Tensor):
             prompt = continued(self.model, turn, prompt)
@@ -306,6 +302,8 @@ class Session:
             state.set_levels(strategy.layout(View(state)))
         if type(self.owners["refresh"][0]).cache is Strategy.cache:
             resume(state, turn)
+        if features:
+            self._features[key] = features
         del self._turns[key]  # only now, so that a refused prompt leaves the conversation as it was
         self._enter(state)
         return key
@@ -317,6 +315,7 @@ class Session:
             KeyError: there is no such request.
         """
         known = self._turns.pop(key, None) is not None
+        self._features.pop(key, None)
         self._kept.discard(key)
         for state in [*self._waiting, *([] if self._state is None else [self._state])]:
             if key in state.keys:

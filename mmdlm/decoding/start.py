@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 from numbers import Integral
 
@@ -15,6 +16,7 @@ from mmdlm.decoding.state import Source, State, Streams
 from mmdlm.layout import ANSWER, TOKEN, Sequence, from_tokens, levels
 from mmdlm.messages import check_ids
 from mmdlm.model import MultimodalDLM
+from mmdlm.processor import Packed
 
 
 def start(
@@ -66,6 +68,34 @@ def start(
     draws = [(made, i) for i in range(batch)]
     sequence = append_answer(model, prompt, answer)
     return State(model, sequence, size, keys, draws, committable(columns, model))
+
+
+def unpacked(
+    model: MultimodalDLM,
+    prompt: Tensor | Sequence | Packed,
+    length: int | None,
+    canvas: Tensor | None,
+    features: dict[Hashable, Tensor],
+) -> tuple[Tensor | Sequence, int, Tensor | None]:
+    """Prompt, length and canvas [1 G] of a request, see `Session.add`.
+
+    Args:
+        model: the model.
+        prompt: token ids, a Sequence, or a packed example, whose media are encoded.
+        length: positions to fill; None for a packed example.
+        canvas: [G] or [1 G]; None for a packed example.
+        features: embeddings of media that are encoded already, by content; updated.
+    Raises:
+        ValueError: length or canvas are given where they must not be, or the length is missing.
+    """
+    if isinstance(prompt, Packed):
+        if length is not None or canvas is not None:
+            raise ValueError("a packed example brings its canvas; leave length and canvas out")
+        canvas = prompt.canvas
+        return model.embed(prompt.prompts, features), canvas.shape[1], canvas
+    if length is None:
+        raise ValueError("give length=, the positions to fill; only packed examples bring it")
+    return prompt, length, canvas if canvas is None or canvas.ndim == 2 else canvas[None]
 
 
 def _opened(prompt: Sequence, spec: Spec) -> Sequence:

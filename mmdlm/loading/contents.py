@@ -47,6 +47,7 @@ class Contents:
             may lack it.
         published: see `MultimodalDLM.published`.
         sources: files that give the special ids, see `Report`.
+        spelling: see `Report`.
     """
 
     blueprint: Blueprint
@@ -56,6 +57,7 @@ class Contents:
     prefix: str = ""
     published: dict[str, Any] = field(default_factory=dict, repr=False)
     sources: dict[tuple[str, int], str] | None = None
+    spelling: dict[str, str] = field(default_factory=dict)
 
     def resolve(self, model: MultimodalDLM) -> tuple[Places, Report]:
         """Where each stored tensor goes in the model built from the blueprint, and the report.
@@ -79,7 +81,8 @@ class Contents:
             else:
                 unused[head] = TIED
         report = resolve(self.stored, places, known, unused)
-        return places, replace(report, prefix=self.prefix, sources=self.sources)
+        found = {"prefix": self.prefix, "sources": self.sources, "spelling": self.spelling}
+        return places, replace(report, **found)
 
     def published_name(self, ours: str) -> str | None:
         """The name in the files of a tensor of the backbone; None if it has no single one."""

@@ -57,6 +57,8 @@ class Report:
         files: number of tensors that were read from each file.
         sources: by field of `Spec` and id, the files that give a special id ("load": the caller
             did); an id without an entry is the published one of the family. None for our layout.
+        spelling: beginnings of the names above to those in the files, where they differ; see
+            `mmdlm.systems.system.System.SPELLINGS`.
     """
 
     loaded: tuple[str, ...]
@@ -66,6 +68,7 @@ class Report:
     held: dict[str, Stored] = field(default_factory=dict, compare=False, repr=False)
     files: dict[Path, int] = field(default_factory=dict, compare=False, repr=False)
     sources: dict[tuple[str, int], str] | None = field(default=None, compare=False, repr=False)
+    spelling: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
 
 Places = Mapping[str, Place]

@@ -22,7 +22,7 @@ from mmdlm.loading.shards import TYPES, Stored, copy, write_json
 from mmdlm.loading.shards import write as write_weights
 from mmdlm.loading.weights import file_types, weight_type
 from mmdlm.model import MultimodalDLM
-from mmdlm.systems.system import Beside, System
+from mmdlm.systems.system import Beside, System, respelled
 
 NAMED = ("architectures", "model_type")
 
@@ -119,6 +119,8 @@ def _of_system(model: MultimodalDLM) -> Layout:
             f"read back with other {', '.join(differ)}; use save"
         )
     files = {name: config.pop(name) for name in system.FILES if name in config}
+    if report is not None:
+        places, held = (respelled(each, report.spelling) for each in (places, held))
     return Layout(config, places, kept(model.spec.family), files, system.WEIGHTS, held)
 
 

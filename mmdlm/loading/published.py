@@ -25,7 +25,7 @@ from mmdlm.loading.keymap import Table, prefix_of
 from mmdlm.loading.shards import Stored, index
 from mmdlm.loading.special_ids import Sources, SpecialIds, gather
 from mmdlm.loading.tied import untie
-from mmdlm.systems.system import Beside, System
+from mmdlm.systems.system import Beside, System, respelled
 from mmdlm.text import Tokenizer
 
 FAMILIES, SYSTEMS = "mmdlm.backbones", "mmdlm.systems"
@@ -83,13 +83,21 @@ def system_of(config: dict[str, Any], names: set[str], name: str | None) -> type
         ValueError: more than one system fits.
     """
     if name is not None:
-        there = name in discover.names(SYSTEMS, System)
+        # Of a name that is both, such as llada_v, the family: the language model alone.
+        there = name in {*discover.names(SYSTEMS, System)} - {*discover.names(FAMILIES, Family)}
         return discover.find(SYSTEMS, name, System) if there else None
-    fitting = _fitting(discover.classes(SYSTEMS, System), config, names)
+    known = discover.classes(SYSTEMS, System).items()
+    signed = {n: k for n, k in known if not k.SIGNS or _shows(k.SIGNS, config, names)}
+    fitting = _fitting(signed, config, names)
     if len(fitting) > 1:
         both = " and ".join(map(_file, fitting))
         raise ValueError(f"systems {both} both fit this config.json; choose with family=")
     return fitting[0] if fitting else None
+
+
+def _shows(signs: tuple[str, ...], config: dict[str, Any], names: set[str]) -> bool:
+    """Whether config.json has one of these entries, or a tensor's name begins with one."""
+    return any(sign in config for sign in signs) or any(name.startswith(signs) for name in names)
 
 
 def _fitting(
@@ -170,6 +178,8 @@ def read(
     if system is None:
         return _read_family(ids, config, stored, name)
     stored |= _beside(folder, beside or _places(folder, config, system), stored)
+    spelling = system.spelling(set(stored))
+    stored = respelled(stored, {to: ours for ours, to in spelling.items()})
     files = beside_config(folder, system.FILES)
     blueprint = system.read(ids.complete(config) | files, set(stored))
     blueprint, sources = _settled(blueprint, ids)
@@ -181,7 +191,7 @@ def read(
         blueprint = system.with_tokenizer(blueprint, tokenizer)
     blueprint = replace(blueprint, system=_file(system))
     tables = system.keys(blueprint)
-    found = {"published": files | {CONFIG: config}, "sources": sources}
+    found = {"published": files | {CONFIG: config}, "sources": sources, "spelling": spelling}
     return _untied(Contents(blueprint, tokenizer, stored, tables, **found))
 
 

@@ -21,7 +21,7 @@ from mmdlm.files import read_json
 from mmdlm.text import SIDECAR_FILES, Tokenizer
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-LANGUAGE = "llm_config"  # config.json of the language model in that of DIFFA
+LANGUAGE = ("llm_config", "text_config")  # config.json of a language model in that of a system
 # Fields of `Spec`, and the names of their tokens in the files of a tokenizer; with "_id" those in
 # config.json and generation_config.json.
 TOKENS = {"mask_id": "mask_token", "eos_id": "eos_token", "pad_id": "pad_token"}
@@ -65,9 +65,9 @@ class SpecialIds:
             elif config.get(f"{token}_id") in (None, []) and (is_text or self.found[name]):
                 told[f"{token}_id"] = next(iter(self.found[name]), None)
         changed = {**config, **told}
-        if isinstance(config.get(LANGUAGE), Mapping):
-            over = {f"{token}_id": self.given[n] for n, token in TOKENS.items() if n in self.given}
-            changed[LANGUAGE] = {**config[LANGUAGE], **over}
+        over = {f"{token}_id": self.given[n] for n, token in TOKENS.items() if n in self.given}
+        for inner in _language(config):
+            changed[inner] = {**config[inner], **over}
         return with_theta(changed, self.given["theta"]) if "theta" in self.given else changed
 
     def settle(self, spec: Spec, jinja: str | None) -> tuple[Spec, Sources]:
@@ -165,8 +165,10 @@ def gather(
         ValueError: an id is not a token id, or files give different mask tokens.
     """
     given = given or {}
-    inner = config.get(LANGUAGE)
-    files = {CONFIG: {**inner, **config} if isinstance(inner, Mapping) else config}
+    files = {CONFIG: dict(config)}
+    for inner in _language(config):
+        told = {k: v for k, v in config.items() if v is not None or k not in config[inner]}
+        files[CONFIG] = {**config[inner], **told}
     if (folder / GENERATION).is_file():
         files[GENERATION] = read_json(folder / GENERATION)
     found: dict[str, dict[int, list[str]]] = {name: {} for name in TOKENS}
@@ -232,6 +234,11 @@ def _named(folder: Path, tokenizer: Tokenizer, name: str) -> Iterable[tuple[str,
                 f"correct one, or give load({name}=...)"
             )
         yield file, tokenizer.id(text)
+
+
+def _language(config: Mapping[str, Any]) -> list[str]:
+    """Entries of config.json that describe a language model."""
+    return [name for name in LANGUAGE if isinstance(config.get(name), Mapping)]
 
 
 def _source(sources: Sources, name: str, number: int) -> str:

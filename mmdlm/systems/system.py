@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from encoders.arguments import Recorded
 from mmdlm import recipe
@@ -12,6 +13,8 @@ from mmdlm.blueprint import PARTS, Blueprint
 from mmdlm.model import MultimodalDLM
 from mmdlm.recipe import Recipe
 from mmdlm.text import Tokenizer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,11 @@ class System:
     Attributes:
         TYPES: lower-case architectures and model types by which config.json names the system, see
             `Family.TYPES`.
+        SIGNS: entries of config.json and beginnings of tensor names; a checkpoint with none of them
+            is not of this system, and `matches` is not called. Without any, it always is.
+        SPELLINGS: beginnings of tensor names to other ones under which the same tensors are
+            published; of those that a checkpoint has, the first counts. `matches`, `read` and
+            `keys` see and give the former; a model is written under the names it was read from.
         FILES: JSON files beside config.json (or in sub-folders) that `read` needs, where they are
             there. `read` finds the contents in `config[file]`; what `write` returns under such a
             key becomes that file.
@@ -109,9 +117,20 @@ class System:
     """
 
     TYPES: ClassVar[tuple[str, ...]] = ()
+    SIGNS: ClassVar[tuple[str, ...]] = ()
+    SPELLINGS: ClassVar[dict[str, tuple[str, ...]]] = {}
     FILES: ClassVar[tuple[str, ...]] = ()
     WEIGHTS: ClassVar[tuple[Beside, ...]] = ()
     PARTS: ClassVar[tuple[Part, ...]] = ()
+
+    @classmethod
+    def spelling(cls, names: set[str]) -> dict[str, str]:
+        """Those of `SPELLINGS` in which a checkpoint's names begin otherwise, and how they do."""
+        found = {
+            ours: next((to for to in others if any(n.startswith(to) for n in names)), ours)
+            for ours, others in cls.SPELLINGS.items()
+        }
+        return {ours: to for ours, to in found.items() if to != ours}
 
     @classmethod
     def matches(cls, config: dict[str, Any], names: set[str]) -> bool:
@@ -191,6 +210,16 @@ def table(given: Recipe) -> Keys:
 def backbone(family: type[Family]) -> Keys:
     """The table of a family without what it leaves aside of multimodal checkpoints."""
     return {ours: published for ours, published in family.KEYS.items() if published is not None}
+
+
+def respelled(named: Mapping[str, T], beginnings: Mapping[str, str]) -> dict[str, T]:
+    """A table whose names begin otherwise, where they begin with one of the keys."""
+
+    def change(name: str) -> str:
+        old = next((old for old in beginnings if name.startswith(old)), "")
+        return beginnings[old] + name.removeprefix(old) if old else name
+
+    return {change(name): value for name, value in named.items()}
 
 
 def renamed(keys: Keys, old: str, new: str = "") -> Keys:

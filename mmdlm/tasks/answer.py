@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmdlm.decoding.plans.stop_sequences import StopSequences
 from mmdlm.decoding.preset import Choice
 from mmdlm.layout import Sequence
 from mmdlm.messages import (
@@ -26,6 +28,7 @@ from mmdlm.model import MultimodalDLM, require_model
 from mmdlm.processor import MediaCache
 from mmdlm.tasks.generate import (
     Answer,
+    Filled,
     as_list,
     batches,
     fill,
@@ -49,6 +52,7 @@ def answer(
     batch_size: int = 16,
     details: bool = False,
     seed: int | None = None,
+    stop: Items[str] = (),
 ) -> Any:
     """Answer a question, with or without an image, or continue a conversation.
 
@@ -71,6 +75,8 @@ def answer(
         batch_size: questions per batch; in float32 it does not change the answers, see `fill`.
         details: return `mmdlm.tasks.generate.Answer` instead of text.
         seed: random seed, the same for every question; None: torch's default generator.
+        stop: texts that end an answer: only what stands before the first is filled, and the answer
+            is cut there (`mmdlm.decoding.plans.stop_sequences.StopSequences`).
     Returns:
         str, or list[str] for a list; `Answer` instead of str if details=True.
     Raises:
@@ -92,9 +98,28 @@ def answer(
     else:
         slot = assistant(Slot(length=settings.length))
         examples = [Example((*messages, slot)) for messages in conversations]
-        filled = fill(model, examples, settings.strategies, batch_size=batch_size, seed=seed)
-        answers = to_answers(model, filled)
+        stops = _stops(model, stop)
+        strategies = [*settings.strategies, *([StopSequences(stops)] if stops else [])]
+        filled = fill(model, examples, strategies, batch_size=batch_size, seed=seed)
+        answers = to_answers(model, [_cut(model, each, stops) for each in filled])
     return unwrap(answers, is_many, details)
+
+
+def _stops(model: MultimodalDLM, texts: Items[str]) -> tuple[tuple[int, ...], ...]:
+    """Token ids of stop texts."""
+    if isinstance(texts, str) or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"stop is {texts!r}, expected a list of texts, none of them empty")
+    return tuple(tuple(model.processor.encode(text).tolist()) for text in texts)
+
+
+def _cut(model: MultimodalDLM, filled: Filled, stops: Items[tuple[int, ...]]) -> Filled:
+    """The canvas with end tokens from the first stop on."""
+    tokens = filled.tokens
+    at = [i for i in range(len(tokens)) for ids in stops if tuple(tokens[i : i + len(ids)]) == ids]
+    if not at:
+        return filled
+    rest = len(tokens) - min(at)
+    return replace(filled, tokens=[*tokens[: min(at)], *[model.spec.eos_id] * rest])
 
 
 def _conversations(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from collections.abc import Sequence as Items
 from typing import Any
+
+from torch import Tensor
 
 from mmdlm.decoding.preset import Choice
 from mmdlm.messages import (
@@ -39,6 +41,7 @@ def generate(
     details: bool = False,
     seed: int | None = None,
     chat: bool | None = None,
+    features: dict[Hashable, Tensor] | None = None,
 ) -> Any:
     """Generate the reply to a prompt or conversation, or to each of a list.
 
@@ -58,6 +61,8 @@ def generate(
         seed: random seed, the same for every prompt; None: torch's default generator.
         chat: True: a text is a user message; False: it is continued without the chat template;
             None: decided by the checkpoint's files, see `mmdlm.processor.Processor.prompt`.
+        features: a dict, empty at first, that keeps what encoders make of images and clips from
+            one turn of a conversation to the next; the weights must not change meanwhile.
     Returns:
         str, or list[str] for a list; `Answer` instead of str if details=True.
     Raises:
@@ -72,7 +77,7 @@ def generate(
     examples = [Example((*messages, slot)) for messages in numbered(_messages, prompts)]
     if chat is None and not all(isinstance(one, str) for one in prompts):
         chat = True  # conversations need the template; texts in the same list use it too
-    run = {"batch_size": batch_size, "seed": seed, "chat": chat}
+    run = {"batch_size": batch_size, "seed": seed, "chat": chat, "features": features}
     filled = fill(model, examples, settings.strategies, **run)
     return unwrap(to_answers(model, filled, verbatim=True), is_many, details)
 

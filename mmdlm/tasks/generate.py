@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
+from collections.abc import Hashable
 from collections.abc import Sequence as Items
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -233,15 +234,14 @@ def fill(
     batch_size: int = 16,
     seed: int | None = None,
     chat: bool | None = None,
+    features: dict[Hashable, Tensor] | None = None,
 ) -> list[Filled]:
     """Decoded canvas of each example, in order, independent of the batching.
 
     In float32 logits differ by about 1e-6 between batch sizes, which decides exact ties only. In
-    bfloat16 and float16, rounding may decide near ties otherwise, see "Batches and threads" in the
-    README.
+    bfloat16 and float16 rounding may decide near ties, see "Batches and threads" in the README.
 
-    Media shared by several examples are encoded once. The same path or object is recognised
-    within the whole call, equal content at least within a batch.
+    The same path or object is encoded once in a call, equal content at least once in a batch.
 
     Args:
         model: model.
@@ -250,12 +250,14 @@ def fill(
         batch_size: examples per batch.
         seed: seed of a separate generator per example; None: torch's default generator.
         chat: see `mmdlm.processor.Processor.prompt`.
+        features: embeddings of media by content, reused and added to; None to keep none.
     Raises:
-        ValueError: an example is not valid; message or note give its index among several.
+        ValueError: an example is not valid; its index among several is in the message or a note.
     """
     if not isinstance(seed, int | None):
         raise TypeError(f"seed is {shown(seed)}, expected an integer or None")
-    processor, media, show = model.processor, MediaCache(examples), WATCHER.get()
+    processor, show = model.processor, WATCHER.get()
+    media = MediaCache(examples, embeddings={} if features is None else features)
     sizes = [len(processor.canvas(example.messages)) for example in examples]
     done: dict[int, Filled] = {}
     for batch in batches(sizes, batch_size):
@@ -263,7 +265,8 @@ def fill(
         packed = processor.pack([examples[i] for i in batch], media, chat=chat)
         begin = time.perf_counter()
         sequence = model.embed(packed.prompts, media.embeddings)
-        media.forget()
+        if features is None:
+            media.forget()
         generators = _generators(model, seed, len(batch))
         decoded = decode(
             model,

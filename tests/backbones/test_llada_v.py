@@ -91,7 +91,7 @@ def test_llada_v_is_distinguished_from_llada_and_its_mixture_of_experts(
     assert [f for f in (LLaDA, LLaDAV) if f.matches(config, names)] == ([family] if family else [])
 
 
-def test_llada_v_image_tensors_are_ignored(golden: Path, tmp_path: Path) -> None:
+def test_llada_v_image_tensors_are_ignored_by_the_family(golden: Path, tmp_path: Path) -> None:
     folder = golden / "backbones" / "llada_v"
     weights = {k: v for f in folder.glob("model*.safetensors") for k, v in load_file(f).items()}
     image = {
@@ -101,6 +101,7 @@ def test_llada_v_image_tensors_are_ignored(golden: Path, tmp_path: Path) -> None
     }
     save_file(weights | {name: torch.ones(2) for name in image}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    model = load(tmp_path)
+    model = load(tmp_path, family="llada_v")
+    assert model.system is None
     assert set(model.report.loaded) == set(weights)
     assert set(model.report.ignored) == image

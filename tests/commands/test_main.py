@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -311,6 +312,21 @@ def test_info_of_a_folder(model, tmp_path, capsys, monkeypatch):
     words = ("mask 2 <mask>", "end 1 <eos>", "padding 0 <pad>")
     for part in (f"{count:,}", "cascade", *words, "ViT", "circle", "float32", "no limit"):
         assert part in text
+
+
+def test_info_counts_the_tokens_of_an_image(golden, tmp_path, capsys):
+    source = golden / "vision" / "lavida_llada"
+    settings = json.loads((source / "config.json").read_text())
+    roles = {"mask": "mask", "eos": "eos", "pad": "eos"}
+    ids = {f"{name}_token_id": settings["ids"][role] for name, role in roles.items()}
+    config = settings["llm"] | settings["mm"] | ids | {"vision_config": settings["vision_tower"]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava_llada"} | config))
+    shutil.copy(source / "weights.safetensors", tmp_path / "model.safetensors")
+    image = source / "img0.png"
+    told = "160 x 90 pixels, 660 tokens of 5 views; 197 tokens beside other images"
+    for folder, want in ((tmp_path, told), ("tiny", "160 x 90 pixels, 16 tokens")):
+        assert main(["info", str(folder), "--image", str(image)]) == 0
+        assert f"image img0.png{want}".replace(" ", "") in "".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

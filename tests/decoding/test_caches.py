@@ -15,6 +15,7 @@ from mmdlm import discover
 from mmdlm.decoding.caches.block_cache import BlockCache
 from mmdlm.decoding.caches.dkv_cache import DKVCache
 from mmdlm.decoding.caches.dkv_greedy import DKVGreedy
+from mmdlm.decoding.caches.dllm_cache import DLLMCache
 from mmdlm.decoding.caches.dual_cache import DualCache
 from mmdlm.decoding.caches.elastic_cache import ElasticCache
 from mmdlm.decoding.caches.exact import Exact
@@ -80,6 +81,10 @@ EVERYTHING: dict[str, tuple[Setting, ...]] = {
         Setting((DKVCache(prefill=True, decode=False),), PREFIX),
     ),
     "DKVGreedy": (Setting((DKVGreedy(every=1),)), Setting((DKVGreedy(every=1, steps=5),))),
+    "DLLMCache": (
+        Setting((DLLMCache(prompt=1, answer=1),), FULL[:2]),
+        Setting((DLLMCache(prompt=1, answer=9, ratio=1.0),), FULL[:2]),
+    ),
     "ElasticCache": (Setting((ElasticCache(99, gamma=1.5),), FULL),),
     "FreeCache": (Setting((FreeCache(every=1), Blocks(5))), Setting((FreeCache(),), PREFIX)),
     "WindowDiffusion": (Setting((WindowDiffusion(1, 1, every=1),), FULL),),
@@ -103,6 +108,7 @@ SMALL: dict[str, tuple[Setting, ...]] = {
         Setting((DKVCache(prefill=True, decode=False),)),
     ),
     "DKVGreedy": (Setting((DKVGreedy(1, every=99),)), Setting((DKVGreedy(2, 3, steps=6),))),
+    "DLLMCache": (Setting((DLLMCache(5, 3, 0.3),), FULL[:2]),),
     "ElasticCache": (Setting((ElasticCache(3),), FULL),),
     "FreeCache": (Setting((FreeCache(),)), Setting((FreeCache(every=3),))),
     "WindowDiffusion": (

@@ -7,18 +7,13 @@ runs were made by jacklishufan/LaViDa (see its README.md).
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.decoders import Fuse
-from tokenizers.models import BPE
-from torch import Tensor
+from safetensors.torch import load_file
 
 import mmdlm
 from encoders.vit import ViT
@@ -31,45 +26,31 @@ from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.decoding.scores.margin import Margin
 from mmdlm.decoding.strategy import Strategy
-from mmdlm.layout import ANSWER, Row, Sequence, Turn, arrange
 from mmdlm.loading.keymap import locate, shapes
 from mmdlm.messages import Example, Media, Message, Text, conversation
 from mmdlm.model import MultimodalDLM
 from mmdlm.systems.lavida import LaViDa
+from tests.objectives.recorded import preset as objective
+from tests.systems.llava_golden import (
+    WRITTEN,
+    Golden,
+    asked,
+    is_answer,
+    noise_of,
+    with_tokenizer,
+)
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "vision" / "lavida_llada"
-CONFIG = json.loads((GOLDEN / "config.json").read_text())
-TENSORS = load_file(GOLDEN / "tensors.safetensors")
-LENGTH, MASK = CONFIG["gen_len"], CONFIG["ids"]["mask"]
-IMAGES = [GOLDEN / f"img{i}.png" for i in range(3)]
-WEIGHTS = load_file(GOLDEN / "weights.safetensors")
-SIZES = CONFIG["vision_tower"]
+GOLDEN = Golden(
+    "lavida_llada",
+    {"architectures": ["LlavaLladaForMaskedDiffusion"], "model_type": "llava_llada"},
+)
+CONFIG, TENSORS, WEIGHTS = GOLDEN.config, GOLDEN.tensors, GOLDEN.weights
+LENGTH, MASK, IMAGES, SIZES = GOLDEN.length, GOLDEN.mask, GOLDEN.images, GOLDEN.sizes
+flat, published, laid_out, canvases = (
+    *(GOLDEN.flat, GOLDEN.published),
+    *(GOLDEN.laid_out, GOLDEN.canvases),
+)
 RUNS = sorted(CONFIG["gens"])
-
-
-def flat() -> dict[str, Any]:
-    """The golden's settings as one published config.json."""
-    return {
-        "architectures": ["LlavaLladaForMaskedDiffusion"],
-        "model_type": "llava_llada",
-        **CONFIG["llm"],
-        **CONFIG["mm"],
-        "mask_token_id": CONFIG["ids"]["mask"],
-        "eos_token_id": CONFIG["ids"]["eos"],
-        "pad_token_id": CONFIG["ids"]["eos"],
-        "vision_config": SIZES,
-    }
-
-
-def published(folder: Path, weights: dict[str, Tensor] | None = None, **changes: Any) -> Path:
-    """A folder as LaViDa publishes it: one flat config.json and model.safetensors."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({**flat(), **changes}))
-    if weights is None:
-        shutil.copy(GOLDEN / "weights.safetensors", folder / "model.safetensors")
-    else:
-        save_file(weights, folder / "model.safetensors")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -90,34 +71,6 @@ def strategies(run: dict[str, Any]) -> list[Strategy]:
         shift = run.get("schedule_kwargs", {}).get("shift", 3.0)
         return [*chosen, TimeShift(steps * blocks, shift, run["schedule"])]
     return [*chosen, TopK(steps * blocks)]
-
-
-def laid_out(model: MultimodalDLM, *rows: list[int], length: int = 0) -> Sequence:
-    """Prompts of the golden with these images, each followed by its text, and a masked canvas."""
-    at = CONFIG["prompt"].index(CONFIG["image_token_index"])
-    before, after = torch.tensor(CONFIG["prompt"][:at]), torch.tensor(CONFIG["prompt"][at + 1 :])
-    canvas = torch.full((length,), MASK)
-    laid = []
-    for images in rows:
-        parts, rest = [before], after[:0]
-        for tokens in model.encode(
-            "image", [model.processor.prepare("image", IMAGES[i]) for i in images]
-        ):
-            parts += [rest, tokens]
-            rest = after
-        laid.append(Row(tuple(parts), (Turn(rest, canvas),)))
-    return arrange(laid, pad=model.spec.pad_id)
-
-
-def is_answer(sequence: Sequence) -> Tensor:
-    """[B L] bool."""
-    return sequence.role == ANSWER
-
-
-def canvases(decoded: mmdlm.Decoded, row: int) -> Tensor:
-    """[steps G] the answer after every step."""
-    answer, step = decoded.tokens[row, -LENGTH:], decoded.history.step[row]
-    return torch.stack([torch.where(step <= i, answer, MASK) for i in range(int(step.max()) + 1)])
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -195,6 +148,22 @@ def test_answers_to_conversation_token_ids_equal_reference(model: MultimodalDLM,
         assert list(got.tokens) == expected[:end]
         assert list(got.step) == (history == MASK).sum(0).tolist()[:end]
         assert got.forwards == len(history)
+
+
+@pytest.mark.parametrize("kind", ["full", "prefix"])
+def test_losses_of_its_objective_equal_reference(model: MultimodalDLM, kind: str) -> None:
+    masked, labels = TENSORS[f"train.{kind}.masked"], TENSORS[f"train.{kind}.labels"]
+    rows = len(masked) // 2
+    batch = GOLDEN.training(model, torch.maximum(labels[:rows], labels[rows:]))
+    assert torch.equal(masked[:rows] | masked[rows:], batch.sequence.is_answer)
+    if kind == "prefix":
+        first = batch.sequence.is_answer.int().argmax(1, keepdim=True)
+        level = (torch.arange(labels.shape[1]) >= first).long()
+        batch = replace(batch, sequence=replace(batch.sequence, level=level))
+    noise = noise_of(batch, masked[:rows], TENSORS[f"train.{kind}.p_mask"])
+    with torch.no_grad():
+        loss = objective("lavida").loss(model, batch, noise).mean()
+    torch.testing.assert_close(loss, TENSORS[f"train.{kind}.loss"][0], atol=2e-4, rtol=1e-4)
 
 
 def test_the_checkpoint_decodes_as_its_evaluation_did(model: MultimodalDLM) -> None:
@@ -372,7 +341,6 @@ def test_a_checkpoint_without_part_of_its_tower_is_rejected(tmp_path: Path) -> N
         mmdlm.load(published(tmp_path, rest), device="cpu")
 
 
-WRITTEN = "".join(map(chr, range(32, 127))) + "\n"
 CONTROL = {
     "<|startoftext|>": 100,
     "<|start_header_id|>": 101,
@@ -383,31 +351,10 @@ CONTROL = {
 }
 
 
-def with_tokenizer(folder: Path) -> Path:
-    """The folder with a tokenizer of single characters and LLaDA's control tokens."""
-    vocab = {character: number for number, character in enumerate(WRITTEN)} | CONTROL
-    tokenizer = Tokenizer(BPE(vocab, []))
-    tokenizer.decoder = Fuse()
-    tokenizer.add_special_tokens(list(CONTROL))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def talking(tmp_path_factory: pytest.TempPathFactory) -> MultimodalDLM:
-    folder = with_tokenizer(published(tmp_path_factory.mktemp("talking")))
+    folder = with_tokenizer(published(tmp_path_factory.mktemp("talking")), CONTROL)
     return mmdlm.load(folder, device="cpu")
-
-
-def asked(*parts: Path | str) -> list[dict[str, Any]]:
-    """A user's message of images (paths) and text."""
-    content = [
-        {"type": "text", "text": part}
-        if isinstance(part, str)
-        else {"type": "image", "image": part}
-        for part in parts
-    ]
-    return [{"role": "user", "content": content}]
 
 
 @pytest.mark.parametrize(("template", "gap"), [(None, ""), ("{}\n", "\n")])
@@ -415,7 +362,7 @@ def test_prompts_are_written_as_in_the_source(
     template: str | None, gap: str, tmp_path: Path
 ) -> None:
     changes = {} if template is None else {"image_template": template}
-    model = mmdlm.load(with_tokenizer(published(tmp_path, **changes)), device="cpu")
+    model = mmdlm.load(with_tokenizer(published(tmp_path, **changes), CONTROL), device="cpu")
     parts = model.processor.prompt(asked(IMAGES[0], IMAGES[1], "What is it? "))
     names = {number: text for text, number in CONTROL.items()}
     written = "".join(

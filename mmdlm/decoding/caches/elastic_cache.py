@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encoders.checks import PositiveInt
-from mmdlm.backbones.kv import KV, PartialKV, Pass, Rows, indices, listed
+from mmdlm.backbones.kv import KV, PartialKV, Pass, Rows, indices, joined, listed
 from mmdlm.backbones.transformer import finite
 from mmdlm.decoding.memory import Entry, PerCanvas
 from mmdlm.decoding.numerics import first
@@ -260,13 +260,3 @@ class Elastic(KV):
         both.queries = joined(self.queries, other.queries, *sizes)
         both.tracked = torch.cat([self.tracked, other.tracked])
         return both
-
-
-def joined(one: list[Tensor], other: list[Tensor], batch: int, added: int) -> list[Tensor]:
-    """The tensors of each layer, those of `batch` rows and then those of `added` rows.
-
-    Rows without any, which have not run yet, get zeros; empty if none has any.
-    """
-    one = one or [x.new_zeros(batch, *x.shape[1:]) for x in other]
-    other = other or [x.new_zeros(added, *x.shape[1:]) for x in one]
-    return [torch.cat(both) for both in zip(one, other, strict=True)]

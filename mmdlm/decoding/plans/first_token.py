@@ -1,0 +1,54 @@
+"""LaViDa-Dream first token: the prompt alone decides how an answer begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from encoders.checks import PositiveInt
+from mmdlm.decoding.positions import fixed_blocks, full_size, heads
+from mmdlm.decoding.strategy import Strategy
+from mmdlm.decoding.view import View
+
+
+@dataclass(frozen=True)
+class FirstToken(Strategy):
+    """First token: of a shifted family with `PrefixLM`, fills it in the step that runs the prompt.
+
+    The last position of the prompt scores the first token of the answer. Where the prompt does not
+    attend to the answer, that score never changes, so the token is committed first and by itself,
+    and schedules count the others. Without this strategy it competes with the others in every step.
+    It changes nothing in a family that is not shifted, or where the prompt attends to the answer.
+
+    Source: the prefix cache of jacklishufan/LaViDa: llava/model/language_model/dream/
+    generation_utils.py. There the first token is the most probable one at any temperature.
+
+    Args:
+        size: positions per block after that, see `Blocks`; None for the rest of the answer.
+    """
+
+    paper: ClassVar[str] = "LaViDa, arXiv 2505.16839"
+    steady: ClassVar[bool] = True
+
+    size: PositiveInt | None = None
+
+    def plan(self, view: View) -> Tensor:
+        """[B L] bool, the first position while it is masked, then its block without it."""
+        alone = _alone(view)
+        is_open = (alone & view.left).any(1, keepdim=True)
+        return torch.where(is_open, alone, fixed_blocks(view, self.size) & ~alone)
+
+    def block_size(self, view: View) -> Tensor:
+        """[B] int64, positions of each row's block; none for the first token, which takes a step.
+
+        A schedule of any number of steps then gives the first token one.
+        """
+        return full_size(view, self.size).masked_fill((view.plan & _alone(view)).any(1), 0)
+
+
+def _alone(view: View) -> Tensor:
+    """[B L] bool, the first position of the answers that the prompt alone scores."""
+    return heads(view) & (torch.arange(view.length) == view.prompt)
