@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +98,7 @@ class Session:
         self._waiting: list[State] = []
         self._done: list[Finished] = []
         self._turns: dict[int, Turn] = {}
-        self._kept: set[int] = set()
+        self._kept: dict[int, dict[Hashable, Tensor]] = {}  # embeddings of media by digest
         self._next, self._planned, self._calls = 0, False, 0
         self._packs = active()
         self._events: list[Committed] = []
@@ -137,23 +138,30 @@ class Session:
         Raises:
             ValueError: see `mmdlm.decode`, or there is more than one row, or no length.
         """
-        prompt, length, canvas = self._unpacked(prompt, length, canvas)
+        media: dict[Hashable, Tensor] = {}
+        prompt, length, canvas = self._unpacked(prompt, length, canvas, media)
         if isinstance(prompt, Tensor) and prompt.ndim == 1:
             prompt = prompt[None]
         count = len(prompt if isinstance(prompt, Tensor) else prompt.tokens)
         if count != 1:
             raise ValueError(f"add: the prompt has {count} rows, expected 1; use add_rows")
-        return self.add_rows(prompt, length, generator=generator, canvas=canvas, keep=keep)[0]
+        key = self.add_rows(prompt, length, generator=generator, canvas=canvas, keep=keep)[0]
+        self._kept |= {key: media} if keep else {}
+        return key
 
     def _unpacked(
-        self, prompt: Tensor | Sequence | Packed, length: int | None, canvas: Tensor | None
+        self,
+        prompt: Tensor | Sequence | Packed,
+        length: int | None,
+        canvas: Tensor | None,
+        media: dict[Hashable, Tensor],
     ) -> tuple[Tensor | Sequence, int, Tensor | None]:
-        """Prompt, length and canvas [1 G] of a request, see `add`."""
+        """Prompt, length and canvas [1 G] of a request, see `add`; encodes what `media` lacks."""
         if isinstance(prompt, Packed):
             if length is not None or canvas is not None:
                 raise ValueError("a packed example brings its canvas; leave length and canvas out")
             canvas = prompt.canvas
-            return self.model.embed(prompt.prompts), canvas.shape[1], canvas
+            return self.model.embed(prompt.prompts, media), canvas.shape[1], canvas
         if length is None:
             raise ValueError("give length=, the positions to fill; only packed examples bring it")
         return prompt, length, canvas if canvas is None or canvas.ndim == 2 else canvas[None]
@@ -182,7 +190,7 @@ class Session:
         state = start(self.model, prompt, length, mask, generator, self.columns, canvas, self._next)
         self._next += len(state.keys)
         if keep:
-            self._kept |= set(state.keys)
+            self._kept |= {key: {} for key in state.keys}
         return self._enter(state)
 
     def _enter(self, state: State) -> list[int]:
@@ -216,9 +224,7 @@ class Session:
             ValueError: nothing could be written because the model gave NaN.
         """
         self.advance()
-        events: list[Committed | Finished] = []
-        events += self._events
-        events += self._done
+        events: list[Committed | Finished] = [*self._events, *self._done]
         self._done = []
         if any(e.confidence.isnan().any() for e in events if isinstance(e, Finished)):
             raise ValueError(NO_TOKEN)
@@ -316,7 +322,8 @@ class Session:
         """Asks for the next answer of a conversation; equal to a fresh decode of all of it.
 
         Keys and values of the earlier text are reused as far as new text cannot change them: whole
-        blocks of a block-causal model, media of a cascade; nothing with full attention.
+        blocks of a block-causal model, media of a cascade; nothing with full attention. Images and
+        clips of earlier packed examples are not encoded again.
 
         Args:
             key: a finished request that was added with `keep=True`.
@@ -335,7 +342,7 @@ class Session:
             raise KeyError(
                 f"request {key} cannot be extended; it must be finished, and added with keep=True"
             )
-        prompt, length, canvas = self._unpacked(prompt, length, canvas)
+        prompt, length, canvas = self._unpacked(prompt, length, canvas, self._kept[key])
         turn = self._turns[key]
         if isinstance(prompt, Tensor):
             prompt = continued(self.model, turn, prompt)
@@ -355,7 +362,7 @@ class Session:
             KeyError: there is no such request.
         """
         known = self._turns.pop(key, None) is not None
-        self._kept.discard(key)
+        self._kept.pop(key, None)
         for state in [*self._waiting, *([] if self._state is None else [self._state])]:
             if key in state.keys:
                 known = True
