@@ -119,7 +119,7 @@ def _of_system(model: MultimodalDLM) -> Layout:
             f"read back with other {', '.join(differ)}; use save"
         )
     files = {name: config.pop(name) for name in system.FILES if name in config}
-    return Layout(config, places, kept(model.spec.family), files, system.WEIGHTS, held)
+    return Layout(config, places, kept(model.spec.family), files, system.apart(model), held)
 
 
 def _differences(ours: Blueprint, again: Blueprint) -> list[str]:
