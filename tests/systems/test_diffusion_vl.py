@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
@@ -22,14 +23,17 @@ from torch import Tensor, nn
 import mmdlm
 from mmdlm import checkpoint
 from mmdlm.blueprint import describe
+from mmdlm.commands.main import main
 from mmdlm.decoding import preset
 from mmdlm.decoding.caches.block_cache import BlockCache
 from mmdlm.decoding.commits.dynamic import Dynamic
 from mmdlm.decoding.lengths.end_of_text import EndOfText
-from mmdlm.layout import Row
+from mmdlm.layout import Row, Turn
 from mmdlm.messages import Media
 from mmdlm.model import MultimodalDLM
+from mmdlm.objectives.objective import Batch
 from mmdlm.systems.diffusion_vl import DiffusionVL
+from tests.objectives.recorded import preset as objective_of
 
 MASK, EOS, BLOCK, VOCAB, WIDTH = 120, 121, 8, 128, 32
 TEXT: dict[str, Any] = {
@@ -340,15 +344,19 @@ WRITTEN = "".join(map(chr, range(32, 127))) + "\n"
 CONTROL = {"<|im_start|>": 100, "<|im_end|>": EOS, "<|mask|>": MASK}
 
 
-@pytest.fixture(scope="module")
-def talking(tmp_path_factory: pytest.TempPathFactory) -> MultimodalDLM:
-    folder = converted(tmp_path_factory.mktemp("talking"))
+def with_tokenizer(folder: Path) -> Path:
+    """The folder with a tokenizer of single characters and control tokens."""
     vocab = {character: number for number, character in enumerate(WRITTEN)} | CONTROL
     tokenizer = Tokenizer(BPE(vocab, []))
     tokenizer.decoder = Fuse()
     tokenizer.add_special_tokens(list(CONTROL))
     tokenizer.save(str(folder / "tokenizer.json"))
-    return mmdlm.load(folder, device="cpu")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory: pytest.TempPathFactory) -> MultimodalDLM:
+    return mmdlm.load(with_tokenizer(converted(tmp_path_factory.mktemp("talking"))), device="cpu")
 
 
 def asked(*content: Any) -> list[dict[str, Any]]:
@@ -399,3 +407,78 @@ def test_the_public_functions_answer_alone_as_in_a_batch(talking: MultimodalDLM)
     assert text.endswith(".")
     reply = mmdlm.generate(talking, turns, length=12, strategies="diffusion_vl", details=True)
     assert reply.tokens == together[2].tokens
+
+
+@torch.no_grad()
+def test_the_loss_equals_the_published_one(model: MultimodalDLM) -> None:
+    objective = objective_of("diffusion_vl")
+    answers = [[20, 21, 22, 23, 24, EOS], [30, 31, EOS, EOS, EOS, EOS]]
+    prompts = [parts(model, [0]), parts(model, [1, 2], cut=1)]
+    rows = [Row(p, (Turn((), torch.tensor(a)),)) for p, a in zip(prompts, answers, strict=True)]
+    batch = Batch(model.arrange(rows), torch.tensor([3, 4]), torch.tensor([0.2, 0.7]).double())
+    batch = objective.prepare(model, batch)
+    noise = objective.corrupt(batch)
+    got = objective.loss(model, batch, noise).mean()
+    total = 0.0
+    table, mask = TEXT_MODEL.get_input_embeddings(), torch.tensor([MASK])
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        said = answer[: answer.index(EOS) + 1]
+        size = sum(map(len, prompt))
+        said += [EOS] * (-(size + len(said)) % BLOCK)  # the end token fills its block
+        place = batch.sequence.is_answer[i]
+        assert batch.sequence.tokens[i, place].tolist() == said
+        assert noise.maskable[i].sum() == len(said)
+        masked, p = noise.masked[i, place], noise.p[i, place]
+        clean = torch.cat([embedded(prompt), table(torch.tensor(said))[None]], 1)
+        noisy = clean.clone()
+        noisy[0, size:][masked] = table(mask)
+        logits = twice(noisy, clean)[size:]
+        losses = nn.functional.cross_entropy(logits, torch.tensor(said), reduction="none")
+        total += float((losses / p)[masked].sum()) / len(said)
+    torch.testing.assert_close(float(got), total / 2, atol=1e-4, rtol=1e-4)
+
+
+def twice(noisy: Tensor, clean: Tensor) -> Tensor:
+    """Logits [n V] of the noisy half of [x_t ; x_0] in transformers' Qwen2."""
+    n = noisy.shape[1]
+    at = torch.arange(n)
+    half, block = torch.cat([0 * at, 0 * at + 1]), torch.cat([at, at]) // BLOCK
+    query, key = (slice(None), None), (None, slice(None))
+    same = (half[query] == half[key]) & (block[query] == block[key])
+    earlier = (half[query] == 0) & (half[key] == 1) & (block[query] > block[key])
+    causal = (half[query] == 1) & (half[key] == 1) & (block[query] >= block[key])
+    seen = same | earlier | causal
+    bias = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    return TEXT_MODEL(
+        inputs_embeds=torch.cat([noisy, clean], 1),
+        attention_mask=bias[None, None],
+        position_ids=torch.cat([at, at])[None],
+    ).logits[0, :n]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_recipe_trains_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = with_tokenizer(converted(tmp_path / "source"))
+    rows = []
+    for i, image in enumerate(IMAGES):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+        said = [
+            {"from": "human", "value": "<image>\nWhat?"},
+            {"from": "gpt", "value": "A dot." * (i + 1)},
+        ]
+        rows.append({"image": f"{i}.png", "conversations": said})
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    monkeypatch.chdir(tmp_path)
+    words = ["fit", "-c", "train/diffusionvl", "--source", str(source), "--data", "data.json"]
+    words += ["--steps", "2", "--batch-size", "2", "--trainer.accelerator=cpu"]
+    words += ["--trainer.precision=32-true", "--trainer.enable_progress_bar=false"]
+    words += ["--trainer.accumulate_grad_batches=1", "--model.schedule.warmup=1"]
+    assert main(words) == 0
+    folder = next((tmp_path / "runs").rglob("model"))
+    before, after = (mmdlm.load(each, device="cpu").state_dict() for each in (source, folder))
+    assert all(weight.isfinite().all() for weight in after.values())
+    assert sum(not torch.equal(after[name], before[name]) for name in before) == len(before)
+    out = tmp_path / "published"
+    checkpoint.save_published(mmdlm.load(folder, device="cpu"), out)
+    again = mmdlm.load(out, device="cpu")
+    assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in after.items())
