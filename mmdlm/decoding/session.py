@@ -13,7 +13,7 @@ from mmdlm.decoding import loop, preset, rows
 from mmdlm.decoding.conversation import Turn, continued, resume, saved
 from mmdlm.decoding.loop import assign
 from mmdlm.decoding.memory import Memory
-from mmdlm.decoding.start import Source, committable, start
+from mmdlm.decoding.start import Source, committable, fitting, start
 from mmdlm.decoding.state import State
 from mmdlm.decoding.strategy import Strategy, check_model
 from mmdlm.decoding.view import View
@@ -89,7 +89,7 @@ class Session:
     ) -> None:
         require_model(model, "Session")
         self.model, self.columns = model, columns
-        self.owners = assign(preset.strategies(strategies))
+        self.owners = assign(fitting(preset.strategies(strategies), model))
         ids = committable(columns, model)
         for strategy in self.owners["all"]:
             check_model(strategy, model)

@@ -64,10 +64,9 @@ def noisy(model: MultimodalDLM, sequence: Sequence, noise: Noise) -> Sequence:
     """The sequence with the mask token at masked positions.
 
     Raises:
-        ValueError: the mask id of the model is unknown.
+        ValueError: the mask id of the model is unknown, or it has none.
     """
-    if model.spec.mask_id is None:
-        raise model.spec.unknown_mask()
+    model.spec.require_masks("training by masks")
     return sequence.with_tokens(sequence.tokens.masked_fill(noise.hidden, model.spec.mask_id))
 
 
