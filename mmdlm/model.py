@@ -135,9 +135,11 @@ class MultimodalDLM(nn.Module):
     def arrange(self, rows: Items[Row]) -> Sequence:
         """Sequence of rows with this model's attention and pad id, on its device."""
         spec = self.spec
+        # The id of undecided positions may be one beyond the embedding, see `Spec.noise`.
+        ids = max(spec.transformer.vocab, 1 + (spec.mask_id or 0))
         for i, row in enumerate(rows):
             for part in row.ids:
-                check_ids(part, spec.ids, f"row {i} of the batch")
+                check_ids(part, ids, f"row {i} of the batch")
         return arrange(
             rows, pad=spec.pad_id, attention=spec.attention, block_size=spec.block_size
         ).to(self.device)

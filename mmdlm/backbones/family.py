@@ -83,11 +83,6 @@ class Spec(Checked):
             )
         super().__post_init__()
 
-    @property
-    def ids(self) -> int:
-        """Number of ids that a canvas may hold, that of undecided positions included."""
-        return self.transformer.vocab + (self.noise == "uniform")
-
     def require_masks(self, what: str) -> None:
         """Checks that undecided tokens are masks.
 
