@@ -44,6 +44,7 @@ class PatchInput(Checked):
         max_pixels: larger images are reduced to at most this many pixels.
         mean: per channel, subtracted from pixels in [0, 1].
         std: per channel, divides after `mean`.
+        square: first pad the image to a square with the mean colour, the image in the middle.
     """
 
     patch: Side = 14
@@ -53,6 +54,7 @@ class PatchInput(Checked):
     max_pixels: Count = 4096 * 784
     mean: tuple[Mean, Mean, Mean] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[Deviation, Deviation, Deviation] = (0.26862954, 0.26130258, 0.27577711)
+    square: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +78,9 @@ class PatchInput(Checked):
         """
         image = as_rgb(item)
         columns, rows = image.size
-        height, width = self.resized(rows, columns)
+        if self.square:
+            image = self._padded(image)
+        height, width = self.resized(*reversed(image.size))
         if (width, height) != image.size:
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         mean, std = (torch.tensor(values, device="cpu") for values in (self.mean, self.std))
@@ -91,6 +95,13 @@ class PatchInput(Checked):
         )
         grid = (1, height // self.patch, width // self.patch)
         return Prepared("image", patches.contiguous(), (rows, columns), grid)
+
+    def _padded(self, image: Image.Image) -> Image.Image:
+        """The image in the middle of a square of the mean colour."""
+        side = max(image.size)
+        padded = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in self.mean))
+        padded.paste(image, tuple((side - each) // 2 for each in image.size))
+        return padded
 
     def resized(self, rows: int, columns: int) -> tuple[int, int]:
         """Rows and columns in pixels an image is resized to, multiples of `patch * merge`."""
@@ -208,51 +219,19 @@ class QwenVision(Encoder):
         Raises:
             ValueError: no images, or one that another preprocessing made.
         """
-        if not items:
-            raise ValueError("QwenVision: no images; pass at least one preprocessed image")
-        for index, item in enumerate(items):
-            self._check(index, item)
         weight = self.patches.weight.flatten(1)  # [width C*T*P*P]
+        check_items("QwenVision", items, weight.shape[1], self.merge)
         patches = torch.cat([item.tensor.to(weight.device, weight.dtype) for item in items])
-        angles = torch.cat([self._angles(item.grid) for item in items]).to(weight.device)
+        quarter = len(weight) // self.heads // 4
+        angles = torch.cat([angles_of(item.grid, self.merge, quarter) for item in items])
+        angles = angles.to(weight.device)
         x = F.linear(patches, weight)  # [sum of N width]
         lengths = [len(item.tensor) for item in items]
         turn = angles.cos(), angles.sin()
         for block in self.blocks:
             x = block(x, turn, lengths)
         x = rearrange(self.norm(x), "(n m) width -> n (m width)", m=self.merge**2)
-        x = self.down(F.gelu(self.up(x)))  # [sum of tokens E]
-        counts = torch.tensor(lengths) // self.merge**2
-        tokens = pad_sequence(x.split(counts.tolist()), batch_first=True)  # [B N E]
-        mask = torch.arange(tokens.shape[1]) < counts[:, None]
-        sizes = tuple((t * y // self.merge, x // self.merge) for t, y, x in (i.grid for i in items))
-        return Features(tokens, mask.to(tokens.device), sizes)
-
-    def _check(self, index: int, item: Prepared) -> None:
-        """Raises unless the patches fit the tower and the grid."""
-        size = self.patches.weight[0].numel()
-        grid = item.grid
-        fits = len(grid) == 3 and grid[1] % self.merge == 0 == grid[2] % self.merge
-        if not fits or item.tensor.shape != (math.prod(grid), size) or not math.prod(grid):
-            raise ValueError(
-                f"QwenVision: image {index} has patches {list(item.tensor.shape)} on the grid "
-                f"{list(grid)}; expected [N {size}] on a grid (frames, rows, columns) of N patches "
-                f"whose rows and columns are multiples of {self.merge}; use encoder.prepare"
-            )
-
-    def _angles(self, grid: tuple[int, ...]) -> Tensor:
-        """[N width/heads] rotary angles of the patches of one image, in their order."""
-        t, rows, columns = grid
-        quarter = self.norm.weight.numel() // self.heads // 4
-        speed = THETA ** -(torch.arange(quarter) / quarter)
-        at = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))  # [rows*columns 2]
-        at = rearrange(
-            at.view(rows, columns, 2),
-            "(Y a) (X b) two -> (Y X a b) two 1",
-            a=self.merge,
-            b=self.merge,
-        )
-        return (at * speed).flatten(1).repeat(t, 2)
+        return merged(self.down(F.gelu(self.up(x))), items, self.merge)
 
     @classmethod
     def tiny(cls) -> Self:
@@ -287,11 +266,88 @@ class _Block(nn.Module):
         return x + self.down(hidden * torch.sigmoid(1.702 * hidden))
 
     def _attend(self, qkv: Tensor, turn: tuple[Tensor, Tensor], lengths: list[int]) -> Tensor:
-        q, k, v = rearrange(qkv, "n (three h d) -> three h n d", three=3, h=self.heads)
-        q, k = _rotated(q, *turn), _rotated(k, *turn)
-        images = zip(*(part.split(lengths, dim=1) for part in (q, k, v)), strict=True)
-        mixed = [F.scaled_dot_product_attention(*(p[None] for p in image)) for image in images]
-        return rearrange(torch.cat(mixed, 2)[0], "h n d -> n (h d)")
+        return attend(qkv, turn, lengths, self.heads)
+
+
+def check_items(name: str, items: Sequence[Prepared], size: int, merge: int) -> None:
+    """Checks that there are images, whose patches fit a tower and their grid.
+
+    Args:
+        name: of the tower.
+        items: images as `PatchInput` gives them.
+        size: numbers in a patch.
+        merge: patches per side of a token.
+
+    Raises:
+        ValueError: there are none, or another preprocessing made them.
+    """
+    if not items:
+        raise ValueError(f"{name}: no images; pass at least one preprocessed image")
+    for index, item in enumerate(items):
+        grid = item.grid
+        fits = len(grid) == 3 and grid[1] % merge == 0 == grid[2] % merge
+        if not fits or item.tensor.shape != (math.prod(grid), size) or not math.prod(grid):
+            raise ValueError(
+                f"{name}: image {index} has patches {list(item.tensor.shape)} on the grid "
+                f"{list(grid)}; expected [N {size}] on a grid (frames, rows, columns) of N patches "
+                f"whose rows and columns are multiples of {merge}; use encoder.prepare"
+            )
+
+
+def angles_of(grid: tuple[int, ...], merge: int, quarter: int) -> Tensor:
+    """[N 4*quarter] rotary angles of the patches of one image, in their order.
+
+    Args:
+        grid: frames, rows and columns in patches.
+        merge: patches per side of a token.
+        quarter: frequencies of the rows, and as many of the columns.
+    """
+    t, rows, columns = grid
+    speed = THETA ** -(torch.arange(quarter) / quarter)
+    at = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))  # [rows*columns 2]
+    at = rearrange(
+        at.view(rows, columns, 2),
+        "(Y a) (X b) two -> (Y X a b) two 1",
+        a=merge,
+        b=merge,
+    )
+    return (at * speed).flatten(1).repeat(t, 2)
+
+
+def attend(qkv: Tensor, turn: tuple[Tensor, Tensor], lengths: list[int], heads: int) -> Tensor:
+    """Attention within consecutive stretches of patches, [n width].
+
+    Args:
+        qkv: [n 3*width] queries, keys and values.
+        turn: cosines and sines [n head_dim] of the rotary positions.
+        lengths: patches of each stretch; those of equal length are computed together.
+        heads: attention heads.
+    """
+    q, k, v = rearrange(qkv, "n (three h d) -> three h n d", three=3, h=heads)
+    parts = [each.split(lengths, dim=1) for each in (_rotated(q, *turn), _rotated(k, *turn), v)]
+    mixed: dict[int, Tensor] = {}
+    for length in dict.fromkeys(lengths):
+        same = [i for i, other in enumerate(lengths) if other == length]
+        found = F.scaled_dot_product_attention(
+            *(torch.stack([each[i] for i in same]) for each in parts)
+        )
+        mixed |= dict(zip(same, found, strict=True))
+    return rearrange(torch.cat([mixed[i] for i in range(len(lengths))], 1), "h n d -> n (h d)")
+
+
+def merged(tokens: Tensor, items: Sequence[Prepared], merge: int) -> Features:
+    """Tokens [sum of N E] of several images as features, padded at the end.
+
+    Args:
+        tokens: one per merge x merge patches, image after image.
+        items: the images.
+        merge: patches per side of a token.
+    """
+    counts = torch.tensor([len(item.tensor) for item in items]) // merge**2
+    padded = pad_sequence(tokens.split(counts.tolist()), batch_first=True)  # [B N E]
+    mask = torch.arange(padded.shape[1]) < counts[:, None]
+    sizes = tuple((t * y // merge, x // merge) for t, y, x in (item.grid for item in items))
+    return Features(padded, mask.to(padded.device), sizes)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

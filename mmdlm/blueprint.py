@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from encoders.arguments import Recorded
 from encoders.checks import AtLeast, AtMost, Checked, Count
 from mmdlm import recipe
-from mmdlm.backbones.config import TransformerConfig
+from mmdlm.backbones.config import GemmaConfig, TransformerConfig
 from mmdlm.backbones.family import Spec
 from mmdlm.backbones.moe import MoEConfig
 from mmdlm.backbones.rotary import RopeScaling
@@ -322,6 +322,8 @@ def _spec(given: Any) -> Spec:
     sizes = dict(given.get("transformer", {}))
     if sizes.get("moe") is not None:
         sizes["moe"] = _dataclass(MoEConfig, sizes["moe"])
+    if sizes.get("gemma") is not None:
+        sizes["gemma"] = _dataclass(GemmaConfig, sizes["gemma"])
     if sizes.get("rope") is not None:
         sizes["rope"] = _dataclass(RopeScaling, sizes["rope"])
     return _dataclass(Spec, {**given, "transformer": _dataclass(TransformerConfig, sizes)})

@@ -22,11 +22,12 @@ PROMPT, ANSWER = 0, 1
 """Roles of a position: given, or to be generated."""
 TOKEN, MEDIUM = 0, 1
 """Sources of a position's embedding: the token table, or an encoder."""
-Attention = Literal["full", "prefix", "cascade", "block_causal"]
+Attention = Literal["full", "prefix", "cascade", "block_causal", "canvas"]
 """full: bidirectional attention. prefix: the prompt does not attend to the answer. cascade: media
 attend to media, the prompt text to media and text, the answer to all. block_causal: tokens attend
-to the same and earlier blocks. With a block size, the answer of prefix and cascade is
-block-causal."""
+to the same and earlier blocks. canvas: text is causal, an image attends to itself too; a block of
+the answer (odd level) attends to itself and all before it, and becomes text when it is finished.
+With a block size, the answer of prefix and cascade is block-causal."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ class Sequence:
         level: [B L] int64, see the module docstring.
         branch: [B L] int64, 0 = shared, j = turn j; None if no row has more than one turn.
         media: [N D] embeddings of all media positions, in row-major order; None without media.
+        soft: [B L D] expected embeddings of the previous step (self-conditioning); None for zeros.
     """
 
     tokens: Tensor
@@ -153,6 +155,7 @@ class Sequence:
     level: Tensor
     branch: Tensor | None = None
     media: Tensor | None = field(default=None, repr=False)
+    soft: Tensor | None = field(default=None, repr=False)
 
     @property
     def is_answer(self) -> Tensor:
@@ -259,9 +262,21 @@ def levels(
                 "block_size is None, but block_causal attention needs the tokens per block"
             )
         return positions // block_size
+    if attention == "canvas":
+        last = positions - order % block_size + block_size - 1
+        return torch.where(role == ANSWER, 2 * last + 1, causal(source, positions))
     raise ValueError(
-        f"attention {attention!r} is unknown; expected full, prefix, cascade or block_causal"
+        f"attention {attention!r} is unknown; expected full, prefix, cascade, block_causal or "
+        "canvas"
     )
+
+
+def causal(source: Tensor, positions: Tensor) -> Tensor:
+    """Levels [B L] of text and images before a canvas: even, and those of an image are equal."""
+    after = torch.cat([source[:, 1:], torch.zeros_like(source[:, :1])], 1)
+    is_last = (source == TOKEN) | (after == TOKEN)
+    ends = positions.masked_fill(~is_last, 2**60)
+    return 2 * ends.flip(1).cummin(1).values.flip(1)
 
 
 def arrange(

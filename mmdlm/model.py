@@ -18,6 +18,7 @@ from adapters.pruner import Pruner, seen
 from encoders.attention import recorded
 from encoders.encoder import Encoder
 from encoders.features import Prepared
+from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
 from mmdlm.backbones.kv import KV, Rows, count, indices, take
 from mmdlm.backbones.transformer import Transformer
@@ -67,7 +68,7 @@ class MultimodalDLM(nn.Module):
                 "but every encoder needs an adapter with the same name"
             )
         self.spec = spec
-        self.backbone = Transformer(spec.transformer)
+        self.backbone = backbone(spec.transformer)
         self.encoders = nn.ModuleDict(encoders)
         self.adapters = nn.ModuleDict(adapters)
         self.tokenizer = tokenizer
@@ -158,9 +159,11 @@ class MultimodalDLM(nn.Module):
     def arrange(self, rows: Items[Row]) -> Sequence:
         """Sequence of rows with this model's attention and pad id, on its device."""
         spec = self.spec
+        # The id of undecided positions may be one beyond the embedding, see `Spec.noise`.
+        ids = max(spec.transformer.vocab, 1 + (spec.mask_id or 0))
         for i, row in enumerate(rows):
             for part in row.ids:
-                check_ids(part, spec.transformer.vocab, f"row {i} of the batch")
+                check_ids(part, ids, f"row {i} of the batch")
         return arrange(
             rows, pad=spec.pad_id, attention=spec.attention, block_size=spec.block_size
         ).to(self.device)
@@ -189,7 +192,17 @@ class MultimodalDLM(nn.Module):
         x = self.backbone.tokens(sequence.tokens)
         if sequence.media is not None:
             x = x.masked_scatter(sequence.is_medium[..., None], sequence.media.to(x.dtype))
-        return self.backbone(x, sequence.positions, mask=sequence.visible(), read=at)
+        x, extras = self._conditioned(sequence, x, slice(None), x.shape[1])
+        return self.backbone(x, sequence.positions, mask=sequence.visible(), read=at, **extras)
+
+    def _conditioned(
+        self, sequence: Sequence, x: Tensor, rows: Rows, end: int
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """What the backbone takes of a sequence beside embeddings, positions and mask."""
+        soft = None if sequence.soft is None else take(sequence.soft, rows)
+        x = self.backbone.condition(x, take(sequence.level, rows), soft)
+        layout = sequence.level, sequence.positions, sequence.mask
+        return x, self.backbone.extras(*layout, rows, end)
 
     def hidden_at(self, sequence: Sequence, at: Tensor) -> Tensor:
         """Hidden states [N D] that score the tokens where `at` [B L] is True, row by row."""
@@ -233,8 +246,11 @@ class MultimodalDLM(nn.Module):
         seen = sequence.visible()
         if mask is not None and mask.ndim != 2:
             seen = allowed(mask, seen, tokens)
-        x = self.backbone.tokens(tokens)
-        raw = self.backbone.head(self.backbone(x, sequence.positions, mask=seen)).float()
+        x, extras = self._conditioned(
+            sequence, self.backbone.tokens(tokens), slice(None), tokens.shape[1]
+        )
+        hidden = self.backbone(x, sequence.positions, mask=seen, **extras)
+        raw = self.backbone.head(hidden).float()
         return align(raw, sequence.mask) if self.spec.shift else raw
 
     def run(
@@ -274,18 +290,19 @@ class MultimodalDLM(nn.Module):
             within = within.clamp(
                 max=rows.shape[1] - 1
             )  # for batch rows without positions to score
+        end = sequence.tokens.shape[1] if kv is None else kv.end
         if isinstance(mask, str):
-            end = sequence.tokens.shape[1] if kv is None else kv.end
             level = sequence.level
             mask = visible(take(level, rows), level[:, :end], sequence.mask[:, :end])
-        x, positions = self.spliced(sequence, rows), take(sequence.positions, rows)
+        x, extras = self._conditioned(sequence, self.spliced(sequence, rows), rows, end)
+        positions = take(sequence.positions, rows)
         if self.backbone.step is not None and type(kv) is KV and count(rows) <= STEP:
             rows, within = (indices(r, len(sequence.tokens), self.device) for r in (rows, within))
             logits = self.backbone.step(
                 self.backbone, x, positions, kv, mask, rows, within, columns
             )
             return logits.clone()  # the next step overwrites it; strategies may keep what they saw
-        hidden = self.backbone(x, positions, kv, mask, rows=rows, read=within)
+        hidden = self.backbone(x, positions, kv, mask, rows=rows, read=within, **extras)
         return self.backbone.head(hidden, columns).float()
 
     def spliced(self, sequence: Sequence, rows: Rows) -> Tensor:
@@ -309,6 +326,15 @@ class MultimodalDLM(nn.Module):
         if not all(isinstance(part, Tensor) for part in parts):
             raise ValueError("the conversation contains media; use answer(model, messages)")
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
+
+
+def backbone(config: TransformerConfig) -> Transformer:
+    """The transformer of a config, with new weights."""
+    if config.gemma is None:
+        return Transformer(config)
+    from mmdlm.backbones.gemma import Gemma
+
+    return Gemma(config)
 
 
 def require_model(model: Any, call: str) -> None:

@@ -24,11 +24,17 @@ STAGES = {
     "tiny_towers": ("train/tiny", "train/tiny_towers"),
     "tiny_ar": ("train/tiny", "train/tiny_ar"),
 }
-
-
 RECIPES = {
     *("scratch", "retrieval"),  # below, and in tests/benchmarks/test_retrieval.py
-    *("lavida_stage1", "lavida_stage2", "lavida_infill", "llada_v", "sdar_vl"),
+    *(
+        "lavida_stage1",
+        "lavida_stage2",
+        "lavida_infill",
+        "llada_v",
+        "sdar_vl",
+        "diffusionvl",
+        "dream_vl",
+    ),
 }
 """They have tests of their own; those of published systems are in tests/systems."""
 

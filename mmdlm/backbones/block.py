@@ -37,7 +37,9 @@ class RMSNorm(nn.Module):
         return h if self.bias is None else h + self.bias
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: int) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: int, scale: float | None = None
+) -> Tensor:
     """Softmax attention [B H R hd]; each key head serves `group` consecutive query heads.
 
     Args:
@@ -46,7 +48,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: int) -> 
         v: [B KV M hd].
         mask: bool [B 1 R M], True = attend, or floating, added to the scores; None: attend to all.
         group: H / KV.
+        scale: factor on the products of queries and keys; None: 1 / sqrt(hd).
     """
+    if scale is not None:  # the kernels apply the usual one
+        q = q * (scale * q.shape[-1] ** 0.5)
     half = q.dtype == torch.bfloat16 and q.device.type == "cpu"
     if group > 1 and mask is not None and q.device.type == "cuda":
         # CUDA kernels with a mask need one key head per query head.

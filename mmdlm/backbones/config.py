@@ -14,6 +14,35 @@ LAYERS = 10_000
 
 
 @dataclass(frozen=True)
+class GemmaConfig(Checked):
+    """What the blocks of `mmdlm.backbones.gemma` have beyond the other switches.
+
+    Args:
+        full: numbers of the layers with full attention; the others have a window.
+        window: tokens that a token of the other layers attends to.
+        full_head_dim: width of a head in the layers with full attention.
+        full_kv_heads: key heads there, whose values are the same projection.
+        full_theta: rotary base there.
+        full_rotary: share of the rotary frequencies there that are not zero.
+        softcap: bound on the absolute values of the logits.
+        experts: E, experts per layer.
+        top: K, experts per token (top-k).
+        expert_inner: width inside one expert.
+    """
+
+    full: tuple[CountOrZero, ...]
+    window: Count
+    full_head_dim: Count
+    full_kv_heads: Count
+    full_theta: Annotated[float, AtLeast(1), AtMost(1e15)]
+    full_rotary: Annotated[float, Above(0), AtMost(1)]
+    softcap: Factor
+    experts: Count
+    top: Count
+    expert_inner: Count
+
+
+@dataclass(frozen=True)
 class TransformerConfig(Checked):
     """Sizes and switches of a backbone.
 
@@ -41,6 +70,7 @@ class TransformerConfig(Checked):
         embed_scale: factor on the embeddings.
         logit_scale: factor on the logits.
         moe: mixture of experts instead of the MLP; None for a dense model.
+        gemma: settings of Gemma's blocks; None for the usual ones.
     """
 
     width: Count
@@ -66,6 +96,7 @@ class TransformerConfig(Checked):
     embed_scale: Factor = 1.0
     logit_scale: Factor = 1.0
     moe: MoEConfig | None = None
+    gemma: GemmaConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

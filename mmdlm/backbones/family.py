@@ -34,10 +34,13 @@ class Spec(Checked):
         pad_id: id of padding.
         stop_ids: further ids that end an answer.
         shift: position i of the network scores token i + 1; the model realigns all its outputs.
-        attention: "full", "prefix", "cascade" or "block_causal", see `mmdlm.layout`.
+        attention: "full", "prefix", "cascade", "block_causal" or "canvas", see `mmdlm.layout`.
         block_size: tokens per block of block-wise attention; None otherwise.
         template: chat template; "plain" for none.
         context: maximum number of tokens of prompt and answer together; None for no limit.
+        noise: what stands at undecided positions of an answer: the mask token, or "uniform": random
+            tokens that change in every step. There is no mask token then, and `mask_id` is the
+            number of rows of the embedding, which marks undecided positions and is never embedded.
     """
 
     family: str
@@ -47,10 +50,11 @@ class Spec(Checked):
     pad_id: int
     stop_ids: tuple[int, ...] = ()
     shift: bool = False
-    attention: Literal["full", "prefix", "cascade", "block_causal"] = "full"
+    attention: Literal["full", "prefix", "cascade", "block_causal", "canvas"] = "full"
     block_size: Count | None = None
     template: str = "plain"
     context: Annotated[int, AtLeast(1), AtMost(2**40)] | None = None
+    noise: Literal["mask", "uniform"] = "mask"
 
     def __post_init__(self) -> None:
         bound = self.transformer.rope and self.transformer.rope.constant_up_to
@@ -62,6 +66,10 @@ class Spec(Checked):
             )
         vocab = self.transformer.vocab
         ids = {name: getattr(self, name) for name in ("mask_id", "eos_id", "pad_id")}
+        if self.noise == "uniform":
+            object.__setattr__(self, "mask_id", vocab)
+            del ids["mask_id"]
+            ids = {"mask_id": 0, **ids}
         wrong = [name for name, i in ids.items() if not is_id(i, vocab)]
         for name in wrong if self.mask_id is not None else wrong[1:]:
             raise ValueError(
@@ -74,6 +82,23 @@ class Spec(Checked):
                 "correct eos_token_id in config.json, or give load(stop_ids=...)"
             )
         super().__post_init__()
+
+    def require_masks(self, what: str) -> None:
+        """Checks that undecided tokens are masks.
+
+        Args:
+            what: what needs them, for the error.
+
+        Raises:
+            ValueError: the mask id is unknown, or the model has random tokens instead.
+        """
+        if self.mask_id is None:
+            raise self.unknown_mask()
+        if self.noise != "mask":
+            raise ValueError(
+                f"{what} needs a model with a mask token; this one has {self.noise} noise, random "
+                "tokens in place of masks"
+            )
 
     def unknown_mask(self) -> ValueError:
         """The error for filling in masks where `mask_id` is None."""

@@ -39,9 +39,9 @@ class KV:
     Args:
         layers: number of transformer layers.
         batch: B.
-        heads: key/value heads.
+        heads: key/value heads; one number per layer where they differ.
         length: canvas length L.
-        head_dim: width of a head.
+        head_dim: width of a head; the same.
         device: where the buffers live; one per layer where the model is split over devices.
         dtype: type of the buffers.
     """
@@ -56,19 +56,22 @@ class KV:
         self,
         layers: int,
         batch: int,
-        heads: int,
+        heads: int | Sequence[int],
         length: int,
-        head_dim: int,
+        head_dim: int | Sequence[int],
         *,
         device: torch.device | str | Sequence[torch.device] = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        shape = (batch, heads, length, head_dim)
+        heads, widths = ([n] * layers if isinstance(n, int) else n for n in (heads, head_dim))
+        shapes = [(batch, h, length, width) for h, width in zip(heads, widths, strict=True)]
         places = [device] * layers if isinstance(device, str | torch.device) else device
         # Zeros, not empty: a row that was never written may be attended under a mask, and
         # 0 x NaN would poison the sum.
-        self.keys = [torch.zeros(shape, device=place, dtype=dtype) for place in places]
-        self.values = [torch.zeros(shape, device=place, dtype=dtype) for place in places]
+        self.keys, self.values = (
+            [torch.zeros(s, device=p, dtype=dtype) for s, p in zip(shapes, places, strict=True)]
+            for _ in range(2)
+        )
         self.length = length
         self.end = length
         """Rows [0, end) are attended; the loop lowers it while later rows are not yet valid."""
@@ -167,7 +170,7 @@ class KV:
 
     def like(self, batch: int, length: int) -> KV:
         """Empty buffers of another size."""
-        _, heads, _, width = self.keys[0].shape
+        heads, width = ([keys.shape[i] for keys in self.keys] for i in (1, 3))
         places = [keys.device for keys in self.keys]
         kind = self.keys[0].dtype
         return KV(len(self.keys), batch, heads, length, width, device=places, dtype=kind)

@@ -86,6 +86,30 @@ class Transformer(nn.Module):
         """Embeddings [B M D] of token ids [B M]."""
         return self.embed(ids) * self.config.embed_scale
 
+    def condition(self, x: Tensor, level: Tensor, soft: Tensor | None) -> Tensor:
+        """Input embeddings [B M D] with what the previous step says of them; here nothing.
+
+        Args:
+            x: [B M D].
+            level: [B M] int64, see `mmdlm.layout`.
+            soft: [B M D] expected embeddings of the previous step; None for zeros.
+        """
+        return x
+
+    def extras(
+        self, level: Tensor, positions: Tensor, real: Tensor, rows: Rows, end: int
+    ) -> dict[str, Any]:
+        """Further arguments of `forward` that follow from the layout; here none.
+
+        Args:
+            level: [B L] int64, see `mmdlm.layout`.
+            positions: [B L] int64.
+            real: [B L] bool, False at padding.
+            rows: positions that are computed.
+            end: keys [0, end) are attended.
+        """
+        return {}
+
     def forward(
         self,
         x: Tensor,

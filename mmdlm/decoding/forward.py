@@ -113,7 +113,8 @@ def run(state: State, tokens: Tensor | None = None, cache: str = "canvas") -> Te
         tokens: [B L] another filling of the canvas (guidance); None for the canvas itself.
         cache: name of the key/value buffers; every filling needs its own.
     """
-    sequence = state.sequence if tokens is None else state.sequence.with_tokens(tokens)
+    sequence = state.sequence if state.shown is None else state.shown
+    sequence = sequence if tokens is None else sequence.with_tokens(tokens)
     kv = None
     if state.refresh.cached:
         if cache not in state.caches:

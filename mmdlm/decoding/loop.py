@@ -74,6 +74,8 @@ def plan(state: State, owners: Owners) -> Tensor:
     state.resized = torch.zeros_like(same)
     if not bool(same.all()):
         new = ~same
+        if state.model.spec.attention == "canvas":
+            state.close(_first(planned)[:, None])
         state.block += new
         state.block_step.masked_fill_(new, 0)
         inside = state.left if owner.sliding else state.left & planned
@@ -109,6 +111,7 @@ def step(state: State, owners: Owners, on_commit: Callable[[State], None] | None
     state.look = owners["look"][0].look(view) if "look" in owners else None
     state.focus(active_positions(state, owners))
     forward.prepare(state)
+    state.shown = owners["show"][0].show(view) if "show" in owners else None
     logits = forward.run(state)
     _cached(state)
     for strategy in owners["all"]:

@@ -27,6 +27,20 @@ def odds_of(probability: float) -> float:
     return math.log(probability / (1 - probability))
 
 
+def within_bound(nats: Tensor, place: Tensor, gamma: float) -> Tensor:
+    """[B R] bool, the longest list of best positions whose summed entropy stays in a bound.
+
+    Args:
+        nats: [B R] entropies.
+        place: [B R] int64, see `rank`.
+        gamma: bound on the sum without its largest term.
+    """
+    listed = torch.empty_like(nats).scatter_(1, place, nats)
+    # The sum never falls as the list grows: the lists within the bound are the shortest ones.
+    fits = listed.cumsum(1) - listed.cummax(1).values <= gamma
+    return place < fits.sum(1, keepdim=True)
+
+
 PIECE = 2**18
 """Logits looked at together on a CPU: 1 MB."""
 

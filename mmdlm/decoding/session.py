@@ -13,7 +13,7 @@ from mmdlm.decoding.conversation import Turn, continued, resume, saved
 from mmdlm.decoding.events import Committed, Finished
 from mmdlm.decoding.loop import assign
 from mmdlm.decoding.memory import Memory
-from mmdlm.decoding.start import Source, committable, start, unpacked
+from mmdlm.decoding.start import Source, committable, fitting, start, unpacked
 from mmdlm.decoding.state import State
 from mmdlm.decoding.strategy import Strategy, check_model
 from mmdlm.decoding.view import View
@@ -52,7 +52,7 @@ class Session:
     ) -> None:
         require_model(model, "Session")
         self.model, self.columns = model, columns
-        self.owners = assign(preset.strategies(strategies))
+        self.owners = assign(fitting(preset.strategies(strategies), model))
         ids = committable(columns, model)
         for strategy in self.owners["all"]:
             check_model(strategy, model)
@@ -172,9 +172,7 @@ class Session:
             ValueError: nothing could be written because the model gave NaN.
         """
         self.advance()
-        events: list[Committed | Finished] = []
-        events += self._events
-        events += self._done
+        events: list[Committed | Finished] = [*self._events, *self._done]
         self._done = []
         if any(e.confidence.isnan().any() for e in events if isinstance(e, Finished)):
             raise ValueError(NO_TOKEN)

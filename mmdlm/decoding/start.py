@@ -13,6 +13,7 @@ from encoders.checks import shown
 from mmdlm.backbones.family import MOST_TOKENS, Spec
 from mmdlm.decoding.rows import pad
 from mmdlm.decoding.state import Source, State, Streams
+from mmdlm.decoding.strategy import Strategy
 from mmdlm.layout import ANSWER, TOKEN, Sequence, from_tokens, levels
 from mmdlm.messages import check_ids
 from mmdlm.model import MultimodalDLM
@@ -61,7 +62,7 @@ def start(
     if canvas is not None:
         if canvas.shape != answer.shape:
             raise ValueError(f"canvas is {list(canvas.shape)}, expected {[batch, length]}")
-        check_ids(canvas, vocab, "canvas")
+        check_ids(canvas, max(vocab, spec.mask_id + 1), "canvas")
         answer = canvas.to(answer)
     made = Streams(generator, batch, model.device)
     keys = list(range(first_key, first_key + batch))
@@ -158,6 +159,20 @@ def committable(columns: slice | None, model: MultimodalDLM) -> slice | None:
     if step != 1 or start >= stop or (start, stop) == (model.spec.mask_id, model.spec.mask_id + 1):
         raise ValueError(f"columns is {columns}, expected a range of ids besides the mask id")
     return slice(start, stop)
+
+
+def fitting(strategies: list[Strategy], model: MultimodalDLM) -> list[Strategy]:
+    """The strategies, with the one that a model without masks needs if none decides what it reads.
+
+    Args:
+        strategies: of the request.
+        model: the model.
+    """
+    if model.spec.attention != "canvas" or any("show" in each.hooks() for each in strategies):
+        return strategies
+    from mmdlm.decoding.commits.uniform_canvas import UniformCanvas
+
+    return [*strategies, UniformCanvas()]
 
 
 def check_length(length: int) -> None:

@@ -137,6 +137,8 @@ class State:
     """What this step computes."""
     look: Look | None = None
     """What the layers of this step leave out."""
+    shown: Sequence | None = None
+    """What the model reads in this step in place of `sequence`, see `Strategy.show`."""
     parts: list[Any] = field(default_factory=list)
     """The forwards of this step, see `mmdlm.decoding.forward`."""
     at: Tensor = field(default_factory=_nothing)
@@ -245,6 +247,20 @@ class State:
         self.sequence = replace(self.sequence, level=level)
         self.level = level.cpu().masked_fill(~self.sequence.mask.cpu(), -1)
         self.relevel()
+
+    def close(self, start: Tensor) -> None:
+        """Makes text of finished canvases, whose keys and values are then computed again.
+
+        Args:
+            start: [B 1] host int64, where the open canvas of each row begins.
+        """
+        done = self.answer & (torch.arange(self.length) < start)
+        text = 2 * self.sequence.positions.cpu()
+        changed = done & (self.level != text)
+        if bool(changed.any()):
+            lowest = text.masked_fill(~changed, 2**62).amin(1)
+            self.final = torch.minimum(self.final, lowest)
+            self.set_levels(torch.where(changed, text, self.level).to(self.tokens.device))
 
     def relevel(self) -> None:
         """Called after `level` has changed."""

@@ -16,6 +16,7 @@ from mmdlm.model import MultimodalDLM
 if TYPE_CHECKING:
     from mmdlm.decoding.look import Look
     from mmdlm.decoding.view import View
+    from mmdlm.layout import Sequence
 from collections.abc import Sequence as Items
 
 NEW, EOS, GONE = -1, -2, -3
@@ -30,9 +31,10 @@ class Strategy(Checked):
     the other rows. The hooks see all rows at once, through a read-only `View`; only the loop
     writes.
 
-    A step calls, in this order: plan, refresh, look, (the model runs), guide and observe in the
-    order of the strategies, pick, score, replan, stop, select, edit; then the loop writes and calls
-    hold, revise, end and resize. `layout`, `plan`, `refresh`, `look`, `pick`, `score`, `select`,
+    A step calls, in this order: plan, refresh, show, look, (the model runs), guide and observe in
+    the order of the strategies, pick, score, replan, stop, select, edit; then the loop writes and
+    calls hold, revise, end and resize. `layout`, `plan`, `refresh`, `show`, `look`, `pick`,
+    `score`, `select`,
     `edit` and `resize` have one owner per decode; of the others there may be many.
 
     The loop, never a strategy, keeps these rules: the mask id is never committed; only masked
@@ -57,7 +59,8 @@ class Strategy(Checked):
     """
 
     ONE_OWNER: ClassVar[tuple[str, ...]] = (
-        *("layout", "plan", "refresh", "look", "pick", "score", "select", "edit", "resize"),
+        *("layout", "plan", "refresh", "show", "look"),
+        *("pick", "score", "select", "edit", "resize"),
     )
     MANY: ClassVar[tuple[str, ...]] = ("observe", "guide", "stop", "hold", "revise", "end")
     paper: ClassVar[str] = ""
@@ -132,6 +135,13 @@ class Strategy(Checked):
         the others keep their rotary positions.
         """
         raise TypeError(f"{type(self).__name__} does not decide look")
+
+    def show(self, view: View) -> Sequence:
+        """The layout that the model reads in this step, with other tokens at undecided positions.
+
+        For noise other than the mask token; without an owner the model reads the canvas itself.
+        """
+        raise TypeError(f"{type(self).__name__} does not decide show")
 
     def guide(self, view: View, logits: Tensor) -> Tensor:
         """Rewritten logits [B R V] of the scored positions."""
@@ -254,7 +264,8 @@ def check_model(strategy: Strategy, model: MultimodalDLM) -> None:
     """
     spec = model.spec
     lacks = {"full_attention"} if spec.attention != "full" else set()
-    if spec.attention == "block_causal" or (spec.attention == "cascade" and spec.block_size):
+    in_blocks = spec.attention in ("block_causal", "canvas")
+    if in_blocks or (spec.attention == "cascade" and spec.block_size):
         lacks.add("any_order")
     if spec.attention == "prefix" and spec.block_size:
         lacks.add("any_order")

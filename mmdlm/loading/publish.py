@@ -121,7 +121,7 @@ def _of_system(model: MultimodalDLM) -> Layout:
     files = {name: config.pop(name) for name in system.FILES if name in config}
     if report is not None:
         places, held = (respelled(each, report.spelling) for each in (places, held))
-    return Layout(config, places, kept(model.spec.family), files, system.WEIGHTS, held)
+    return Layout(config, places, kept(model.spec.family), files, system.apart(model), held)
 
 
 def _differences(ours: Blueprint, again: Blueprint) -> list[str]:

@@ -15,7 +15,7 @@ from mmdlm.loading.quantize import check as check_quantize
 from mmdlm.loading.quantize import is_quantized
 from mmdlm.loading.quantize import quantize as quantize_block
 from mmdlm.loading.shards import Stored, copy
-from mmdlm.model import MultimodalDLM
+from mmdlm.model import MultimodalDLM, backbone
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Device = str | torch.device | Sequence[str | torch.device]
@@ -215,7 +215,7 @@ def check_savable(model: MultimodalDLM) -> None:
             "that, or copy its folder"
         )
     with torch.device("meta"):
-        expected = shapes(Transformer(model.spec.transformer))
+        expected = shapes(backbone(model.spec.transformer))
     has = shapes(model.backbone)
     differ = sorted(n for n in {*has, *expected} if has.get(n) != expected.get(n))
     if differ:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mmdlm.layout import ANSWER, TOKEN
 from mmdlm.objectives.objective import Batch, Losses, Objective
 
 if TYPE_CHECKING:
@@ -70,10 +71,9 @@ def noisy(model: MultimodalDLM, sequence: Sequence, noise: Noise) -> Sequence:
     """The sequence with the mask token at masked positions.
 
     Raises:
-        ValueError: the mask id of the model is unknown.
+        ValueError: the mask id of the model is unknown, or it has none.
     """
-    if model.spec.mask_id is None:
-        raise model.spec.unknown_mask()
+    model.spec.require_masks("training by masks")
     return sequence.with_tokens(sequence.tokens.masked_fill(noise.hidden, model.spec.mask_id))
 
 
@@ -97,3 +97,29 @@ def without_repeated_ends(sequence: Sequence, eos: int | None) -> Sequence:
     if sequence.branch is not None:  # the first token of a turn follows another turn
         repeated[:, 1:] &= sequence.branch[:, 1:] == sequence.branch[:, :-1]
     return replace(sequence, mask=sequence.mask & ~repeated)
+
+
+def with_whole_blocks(sequence: Sequence, eos: int, size: int) -> Sequence:
+    """The sequence in which end tokens fill the block of an answer's first end token, and no more.
+
+    Args:
+        sequence: rows that end with their answer, with block-causal levels.
+        eos: end token.
+        size: tokens per block.
+    """
+    more = torch.arange(1, size + 1, device=sequence.tokens.device).expand(len(sequence.tokens), -1)
+    positions = sequence.positions[:, -1:] + more
+    added = {
+        "tokens": torch.full_like(more, eos),
+        "role": torch.full_like(more, ANSWER),
+        "source": torch.full_like(more, TOKEN),
+        "mask": sequence.is_answer[:, -1:].expand_as(more),
+        "positions": positions,
+        "level": positions // size,
+    }
+    longer = {name: torch.cat([getattr(sequence, name), x], 1) for name, x in added.items()}
+    whole = replace(sequence, **longer)
+    end = whole.is_answer & (whole.tokens == eos)
+    repeated = end & torch.cat([torch.zeros_like(end[:, :1]), end[:, :-1]], 1)
+    first = whole.level.masked_fill(~end | repeated, -1).cummax(1).values  # block of the first one
+    return replace(whole, mask=whole.mask & ~(repeated & (whole.level > first)))

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from encoders.checks import Above, AtLeast, AtMost, Below, Checked, PositiveInt, UnitFloat
 from mmdlm.objectives.cross_entropy import Scores, cross_entropy, weighted_cross_entropy
-from mmdlm.objectives.denoising import Denoising, noisy, scored, without_repeated_ends
+from mmdlm.objectives.denoising import (
+    Denoising,
+    noisy,
+    scored,
+    with_whole_blocks,
+    without_repeated_ends,
+)
 from mmdlm.objectives.draw import Draw
 from mmdlm.objectives.logits import measured
 from mmdlm.objectives.noise import Noise
@@ -50,7 +56,8 @@ class Masked(Checked, Denoising, Objective):
         schedule: mask probability of a level.
         ends: end tokens that fill an answer's canvas. "all": maskable, so that the model learns
             the length (LLaDA, LLaDA-V, LaViDa, DIFFA, d1, dParallel). "first": those after the
-            first are padding (SDAR, Open-dLLM).
+            first are padding (SDAR, Open-dLLM). "block": as "first", but end tokens fill the block
+            of the first one, for block-causal models (DiffusionVL's `bd3lm_block_aligned_eos`).
         cart_p: p of the weight "cart".
         exclude_mask: probability is shared among the tokens other than the mask, as in MDLM (its
             SUBS parameterization); LLaDA's code includes the mask.
@@ -63,7 +70,7 @@ class Masked(Checked, Denoising, Objective):
     chunk: PositiveInt = 512
     draw: Draw = Draw()
     schedule: Schedule = Schedule()
-    ends: Literal["all", "first"] = "all"
+    ends: Literal["all", "first", "block"] = "all"
     cart_p: Annotated[float, Above(0), AtMost(1)] = 0.1
     exclude_mask: bool = False
 
@@ -75,10 +82,24 @@ class Masked(Checked, Denoising, Objective):
         return is_uniform and draw.count != "rounded" and not draw.at_least_one
 
     def prepare(self, model: MultimodalDLM, batch: Batch) -> Batch:
-        """The batch, without repeated end tokens where `ends` is "first"."""
+        """The batch with the end tokens that `ends` asks for.
+
+        Raises:
+            ValueError: `ends` is "block", and the model has no blocks or the turns of a row share
+                their media.
+        """
+        sequence, spec = batch.sequence, model.spec
         if self.ends == "all":
             return batch
-        sequence = without_repeated_ends(batch.sequence, model.spec.eos_id)
+        if self.ends == "first":
+            sequence = without_repeated_ends(sequence, spec.eos_id)
+        elif spec.attention == "block_causal" and sequence.branch is None:
+            sequence = with_whole_blocks(sequence, spec.eos_id, spec.block_size)
+        else:
+            raise ValueError(
+                f"Masked.ends is 'block', which needs a model with block_causal attention, not "
+                f"{spec.attention}; use 'all' or 'first'"
+            )
         return replace(batch, sequence=sequence)
 
     def corrupt(self, batch: Batch) -> Noise:

@@ -11,46 +11,17 @@ from typing import Any, ClassVar
 
 from adapters.normalize import choose, find_dataset
 from mmdlm.backbones.dream import Dream
-from mmdlm.backbones.family import Keys, Spec, architecture, filled, require
+from mmdlm.backbones.family import Keys, Spec, require
 from mmdlm.blueprint import Blueprint, describe
 from mmdlm.model import MultimodalDLM
 from mmdlm.recipe import Recipe
+from mmdlm.systems import qwen_tower
+from mmdlm.systems.dream_vl import LANGUAGE, TENSORS, DreamVL
+from mmdlm.systems.qwen_tower import PIXELS, mlp, part, projector
 from mmdlm.systems.system import Beside, System, backbone, table
 from mmdlm.text import Tokenizer
 
-STATISTICS, PIXELS = "dataset_statistics.json", "preprocessor_config.json"
-# The config classes leave out of config.json what equals these defaults.
-LANGUAGE: dict[str, Any] = {
-    "mask_token_id": 151666,
-    "pad_token_id": 151643,
-    "projector_hidden_act": "gelu",
-}
-VISION: dict[str, Any] = {
-    "depth": 32,
-    "embed_dim": 1280,
-    "hidden_act": "quick_gelu",
-    "hidden_size": 3584,
-    "in_channels": 3,
-    "mlp_ratio": 4,
-    "num_heads": 16,
-    "patch_size": 14,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-}
-PATCHES: dict[str, Any] = {
-    "min_pixels": 3136,
-    "max_pixels": 3211264,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
-"""The published preprocessor_config.json."""
-IMAGE_IDS = {
-    "image_token_id": 151655,
-    "video_token_id": 151656,
-    "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-    "vision_token_id": 151654,
-}
+STATISTICS = "dataset_statistics.json"
 BINS = 256
 IM_END, NEWLINE = 151645, 198
 # Actions per answer by what the name of the data set contains (vla/prismatic/vla/constants.py,
@@ -61,32 +32,6 @@ FIRST_ACTION, ENDS = "action_token_begin_id", "answer_end_ids"
 CAMERAS = ["image", "wrist_image"]
 CHUNK_KEYS = ("num_actions_chunk", "action_chunk", "chunk")
 PROMPT = "What action should the robot take to {instruction}?"
-TOWER = {
-    "depth": "depth",
-    "width": "embed_dim",
-    "dim": "hidden_size",
-    "mlp_ratio": "mlp_ratio",
-    "heads": "num_heads",
-    "patch": "patch_size",
-    "merge": "spatial_merge_size",
-    "frames": "temporal_patch_size",
-}
-"""Arguments of `QwenVision` and their published names in vision_config."""
-PREPROCESSING = {
-    "patch": "patch_size",
-    "merge": "merge_size",
-    "frames": "temporal_patch_size",
-    "min_pixels": "min_pixels",
-    "max_pixels": "max_pixels",
-    "mean": "image_mean",
-    "std": "image_std",
-}
-"""Arguments of `QwenVision` and their published names in preprocessor_config.json."""
-PROJECTOR: Keys = {
-    f"layers.{ours}.{part}": f"{{}}{published}.{part}"
-    for ours, published in ((0, 1), (2, 2))
-    for part in ("weight", "bias")
-}
 
 
 class DreamVLA(System):
@@ -112,8 +57,7 @@ class DreamVLA(System):
     @classmethod
     def matches(cls, config: dict[str, Any], names: set[str]) -> bool:
         """Whether there are its tower and projector, and it is not called Dream-VL."""
-        parts = {"visual.patch_embed.proj.weight", "projector.linear_1.weight"}
-        return parts <= names and _called(config) not in ("dream-vl", "dreamvlmodel")
+        return names >= TENSORS and not DreamVL.matches(config, names)
 
     @classmethod
     def read(cls, config: dict[str, Any], names: set[str]) -> Blueprint:
@@ -127,17 +71,17 @@ class DreamVLA(System):
         require("Dream-VLA", c, {"projector_hidden_act": ("gelu", None)})
         spec = Dream.read(c, names)
         width = spec.transformer.width
-        tower = _tower(c)
+        tower = qwen_tower.tower("Dream-VLA", c)
         encoders: dict[str, Recipe] = {"image": tower}
-        adapters: dict[str, Recipe] = {"image": _mlp(tower["init_args"]["dim"], width)}
+        adapters: dict[str, Recipe] = {"image": mlp(tower["init_args"]["dim"], width)}
         robot = _robot(c, spec, "proprio_projector.fc1.weight" in names)
         if "proprio_projector.fc1.weight" in names:
             size = _state_size(c, robot)
-            encoders["state"] = _part("encoders.state.StateEncoder", size=size, dim=None)
-            adapters["state"] = _mlp(size, width)
+            encoders["state"] = part("encoders.state.StateEncoder", size=size, dim=None)
+            adapters["state"] = mlp(size, width)
         act = {"prompt": PROMPT, "execute": robot["chunk"], "cameras": CAMERAS}
         if c.get("use_discrete_diffusion", True):
-            act["strategies"] = [_part("mmdlm.decoding.commits.timesteps.Timesteps", steps=1)]
+            act["strategies"] = [part("mmdlm.decoding.commits.timesteps.Timesteps", steps=1)]
         else:
             act["placeholder"] = "zero"
         return Blueprint(
@@ -169,10 +113,10 @@ class DreamVLA(System):
         found = {
             "backbone": ("", backbone(Dream)),
             "encoders.image": ("visual.", table(blueprint.encoders["image"])),
-            "adapters.image": ("projector.", _projector("linear_")),
+            "adapters.image": ("projector.", projector("linear_")),
         }
         if "state" in blueprint.adapters:
-            found["adapters.state"] = ("proprio_projector.", _projector("fc"))
+            found["adapters.state"] = ("proprio_projector.", projector("fc"))
         return found
 
     @classmethod
@@ -180,7 +124,6 @@ class DreamVLA(System):
         """The published config.json, statistics and preprocessing; `read` takes them back."""
         made = describe(model)
         tower, robot = made.encoders["image"]["init_args"], made.outputs["actions"]
-        vocab = model.spec.transformer.vocab
         features = {"action": robot["action"]["statistics"]}
         config = Dream.write(model.spec)
         if "state" in made.encoders:
@@ -190,15 +133,11 @@ class DreamVLA(System):
         key = robot["dataset"] or "robot"
         read = model.published.get("config.json", {}) | model.published
         known = {**(read.get("norm_stats") or {}), **(read.get(STATISTICS) or {})}
-        vision = read.get("vision_config") or {"hidden_act": "quick_gelu", "in_channels": 3}
-        ids = IMAGE_IDS | {name: read[name] for name in IMAGE_IDS if name in read}
         statistics = {**known, key: {**known.get(key, {}), **features}}
         return config | {
             "architectures": ["DreamVLAForActionPrediction"],
             "model_type": "dream-vla",
-            **{name: each for name, each in ids.items() if name in read or each < vocab},
-            "projector_hidden_act": "gelu",
-            "vision_config": vision | {TOWER[ours]: tower[ours] for ours in TOWER},
+            **qwen_tower.written(tower, read, model.spec.transformer.vocab),
             "n_action_bins": robot["bins"]["bins"],
             FIRST_ACTION: robot["bins"]["last_id"] + 1 - robot["bins"]["bins"],
             ENDS: robot["tail"],
@@ -206,53 +145,7 @@ class DreamVLA(System):
             "unnorm_key": key,
             "norm_stats": statistics,
             STATISTICS: statistics,
-            PIXELS: (read.get(PIXELS) or {}) | {PREPROCESSING[o]: tower[o] for o in PREPROCESSING},
         }
-
-
-def _called(config: dict[str, Any]) -> str:
-    """The model's type, or its class where there is none, in small letters."""
-    named = config.get("model_type") or architecture(config)
-    return str(named).lower().replace("_", "-")
-
-
-def _part(path: str, **arguments: Any) -> Recipe:
-    return {"class_path": path, "init_args": arguments}
-
-
-def _mlp(in_dim: int, out_dim: int) -> Recipe:
-    return _part("adapters.mlp.MLP", in_dim=in_dim, out_dim=out_dim, layers=2)
-
-
-def _projector(name: str) -> Keys:
-    """Names of two linear layers, `name`1 and `name`2."""
-    return {ours: str(published).format(name) for ours, published in PROJECTOR.items()}
-
-
-def _tower(config: dict[str, Any]) -> Recipe:
-    """Recipe of the tower.
-
-    Raises:
-        ValueError: the preprocessing cuts other patches than the tower takes.
-    """
-    vision = filled("Dream-VLA", VISION, config.get("vision_config") or {})
-    require("Dream-VLA", vision, {name: (VISION[name],) for name in ("hidden_act", "in_channels")})
-    sizes = {ours: vision[published] for ours, published in TOWER.items()}
-    file = config.get(PIXELS) or {}
-    limits = file.get("size") or {}  # transformers 5 moves them there, under the second names
-    moved = {
-        "min_pixels": limits.get("min_pixels", limits.get("shortest_edge")),
-        "max_pixels": limits.get("max_pixels", limits.get("longest_edge")),
-    }
-    given = PATCHES | {name: value for name, value in (moved | file).items() if value is not None}
-    pixels = {ours: given[name] for ours, name in PREPROCESSING.items() if name in given}
-    differ = [PREPROCESSING[ours] for ours in sizes.keys() & pixels if sizes[ours] != pixels[ours]]
-    if differ:
-        raise ValueError(
-            f"Dream-VLA: {', '.join(differ)} of {PIXELS} and vision_config of config.json differ; "
-            "they are of different checkpoints"
-        )
-    return _part("encoders.qwen_vision.QwenVision", **sizes | pixels)
 
 
 def _robot(config: dict[str, Any], spec: Spec, has_state: bool) -> dict[str, Any]:

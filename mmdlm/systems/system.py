@@ -179,6 +179,14 @@ class System:
         raise TypeError(f"{cls.__name__} does not define keys(blueprint)")
 
     @classmethod
+    def apart(cls, model: MultimodalDLM) -> tuple[Beside, ...]:
+        """Which of `WEIGHTS` a model is written with; the others go into the folder itself.
+
+        For systems that are published in several layouts.
+        """
+        return cls.WEIGHTS
+
+    @classmethod
     def write(cls, model: MultimodalDLM) -> dict[str, Any]:
         """The published config.json of a model, and `FILES` under their names.
 

@@ -131,8 +131,7 @@ def likelihood(
         raise ValueError(
             f"samples is {samples}, group {group} and cfg {cfg}; expected at least 1, 1 and 0"
         )
-    if model.spec.mask_id is None:
-        raise model.spec.unknown_mask()
+    model.spec.require_masks("likelihood")
     is_many = isinstance(answer, list) and not _is_ids(answer)
     examples = _examples(model, prompt, answer if is_many else [answer], length, chat)
     media, found = MediaCache(examples), []

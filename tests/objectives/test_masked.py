@@ -153,3 +153,26 @@ def test_loss_without_masks_is_zero_with_a_graph():
 def test_invalid_arguments_are_rejected(bad):
     with pytest.raises(ValueError, match=r"Masked\.\w+ is .*, expected"):
         Masked(**bad)
+
+
+def test_end_tokens_fill_the_block_of_the_first_one():
+    model = small(attention="block_causal", block_size=4)
+    rows = [
+        row([3, 4], [6, 1, 1, 1, 1, 1, 1]),  # ends at position 3, the last of its block
+        row([3, 4], [6, 7, 1, 1, 1, 1, 1]),  # at position 4, the first of its block
+        row([3, 4], [6, 7, 8]),  # without an end token
+    ]
+    batch = Batch(model.arrange(rows), torch.arange(3), torch.zeros(3).double())
+    whole = Masked(ends="block").prepare(model, batch).sequence
+    answers = [
+        tokens[keep].tolist() for tokens, keep in zip(whole.tokens, whole.is_answer, strict=True)
+    ]
+    assert answers == [[6, 1], [6, 7, 1, 1, 1, 1], [6, 7, 8, 1, 1, 1]]
+    assert torch.equal(whole.level, whole.positions // 4)
+
+
+def test_whole_blocks_need_a_model_with_blocks():
+    model = small()
+    batch = Batch(model.arrange([row([3], [6])]), torch.arange(1), torch.zeros(1).double())
+    with pytest.raises(ValueError, match="ends is 'block', which needs.*not full"):
+        Masked(ends="block").step(model, batch)

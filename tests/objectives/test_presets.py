@@ -12,10 +12,10 @@ from tests.objectives.recorded import PRESETS, preset
 from tests.objectives.test_masked import row, small
 
 NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
-BLOCKS = {"sdar", "dllm_block", "bd3lm", "fast_dllm_v2"}
+BLOCKS = {"sdar", "dllm_block", "bd3lm", "diffusion_vl", "fast_dllm_v2"}
 SHIFTED = {"dream_cart", "dream_vl", "open_dllm", "fast_dllm_v2", "dparallel_dream"}
 # Levels that are spread over the batch of a process depend on it.
-ALONE = [name for name in NAMES if name not in ("mdlm", "bd3lm")]
+ALONE = [name for name in NAMES if name not in ("mdlm", "bd3lm", "diffusion_vl")]
 ROWS = [
     row([3, 4, 5], [6, 7, 8, 9, 10, 1, 1]),
     row([9, 3], [8, 4, 1]),

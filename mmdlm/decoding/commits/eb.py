@@ -10,7 +10,7 @@ from torch import Tensor
 
 from encoders.checks import Limit
 from mmdlm.decoding.memory import Entry, PerAnswer
-from mmdlm.decoding.numerics import entropy, margin, rank
+from mmdlm.decoding.numerics import entropy, margin, rank, within_bound
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 
@@ -54,7 +54,4 @@ class EntropyBound(Strategy):
         """[B R] bool."""
         place = rank(view.confidence)  # positions that are not open come last
         nats = view.memory(self)["entropy"].gather(1, view.at - view.prompt)
-        listed = torch.empty_like(nats).scatter_(1, place, nats)
-        # The sum never falls as the list grows: the lists within the bound are the shortest ones.
-        fits = listed.cumsum(1) - listed.cummax(1).values <= self.gamma
-        return place < fits.sum(1, keepdim=True)
+        return within_bound(nats, place, self.gamma)
