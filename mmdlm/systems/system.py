@@ -193,6 +193,16 @@ def backbone(family: type[Family]) -> Keys:
     return {ours: published for ours, published in family.KEYS.items() if published is not None}
 
 
+def strategy(path: str, **arguments: Any) -> Recipe:
+    """Recipe of a decoding strategy.
+
+    Args:
+        path: its class, from `mmdlm.decoding` on, such as "plans.blocks.Blocks".
+        **arguments: see there.
+    """
+    return {"class_path": f"mmdlm.decoding.{path}", "init_args": arguments}
+
+
 def renamed(keys: Keys, old: str, new: str = "") -> Keys:
     """A table whose published names begin otherwise.
 
