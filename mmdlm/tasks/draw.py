@@ -18,9 +18,10 @@ from mmdlm.decoding.decode import decode
 from mmdlm.decoding.guidance.cfg import CFG
 from mmdlm.decoding.state import Streams
 from mmdlm.decoding.strategy import Strategy
-from mmdlm.layout import Part, Row
+from mmdlm.image_prompt import image_prompt
+from mmdlm.layout import Row
 from mmdlm.media import read_image
-from mmdlm.messages import Media, Message, Text, numbered, user
+from mmdlm.messages import Media, numbered
 from mmdlm.model import MultimodalDLM, require_model
 from mmdlm.tasks.generate import as_list, batches, resolve_settings
 from mmdlm.tasks.watch import WATCHER, Watched
@@ -205,7 +206,7 @@ def _drawn(
     """Images of one grid, decoded together."""
     codec, show = require_drawing(model), WATCHER.get()
     canvas = torch.stack([codec.canvas(one.codes, model.spec.mask_id) for one in wanted])
-    rows = [_prompts(model, codec, one) for one in wanted]
+    rows = [_prompts(model, one) for one in wanted]
     guided = [one for one in strategies if isinstance(one, CFG)]
     scales = {"text": guided[0].scale, "image": guided[0].image} if guided else {}
     begin = time.perf_counter()
@@ -252,29 +253,16 @@ def _pixels(model: MultimodalDLM, codes: Tensor) -> list[Image.Image]:
     return model.encoders["image"].images(codes.clamp(min=0).to(model.device))
 
 
-def _prompts(model: MultimodalDLM, codec: ImageCodes, wanted: Wanted) -> dict[str, Row]:
+def _prompts(model: MultimodalDLM, wanted: Wanted) -> dict[str, Row]:
     """The prompt under "", and by name the prompts that guidance compares with."""
-    processor = model.processor
-    if codec.before or codec.after:
-        before, after = (torch.tensor(ids, dtype=torch.long) for ids in (codec.before, codec.after))
-        ids = processor.encode(wanted.text, special=False)
-        return {"": Row((before, ids, after)), "text": Row((before, after))}
-    system = codec.edit_system if wanted.image is not None else codec.system
-    first = () if system is None else (Message("system", (Text(system),)),)
     media = () if wanted.image is None else (Media("image", wanted.image),)
 
-    def row(message: Message) -> Row:
-        parts: list[Part] = [
-            part.item if isinstance(part, Media) else part
-            for part in processor.prompt((*first, message), chat=True)
-        ]
-        return Row(tuple(parts))
+    def row(text: str | None, *media: Media) -> Row:
+        parts = image_prompt(model.processor, text, *media, edits=wanted.image is not None)
+        return Row(tuple(part.item if isinstance(part, Media) else part for part in parts))
 
-    found = {
-        "": row(user(*media, wanted.text)),
-        "text": row(Message("user", (*media, Text("")), {"unconditional": True})),
-    }
-    return found | ({"image": row(user(wanted.text))} if media else {})
+    found = {"": row(wanted.text, *media), "text": row(None, *media)}
+    return found | ({"image": row(wanted.text)} if media else {})
 
 
 def _wanted(
