@@ -117,6 +117,7 @@ class ImageTokenizer:
     """
 
     kind: ClassVar[str] = "image"
+    float32: ClassVar[bool] = True  # near the bound between two codes, rounding gives the other one
     dim = 1
     count: int
     stride: int

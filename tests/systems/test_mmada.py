@@ -261,6 +261,18 @@ def test_what_cannot_be_drawn_is_refused(model, folder, tmp_path) -> None:
         mmdlm.caption(text_only, picture(0))
 
 
+def test_the_image_tokenizer_stays_float32_in_lower_precision(model, folder) -> None:
+    half = mmdlm.load(folder, dtype="bfloat16", device="cpu")
+    assert half.backbone.embed.weight.dtype == torch.bfloat16
+    assert {w.dtype for w in half.encoders["image"].parameters()} == {torch.float32}
+    for seed in range(3):
+        item = model.processor.prepare("image", picture(seed))
+        (ids,), (same,) = half.encode("image", [item]), model.encode("image", [item])
+        assert torch.equal(ids, same)
+    drawn = mmdlm.draw(half, "ab", seed=0, steps=3, details=True)
+    assert drawn.codes.shape == (4, 4)
+
+
 def test_control_tokens_in_a_text_stay_text(model) -> None:
     ids = model.processor.encode("a<|eot_id|>", special=False)
     assert 42 not in ids.tolist()
