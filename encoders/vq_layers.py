@@ -50,22 +50,22 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, width: int, groups: int, convolution: bool) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, width, EPS)
+        self.norm, self.convolution = nn.GroupNorm(groups, width, EPS), convolution
         for name in ("q", "k", "v", "proj"):
             layer = nn.Conv2d(width, width, 1) if convolution else nn.Linear(width, width)
             setattr(self, name, layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B C Y X] of [B C Y X]."""
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B N C]
-        q, k, v = (_linear(layer, tokens)[:, None] for layer in (self.q, self.k, self.v))
+        normed = self.norm(x)
+        q, k, v = (self._project(layer, normed) for layer in (self.q, self.k, self.v))
+        q, k, v = (each.flatten(2).transpose(1, 2)[:, None] for each in (q, k, v))  # [B 1 N C]
         mixed = F.scaled_dot_product_attention(q, k, v)[:, 0]  # [B N C]
-        return x + _linear(self.proj, mixed).transpose(1, 2).view_as(x)
+        return x + self._project(self.proj, mixed.transpose(1, 2).reshape(x.shape))
 
-
-def _linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """A linear layer, or a 1x1 convolution used as one, on [B N C]."""
-    return F.linear(x, layer.weight.flatten(1), layer.bias)
+    def _project(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """[B C Y X] of [B C Y X], by a 1x1 convolution or a linear layer."""
+        return layer(x) if self.convolution else layer(x.movedim(1, -1)).movedim(-1, 1)
 
 
 class Middle(nn.Module):

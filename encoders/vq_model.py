@@ -98,7 +98,7 @@ class VQModel(ImageTokenizer, Encoder):
     @classmethod
     def tiny(cls) -> Self:
         """16 codes of 4x4 pixels, for tests."""
-        return cls((32, 32, 32), 1, 4, 16, size=64)
+        return cls((32, 32, 32), 1, 4, 16, attention=True, size=64)
 
     @staticmethod
     def example(seed: int = 0) -> Any:
