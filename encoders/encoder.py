@@ -19,11 +19,13 @@ class Encoder(Recorded, nn.Module):
         dim: width E of the tokens it gives.
         preprocess: raw item to `Prepared`. It holds settings but no weights, so that worker
             processes and server threads can have a copy.
+        float32: whether the weights stay float32 in a model of lower precision.
         KEYS: our tensor names to published ones, `{i}` for the layer, a tuple for parts that are
             stacked along the first axis; where a published layout exists.
     """
 
     kind: ClassVar[str]
+    float32: ClassVar[bool] = False
     KEYS: ClassVar[dict[str, str | tuple[str, ...]]] = {}
     dim: int
     preprocess: Callable[[Any], Prepared]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mmdlm.tasks.caption import caption
     from mmdlm.tasks.chat import generate
     from mmdlm.tasks.describe import describe
+    from mmdlm.tasks.draw import draw
     from mmdlm.tasks.embed import embed
     from mmdlm.tasks.infill import infill
     from mmdlm.tasks.likelihood import likelihood
@@ -40,6 +41,7 @@ __all__ = [
     "caption",
     "decode",
     "describe",
+    "draw",
     "embed",
     "generate",
     "infill",
@@ -60,6 +62,7 @@ _FILES = {
     "answer": "mmdlm.tasks.answer",
     "caption": "mmdlm.tasks.caption",
     "describe": "mmdlm.tasks.describe",
+    "draw": "mmdlm.tasks.draw",
     "embed": "mmdlm.tasks.embed",
     "generate": "mmdlm.tasks.chat",
     "infill": "mmdlm.tasks.infill",

@@ -35,7 +35,8 @@ FORMAT = "mmdlm-2"
 # Packages a checkpoint may name classes of: a checkpoint must not name arbitrary code.
 PARTS = ("encoders", "adapters")
 STRATEGIES = ("mmdlm.decoding",)
-TEMPLATE_FIELDS = {"chat", "media", "system", "first"}
+TEMPLATE_FIELDS = {"chat", "media", "system", "first", "last"}
+OUTPUTS = {"actions", "image"}
 # Functions of torch that make tensors from sizes.
 FACTORIES = frozenset(
     ("arange", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "normal", "ones")
@@ -69,10 +70,12 @@ class Blueprint(Checked):
         spec: sizes, special ids and conventions of the language model.
         encoders: recipe of each encoder by modality, "image", "audio", "state".
         adapters: recipes under the same names.
-        outputs: codecs of values that are not text, by name; "actions" is `Robot.to_dict()`.
+        outputs: codecs of values that are not text, by name; "actions" is `Robot.to_dict()`,
+            "image" is `ImageCodes.to_dict()`.
         template: what goes beyond `spec.template`: "chat" (name or Jinja text), "media" (text
             around the embeddings of each medium, "{}" marks their place), "system" (default
-            system message), "first" (modalities that stand before the prompt).
+            system message), "first" (modalities that stand before the prompt), "last" (modalities
+            that stand after the text of their message).
         tasks: per task "prompt", "length" (tokens of the canvas), "strategies" (recipes), and for
             acting "tasks" (simulators it knows), "execute" (actions per query), "cameras" (their
             names, the first one is required) and "placeholder" (what the model sees where an
@@ -104,8 +107,8 @@ class Blueprint(Checked):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected a table")
         for each in (*self.encoders.values(), *self.adapters.values()):
             recipe.check(each, PARTS)
-        if unknown := set(self.outputs) - {"actions"}:
-            raise ValueError(f"outputs has {sorted(unknown)}; expected 'actions'")
+        if unknown := set(self.outputs) - OUTPUTS:
+            raise ValueError(f"outputs has {sorted(unknown)}; expected {sorted(OUTPUTS)}")
         if unknown := set(self.template) - TEMPLATE_FIELDS:
             raise ValueError(f"template has {sorted(unknown)}; expected {sorted(TEMPLATE_FIELDS)}")
         check_tasks(self.tasks)
@@ -225,11 +228,15 @@ def build(
         KeyError: an output lacks an entry.
     """
     limit = nullcontext() if budget is None else budget
-    robot = None
+    robot = drawing = None
     if "actions" in blueprint.outputs:
         from adapters.robot import Robot
 
         robot = Robot.from_dict(blueprint.outputs["actions"])
+    if "image" in blueprint.outputs:
+        from adapters.image_codes import ImageCodes
+
+        drawing = ImageCodes.from_dict(blueprint.outputs["image"])
     with limit:
         made = {kind: {n: _part(r) for n, r in getattr(blueprint, kind).items()} for kind in PARTS}
     with torch.device("meta"), limit:
@@ -240,10 +247,15 @@ def build(
             tokenizer,
             robot,
             Template(**blueprint.template) if blueprint.template else None,
+            drawing,
         )
-    if robot is not None and max(robot.bins.ids.stop - 1, *robot.tail, 0) >= (
-        rows := blueprint.spec.transformer.vocab
-    ):
+    rows = blueprint.spec.transformer.vocab
+    if drawing is not None and drawing.ids.stop > rows:
+        raise ValueError(
+            f"image codes use ids up to {drawing.ids.stop - 1}, but the embedding has {rows} rows; "
+            "the files are of different checkpoints"
+        )
+    if robot is not None and max(robot.bins.ids.stop - 1, *robot.tail, 0) >= rows:
         raise ValueError(
             f"statistics.json: actions use ids up to {max(robot.bins.ids.stop - 1, *robot.tail)}, "
             f"but the embedding has {rows} rows; the files are of different checkpoints"
@@ -272,7 +284,11 @@ def describe(model: MultimodalDLM) -> Blueprint:
         spec=model.spec,
         encoders={name: _without_download(part) for name, part in model.encoders.items()},
         adapters={name: _without_download(part) for name, part in model.adapters.items()},
-        outputs={} if model.robot is None else {"actions": model.robot.to_dict()},
+        outputs={
+            name: codec.to_dict()
+            for name, codec in (("actions", model.robot), ("image", model.drawing))
+            if codec is not None
+        },
         template={} if model.template is None else model.template.to_dict(),
         tasks=tasks,
         system=model.system,

@@ -86,15 +86,18 @@ class Template:
             Control tokens in it are encoded as such.
         system: default system message.
         first: modalities whose embeddings are moved to the start of the prompt.
+        last: modalities that are moved to the end of their message, after its text.
     """
 
     chat: str | None = None
     media: Mapping[str, str] = field(default_factory=dict)
     system: str | None = None
     first: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "first", tuple(self.first))
+        for name in ("first", "last"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for kind, text in self.media.items():
             if text.count("{}") != 1:
                 raise ValueError(
@@ -108,8 +111,19 @@ class Template:
             "media": dict(self.media),
             "system": self.system,
             "first": list(self.first),
+            "last": list(self.last),
         }
         return {name: value for name, value in fields.items() if value}
+
+    def ordered(self, messages: Items[Message]) -> tuple[Message, ...]:
+        """The messages with the modalities of `last` after the other parts of each."""
+        if not self.last:
+            return tuple(messages)
+
+        def is_last(part: Any) -> bool:
+            return isinstance(part, Media) and part.kind in self.last
+
+        return tuple(Message(m.role, sorted(m.parts, key=is_last), m.extra) for m in messages)
 
 
 def find(tokenizer: Tokenizer | None, name: str) -> str | None:

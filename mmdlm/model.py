@@ -32,6 +32,7 @@ STEP = 512
 """Most positions of a compiled step: with more, launching kernels is short beside computing."""
 
 if TYPE_CHECKING:
+    from adapters.image_codes import ImageCodes
     from adapters.robot import Robot
 
 
@@ -49,6 +50,8 @@ class MultimodalDLM(nn.Module):
         tokenizer: None for checkpoints without one; only methods on token ids work then.
         robot: action tokens and normalization statistics of a policy.
         template: prompt template; None for the chat template of the family.
+        drawing: codes of the images that the model draws; the encoder "image" turns them into
+            pixels.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class MultimodalDLM(nn.Module):
         tokenizer: Tokenizer | None = None,
         robot: Robot | None = None,
         template: Template | None = None,
+        drawing: ImageCodes | None = None,
     ) -> None:
         super().__init__()
         encoders, adapters = encoders or {}, adapters or {}
@@ -74,6 +78,7 @@ class MultimodalDLM(nn.Module):
         self.tokenizer = tokenizer
         self.robot = robot
         self.template = template
+        self.drawing = drawing
         self.preset: dict[str, dict[str, Any]] = {}
         """Default prompt, canvas length and strategies per task, from decoding.yaml."""
         self.system: str | None = None
@@ -102,11 +107,12 @@ class MultimodalDLM(nn.Module):
     @property
     def processor(self) -> Processor:
         """Converter of messages to token ids and preprocessed media; holds no weights."""
-        settings = self.spec, self.tokenizer, self.robot, self.template, self.on_damage
+        codecs = {"actions": self.robot, "image": self.drawing}
+        settings = self.spec, self.tokenizer, *codecs.values(), self.template, self.on_damage
         parts = (*settings, *self.encoders.values())
         if self._processor is None or any(map(is_not, parts, self._processor[0])):
             inputs = {kind: encoder.preprocess for kind, encoder in self.encoders.items()}
-            outputs = {} if self.robot is None else {"actions": self.robot}
+            outputs = {name: codec for name, codec in codecs.items() if codec is not None}
             made = Processor(
                 self.spec, self.tokenizer, inputs, outputs, self.template, self.on_damage
             )
@@ -114,7 +120,7 @@ class MultimodalDLM(nn.Module):
         return self._processor[1]
 
     def encode(self, kind: str, items: Items[Prepared]) -> list[Tensor | Sparse]:
-        """Backbone embeddings [N D] of each preprocessed item of one modality, or some of them.
+        """Backbone embeddings [N D] (all or some) or token ids int64 [N] of items of one modality.
 
         An encoder whose parameters are all frozen runs without a gradient graph.
         """

@@ -118,14 +118,14 @@ class Processor:
 
     # -- text
 
-    def encode(self, text: str) -> Tensor:
-        """Token ids [n] of a text, without a template.
+    def encode(self, text: str, *, special: bool = True) -> Tensor:
+        """Token ids [n] of a text, without a template; `special` as in `Tokenizer.encode`.
 
         Raises:
             ValueError: there is no tokenizer, the text contains the mask token, or a word is not in
                 the vocabulary.
         """
-        ids = torch.tensor(self._tokenizer().encode(text), dtype=torch.long)
+        ids = torch.tensor(self._tokenizer().encode(text, special=special), dtype=torch.long)
         if (ids == self.spec.mask_id).any():
             raise ValueError(f"text {text!r} holds the mask token; in infill() write [MASK]")
         return ids
@@ -158,6 +158,7 @@ class Processor:
             return self._raw(messages, self.template.media)
         if self.template.system is not None and messages[0].role not in ("system", "developer"):
             messages = (Message("system", (Text(self.template.system),)), *messages)
+        messages = self.template.ordered(messages)
         parts = encode(self._tokenizer(), messages, jinja, self.template.media, self.spec.family)
         strings = [text for message in messages for text in message.strings]
         written = [i for text in strings for i in self._tokenizer().encode(text)]

@@ -22,7 +22,7 @@ LEVELS = (
     {"text", "discover", "lines", "media", "messages", "sandbox"},
     {"recipe", "jinja"},
     {"backbones", "chat"},
-    {"layout"},
+    {"layout", "image_prompt"},
     {"processor"},
     {"model"},
     {"blueprint", "representation"},

@@ -193,6 +193,9 @@ def facts(model: MultimodalDLM) -> dict[str, str]:
         found[f"task {task}"] = _task(entry)
     if not model.preset:
         found["tasks"] = "no defaults; give --prompt"
+    if model.drawing is not None:
+        wide, high = model.drawing.size
+        found["draws"] = f"images of {wide} x {high} pixels, {model.drawing.count:,} codes"
     if model.robot is not None:
         robot = model.robot
         found["robot"] = f"chunks of {robot.chunk} actions of {robot.action_size} numbers"

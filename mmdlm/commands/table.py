@@ -34,6 +34,7 @@ COMMANDS = {
     "transcribe": Command("ask:transcribe", "what is said", ASK, ("files",)),
     "generate": Command("text:generate", "what follows a text", ASK, ("texts",)),
     "chat": Command("text:chat", "talk with a text model", ASK, ("checkpoint",)),
+    "draw": Command("draw:draw", "an image of a text", ASK, ("texts",)),
     "infill": Command("ask:infill", "the [MASK]s of a text", ASK, ("templates",)),
     "embed": Command("ask:embed", "vectors of pictures or sounds", ASK, ("files",)),
     "search": Command("ask:search", "files most like a text or a file", ASK, ("query",)),

@@ -63,6 +63,7 @@ def decode(
     columns: slice | None = None,
     canvas: Tensor | None = None,
     on_step: Callable[[Session, Mapping[int, Finished]], None] | None = None,
+    alternatives: Mapping[str, Tensor | Sequence] | None = None,
 ) -> Decoded:
     """A prompt with `length` masked positions filled in.
 
@@ -83,6 +84,8 @@ def decode(
         canvas: [B G] int64 answer of which only the masks are filled in; None: all masks.
         on_step: called before the first step and after each, with the session (the keys of its
             requests are the rows) and the answers that are complete by key.
+        alternatives: other prompts of the same rows by name, such as "text" for the prompt without
+            its text. Strategies see the logits that the same answer has after them (`CFG`).
     Raises:
         TypeError: the token ids are not integers.
         ValueError: two strategies decide the same one-owner hook or do not fit together, an id is
@@ -92,7 +95,8 @@ def decode(
     """
     require_model(model, "decode")
     session = Session(model, strategies, columns=columns)
-    keys = session.add_rows(prompt, length, mask=mask, generator=generator, canvas=canvas)
+    given = {"mask": mask, "generator": generator, "canvas": canvas, "alternatives": alternatives}
+    keys = session.add_rows(prompt, length, **given)
     found = {done.key: done for done in session.finished()}
     while True:
         if on_step is not None:

@@ -122,6 +122,8 @@ def run(state: State, tokens: Tensor | None = None, cache: str = "canvas") -> Te
         kv = state.caches[cache]
     if state.refresh.prefill is not None:
         _prefill(state, sequence, kv)
+    if state.refresh.logits is not None:
+        return _stored(state, sequence, kv, state.refresh.logits)
     if len(state.parts) == 1 and state.parts[0].rows is None:
         part = state.parts[0]
         is_slice = state.read is not None and isinstance(part.at, slice)
@@ -140,6 +142,23 @@ def run(state: State, tokens: Tensor | None = None, cache: str = "canvas") -> Te
             logits = some.new_zeros(*state.at.shape, some.shape[-1])
         logits[rows, : some.shape[1]] = some
     return logits
+
+
+def _stored(state: State, sequence: Sequence, kv: KV | None, stored: Tensor) -> Tensor:
+    """Logits [B R V] of the scored positions out of the stored ones [B L V], updated first."""
+    shift = int(state.model.spec.shift)
+    for part in state.parts:
+        rows = range(len(stored)) if part.rows is None else part.rows.tolist()
+        if isinstance(part.at, slice):
+            read: Rows = slice(part.at.start + shift, part.at.stop + shift)
+            places = torch.arange(read.start, read.stop, device=stored.device).expand(len(rows), -1)
+        else:
+            read = places = part.at + shift
+        some = _run(state, sequence, part, read, kv)
+        for row, at, logits in zip(rows, places, some, strict=True):
+            inside = at < state.length  # the last position of a shifted family scores nothing
+            stored[row, at[inside]] = logits[inside]
+    return take(stored, state.at)
 
 
 def _prefill(state: State, sequence: Sequence, kv: KV) -> None:

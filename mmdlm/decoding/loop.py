@@ -22,6 +22,11 @@ from mmdlm.decoding.view import View, ban_mask, settled
 Owners = dict[str, list[Strategy]]
 """Hook name to the strategies that decide it; under "all", every strategy of the decode once."""
 
+SHARED = (
+    *("step", "block", "block_step", "block_masks", "block_size", "asked"),
+    *("plan", "region", "opened", "held", "left_before", "_left"),
+)
+"""What an alternative prompt has in common with the rows: all about the answers."""
 DEFAULTS = (Blocks(), Exact(), Greedy(), Probability(), TopK())
 """Strategies that decide the hooks which no other strategy decides."""
 
@@ -109,11 +114,15 @@ def step(state: State, owners: Owners, on_commit: Callable[[State], None] | None
     view = View(state)
     state.refresh = owners["refresh"][0].refresh(view)
     state.look = owners["look"][0].look(view) if "look" in owners else None
-    state.focus(active_positions(state, owners))
+    read = active_positions(state, owners)
+    state.focus(read)
     forward.prepare(state)
     state.shown = owners["show"][0].show(view) if "show" in owners else None
+    for other in state.alternatives.values():
+        follow(other, state, read, owners["refresh"][0])
     logits = forward.run(state)
-    _cached(state)
+    for each in (state, *state.alternatives.values()):
+        _cached(each)
     for strategy in owners["all"]:
         if strategy in owners.get("guide", ()):
             logits = strategy.guide(view, logits)
@@ -142,6 +151,43 @@ def step(state: State, owners: Owners, on_commit: Callable[[State], None] | None
     state.wrote()
     state.step += 1
     state.block_step += 1
+
+
+def follow(other: State, state: State, read: Tensor, owner: Strategy) -> None:
+    """Prepares the forward of an alternative prompt with the answers as they are.
+
+    Args:
+        other: the rows after the alternative prompt.
+        state: the rows.
+        read: [B L] host bool, the positions scored.
+        owner: the strategy that decides `refresh`.
+    Raises:
+        RuntimeError: the owner computes other positions after this prompt.
+    """
+    other.tokens[:, state.prompt :] = state.tokens[:, state.prompt :]
+    if other.plan is not state.plan:
+        other.noted = {}
+    for name in SHARED:
+        setattr(other, name, getattr(state, name))
+    other.refresh = owner.refresh(View(other))
+    other.focus(read)
+    if bool((read & ~scorable(other)).any()):
+        raise RuntimeError(
+            f"{type(owner).__name__} computes other positions after the alternative prompt; "
+            "use guidance without this cache"
+        )
+    forward.prepare(other)
+
+
+def scorable(state: State) -> Tensor:
+    """[B L] host bool, the positions that the forward of this step can score."""
+    if state.refresh.logits is not None:
+        return state.level >= 0
+    if not state.model.spec.shift:
+        return state.refresh.compute
+    scored = state.refresh.compute.roll(1, 1)
+    scored[:, 0] = False
+    return scored
 
 
 def _cached(state: State) -> None:
@@ -243,11 +289,7 @@ def active_positions(state: State, owners: Owners) -> Tensor:
     Raises:
         RuntimeError: a row that has open masks scores none of them.
     """
-    shift = int(state.model.spec.shift)
-    scored = state.refresh.compute
-    if shift:
-        scored = scored.roll(shift, 1)
-        scored[:, 0] = False
+    scored = scorable(state)
     left = state.left_before
     sees = {strategy.sees for strategy in owners["all"]}
     open_masks = state.plan & left
@@ -255,7 +297,7 @@ def active_positions(state: State, owners: Owners) -> Tensor:
         wanted = state.answer
         if not state.one_level:
             # As far as the open masks see; the other positions of the block may see further.
-            scoring = state.level.roll(shift, 1)
+            scoring = state.level.roll(int(state.model.spec.shift), 1)
             masks = state.plan & state.left
             top = scoring.masked_fill(~masks, -1).amax(1, keepdim=True)
             wanted = wanted & state.unsettled & (scoring <= top)

@@ -10,7 +10,7 @@ from torch import Tensor
 class Refresh(NamedTuple):
     """What one step computes; every batch row has its own positions.
 
-    All tensors are [B L] bool on the host.
+    All tensors but `logits` are [B L] bool on the host.
 
     Args:
         compute: positions whose keys, values and states are recomputed, at least one per row.
@@ -22,6 +22,8 @@ class Refresh(NamedTuple):
             others; None: there is no such forward. Rows without one take no part in it.
         only: positions that later steps of the block cannot score. A row that has a mask there
             commits it and nothing else; in the other rows `select` decides. None: in all rows.
+        logits: [B L V] float32 on the model's device, logits of the latest forward of every
+            position; updated in place. All open positions are scored from it, computed or not.
     """
 
     compute: Tensor
@@ -29,3 +31,4 @@ class Refresh(NamedTuple):
     attend: Tensor | None = None
     prefill: Tensor | None = None
     only: Tensor | None = None
+    logits: Tensor | None = None

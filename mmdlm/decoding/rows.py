@@ -40,6 +40,8 @@ def keep(state: State, rows: Tensor) -> None:
     for kv in state.caches.values():
         kv.keep(at)
     state.memories = {k: memory.each("keep", rows) for k, memory in state.memories.items()}
+    for other in state.alternatives.values():
+        keep(other, rows)
 
 
 def join(state: State, new: State) -> None:
@@ -48,7 +50,15 @@ def join(state: State, new: State) -> None:
     Args:
         state: changed in place.
         new: rows before their first step, without keys and values or with those of earlier text.
+    Raises:
+        ValueError: the rows have other alternative prompts.
     """
+    if state.alternatives.keys() != new.alternatives.keys():
+        names = [sorted(each.alternatives) for each in (state, new)]
+        raise ValueError(
+            f"the batch has the alternative prompts {names[0]}, a new request has {names[1]}; all "
+            "requests of a session need the same ones"
+        )
     prompt = max(state.prompt, new.prompt)
     size = max(state.length - state.prompt, new.length - new.prompt)
     for each in (state, new):
@@ -64,6 +74,8 @@ def join(state: State, new: State) -> None:
             for each in (state, new)
         ]
         state.caches[name] = made[0].join(made[1])
+    for name, other in state.alternatives.items():
+        join(other, new.alternatives[name])
     state.relevel()
     state.wrote()
 
@@ -83,6 +95,8 @@ def widen(state: State, left: int, right: int) -> None:
     state.memories = {k: m.each("pad", left, right) for k, m in state.memories.items()}
     for name, kv in state.caches.items():
         state.caches[name] = kv.pad(left, right)
+    for other in state.alternatives.values():
+        widen(other, left, right)
     state.relevel()
     state.wrote()
 
@@ -204,5 +218,7 @@ def resize(state: State, source: Tensor) -> None:
     state.memories = {k: m.each("resize", on, prompt) for k, m in state.memories.items()}
     for name, kv in state.caches.items():
         state.caches[name] = kv.pad(0, size)
+    for other in state.alternatives.values():
+        resize(other, on)
     state.set_levels(state.sequence.level)
     state.wrote()

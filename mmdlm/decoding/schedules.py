@@ -13,7 +13,8 @@ from torch import Tensor
 from mmdlm.decoding.numerics import rank
 from mmdlm.decoding.view import View
 
-SCHEDULES = ("cosine", "linear", "pow<exponent>", "exp", "log")
+SCHEDULES = ("cosine", "linear", "pow<exponent>", "exp", "log", "sigmoid")
+SIGMOID = 3.0  # half the range of the sigmoid, lucidrains/muse-maskgit-pytorch
 POWER = re.compile(r"pow(\d+(?:\.\d+)?|\.\d+)")
 Counts = Callable[[int, int], list[int]]
 """From the masks of a block and its number of steps to the positions committed in each step."""
@@ -104,6 +105,29 @@ def remaining(masks: int, steps: int, mode: str) -> list[int]:
     return [int(masks * share(i / steps, masks, mode)) for i in range(1, steps + 1)]
 
 
+@lru_cache(maxsize=4096)
+def kept(masks: int, steps: int, mode: str) -> list[int]:
+    """How many of some masks remain after each step, rounded in float32 as image generators do.
+
+    64 cos(pi / 3), which is 32, becomes 31.
+
+    Args:
+        masks: number of masks at first.
+        steps: number of steps, at least 1.
+        mode: see `MaskGIT.schedule`.
+    Raises:
+        ValueError: the mode is unknown.
+    """
+    ratio = torch.tensor([i / steps for i in range(1, steps + 1)])
+    if mode == "cosine":
+        shares = torch.cos(math.pi / 2 * ratio)
+    elif mode == "linear":
+        shares = 1 - ratio
+    else:
+        shares = torch.tensor([share(i / steps, masks, mode) for i in range(1, steps + 1)])
+    return (masks * shares).floor().long().tolist()
+
+
 def share(ratio: float, masks: int, mode: str) -> float:
     """Share of a block that is masked when `ratio` of its steps are done.
 
@@ -119,6 +143,9 @@ def share(ratio: float, masks: int, mode: str) -> float:
         share = math.cos(math.pi / 2 * ratio)
     elif mode == "exp":
         share = 1 - max(masks, 1) ** (ratio - 1)
+    elif mode == "sigmoid":
+        low, high = (1 / (1 + math.exp(-x)) for x in (-SIGMOID, SIGMOID))
+        share = (high - 1 / (1 + math.exp(SIGMOID * (1 - 2 * ratio)))) / (high - low)
     elif mode == "log":
         share = -math.log(ratio) / math.log(masks) if masks > 1 else 1 - ratio
     else:

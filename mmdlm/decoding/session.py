@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 
 import torch
 from torch import Tensor
@@ -124,6 +124,7 @@ class Session:
         generator: Source = None,
         canvas: Tensor | None = None,
         keep: bool = False,
+        alternatives: Mapping[str, Tensor | Sequence] | None = None,
     ) -> list[int]:
         """Adds one request per row; see `add`.
 
@@ -134,8 +135,10 @@ class Session:
             generator: one for the rows or one per row; None: torch's own.
             canvas: [B G] int64.
             keep: see `add`.
+            alternatives: see `mmdlm.decode`.
         """
-        state = start(self.model, prompt, length, mask, generator, self.columns, canvas, self._next)
+        given = (prompt, length, mask, generator, self.columns, canvas, self._next, alternatives)
+        state = start(self.model, *given)
         self._next += len(state.keys)
         if keep:
             self._kept |= set(state.keys)
@@ -146,18 +149,21 @@ class Session:
         with packed(getattr(self.model, "backbone", None)):
             self._packs = active()
         keys = list(state.keys)
-        everyone = self.owners["all"]
+        everyone, owner = self.owners["all"], self.owners["refresh"][0]
         state.memories = {id(s): Memory({}, self._shared[id(s)]) for s in everyone}
-        for strategy in self.owners.get("layout", ()):
-            state.set_levels(strategy.layout(View(state)))
+        for each in (state, *state.alternatives.values()):
+            for strategy in self.owners.get("layout", ()):
+                each.set_levels(strategy.layout(View(each)))
         for s in everyone:
             state.memories[id(s)] = Memory(s.begin(View(state)), self._shared[id(s)])
         loop.end(state, self.owners)
         state.wrote()
+        for other in state.alternatives.values():
+            other.memories = {id(owner): Memory(owner.begin(View(other)), self._shared[id(owner)])}
         self._done += self._leave(state, state.left.any(1))
-        owner = self.owners["refresh"][0]
-        if state.keys and (kv := owner.cache(View(state))) is not None:
-            state.caches["canvas"] = kv
+        for each in (state, *state.alternatives.values()) if state.keys else ():
+            if (kv := owner.cache(View(each))) is not None:
+                each.caches["canvas"] = kv
         if state.keys:
             self._waiting.append(state)
         return keys

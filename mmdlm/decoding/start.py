@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from numbers import Integral
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from encoders.checks import shown
 from mmdlm.backbones.family import MOST_TOKENS, Spec
-from mmdlm.decoding.rows import pad
+from mmdlm.decoding.rows import pad, widen
 from mmdlm.decoding.state import Source, State, Streams
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.layout import ANSWER, TOKEN, Sequence, from_tokens, levels
@@ -29,6 +29,7 @@ def start(
     columns: slice | None = None,
     canvas: Tensor | None = None,
     first_key: int = 0,
+    alternatives: Mapping[str, Tensor | Sequence] | None = None,
 ) -> State:
     """The prompt followed by the canvas.
 
@@ -41,6 +42,7 @@ def start(
         columns: ids that may be committed.
         canvas: [B G] int64 answer of which only the masks are filled in; None: all masks.
         first_key: key of the first row; the others count on from it.
+        alternatives: other prompts for the same answers, see `mmdlm.decode`.
     Raises:
         ValueError: see `mmdlm.decode`.
     """
@@ -64,11 +66,23 @@ def start(
             raise ValueError(f"canvas is {list(canvas.shape)}, expected {[batch, length]}")
         check_ids(canvas, max(vocab, spec.mask_id + 1), "canvas")
         answer = canvas.to(answer)
-    made = Streams(generator, batch, model.device)
+    is_made = isinstance(generator, Streams)
+    made = generator if is_made else Streams(generator, batch, model.device)
     keys = list(range(first_key, first_key + batch))
     draws = [(made, i) for i in range(batch)]
     sequence = append_answer(model, prompt, answer)
-    return State(model, sequence, size, keys, draws, committable(columns, model))
+    state = State(model, sequence, size, keys, draws, committable(columns, model))
+    for name, other in (alternatives or {}).items():
+        twin = start(model, other, length, None, None, columns, canvas, first_key)
+        if len(twin.keys) != batch:
+            raise ValueError(
+                f"the alternative prompt {name!r} has {len(twin.keys)} rows, expected {batch}"
+            )
+        missing = twin.prompt - state.prompt
+        widen(twin, max(0, -missing), 0)
+        widen(state, max(0, missing), 0)  # with the alternatives so far
+        state.alternatives[name] = twin
+    return state
 
 
 def unpacked(

@@ -16,9 +16,6 @@ from mmdlm.decoding.refresh import Refresh
 from mmdlm.layout import Sequence
 from mmdlm.model import MultimodalDLM
 
-Source = torch.Generator | Items[torch.Generator] | None
-"""One generator for the rows, one per row, or torch's own."""
-
 CLOCKS = ("step", "block", "block_step", "block_masks", "block_size", "forwards", "asked", "final")
 
 
@@ -43,10 +40,21 @@ class Streams:
         self.source, self.batch, self.device = source, batch, device
         self.made: list[torch.Generator] | None = None
 
+    @classmethod
+    def exactly(cls, generators: Items[torch.Generator]) -> Streams:
+        """Rows that draw from these generators themselves, one per row, in the published order."""
+        made = cls(generators, len(generators), generators[0].device)
+        made.made = list(generators)
+        return made
+
     def __getitem__(self, row: int) -> torch.Generator:
         if self.made is None:
             self.made = streams(self.source, self.batch, self.device)
         return self.made[row]
+
+
+Source = torch.Generator | Items[torch.Generator] | Streams | None
+"""One generator for the rows, one per row, their streams, or torch's own generator."""
 
 
 def streams(source: Source, batch: int, device: torch.device) -> list[torch.Generator]:
@@ -164,6 +172,8 @@ class State:
     """Key/value buffers by the filling of the canvas they belong to, see `forward`."""
     memories: dict[int, Memory] = field(default_factory=dict)
     """What strategies remember, by `id` of the strategy."""
+    alternatives: dict[str, State] = field(default_factory=dict)
+    """The same answers after other prompts, by name, for guidance; as long as this one."""
     noted: dict[Any, Any] = field(default_factory=dict)
     """What was derived from plan and levels, until these or the rows change; see `View.derived`."""
     left_before: Tensor = field(init=False)

@@ -130,6 +130,42 @@ class View:
         """
         return forwards.run(self._state, tokens, cache)
 
+    @property
+    def alternatives(self) -> tuple[str, ...]:
+        """Names of the alternative prompts, see `mmdlm.decode`."""
+        return tuple(self._state.alternatives)
+
+    def alternative(self, name: str) -> Tensor:
+        """Logits [B R V] of the scored positions after an alternative prompt, to be counted.
+
+        Args:
+            name: one of `alternatives`; once per step each.
+        """
+        state, other = self._state, self._state.alternatives[name]
+        other.calls, other.forwards = 0, torch.zeros_like(state.forwards)
+        logits = forwards.run(other)
+        state.calls += other.calls
+        state.forwards += other.forwards
+        return logits
+
+    def multinomial(self, logits: Tensor, where: Tensor) -> Tensor:
+        """[B R] int64 columns drawn from softmax(logits), each row from its own stream.
+
+        Args:
+            logits: [B R V] of the scored positions.
+            where: [B L] host bool, positions for which a row draws, the scored ones among them; so
+                the numbers drawn do not depend on how many are still open.
+        """
+        p, found = logits.softmax(-1), torch.empty_like(self._state.at)
+        for i, row in enumerate(where):
+            places = row.nonzero()[:, 0].to(p.device)
+            table = p.new_ones(len(places), p.shape[-1])
+            at = torch.searchsorted(places, self._state.at[i]).clamp(max=len(places) - 1)
+            table[at] = p[i]
+            made, number = self._state.draws[i]
+            found[i] = torch.multinomial(table, 1, generator=made[number])[at, 0]
+        return found
+
     def uniform(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Random numbers [B R *size] in [0, 1), 0.5 at positions that are not open.
 

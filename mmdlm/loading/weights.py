@@ -154,6 +154,7 @@ def fill(
     for group in ("encoders", "adapters"):
         for name, part in getattr(model, group).items():
             own = kinds.get(f"{group}.{name}", kinds["backbone"])
+            own = torch.float32 if getattr(part, "float32", False) else own
             allocate(part, over[0], own)
             part.to(over[0], own)  # what was not on the meta device
     where = spread(model.backbone, over)

@@ -230,6 +230,16 @@ def respelled(named: Mapping[str, T], beginnings: Mapping[str, str]) -> dict[str
     return {change(name): value for name, value in named.items()}
 
 
+def strategy(path: str, **arguments: Any) -> Recipe:
+    """Recipe of a decoding strategy.
+
+    Args:
+        path: its class, from `mmdlm.decoding` on, such as "plans.blocks.Blocks".
+        **arguments: see there.
+    """
+    return {"class_path": f"mmdlm.decoding.{path}", "init_args": arguments}
+
+
 def renamed(keys: Keys, old: str, new: str = "") -> Keys:
     """A table whose published names begin otherwise.
 

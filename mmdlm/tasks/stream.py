@@ -12,11 +12,14 @@ from mmdlm.tasks.answer import answer
 from mmdlm.tasks.caption import caption
 from mmdlm.tasks.chat import generate
 from mmdlm.tasks.describe import describe
+from mmdlm.tasks.draw import draw
 from mmdlm.tasks.infill import infill
 from mmdlm.tasks.transcribe import transcribe
 from mmdlm.tasks.watch import Canvas, watching
 
-TASKS = {task.__name__: task for task in (answer, caption, describe, generate, infill, transcribe)}
+TASKS = {
+    task.__name__: task for task in (answer, caption, describe, draw, generate, infill, transcribe)
+}
 """What `stream` takes by name."""
 
 
@@ -33,8 +36,8 @@ def stream(
 
     Args:
         model: the model.
-        task: "caption", "answer", "describe", "transcribe", "generate" or "infill"; or a function
-            that takes a model and calls one of these.
+        task: "caption", "answer", "describe", "draw", "transcribe", "generate" or "infill"; or a
+            function that takes a model and calls one of these.
         *given: what the task takes after the model.
         **options: see there.
     Returns:

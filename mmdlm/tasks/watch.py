@@ -63,10 +63,11 @@ class Watched:
     Args:
         items: index of each row among the answers that were asked for.
         show: see `watching`.
+        pieces: whether the canvases have the text of their tokens.
     """
 
-    def __init__(self, items: Items[int], show: Watcher) -> None:
-        self.items, self.show, self.step = items, show, 0
+    def __init__(self, items: Items[int], show: Watcher, pieces: bool = True) -> None:
+        self.items, self.show, self.step, self.pieces = items, show, 0, pieces
         self.shown: dict[int, Canvas] = {}
 
     def __call__(self, session: Session, done: Mapping[int, Finished]) -> None:
@@ -96,7 +97,7 @@ class Watched:
             ids,
             tuple(i for i in changed if ids[i] != mask_id),
             tuple(confidence.tolist()),
-            pieces(model.tokenizer, ids, mask_id),
+            pieces(model.tokenizer if self.pieces else None, ids, mask_id),
             done is not None,
         )
 

@@ -65,6 +65,7 @@ class Module(lightning.LightningModule):
         datasets: training data sets by name, whose texts a new byte-level BPE is trained on; filled
             in from the data.
         data_statistics: action and state statistics of the data; filled in from the data.
+        objectives: by data set, what is minimised on its rows instead of `objective`.
 
     Raises:
         ValueError: neither or both of `blueprint` and `source` are given, an option has no effect
@@ -88,9 +89,10 @@ class Module(lightning.LightningModule):
         words: list[str] | None = None,
         datasets: dict[str, Dataset] | None = None,
         data_statistics: dict[str, Any] | None = None,
+        objectives: dict[str, Objective] | None = None,
     ) -> None:
         super().__init__()
-        self.objective = objective
+        self.objective, self.objectives = objective, objectives or {}
         self.seed = torch.initial_seed()
         self.optimizer, self.schedule = optimizer, schedule
         self.weights, self.tune = weights or {}, tune or {}
@@ -221,7 +223,9 @@ class Module(lightning.LightningModule):
     def losses(self, parts: dict[str, Collated]) -> dict[str, Losses]:
         """Sum and count of the loss of each data set's rows."""
         losses = {
-            name: self.objective.step(self.model, batch(self.model, part))
+            name: self.objectives.get(name, self.objective).step(
+                self.model, batch(self.model, part)
+            )
             for name, part in parts.items()
         }
         if isinstance(self, FSDPModule) and torch.is_grad_enabled():

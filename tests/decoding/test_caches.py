@@ -20,6 +20,7 @@ from mmdlm.decoding.caches.dual_cache import DualCache
 from mmdlm.decoding.caches.elastic_cache import ElasticCache
 from mmdlm.decoding.caches.exact import Exact
 from mmdlm.decoding.caches.free_cache import FreeCache
+from mmdlm.decoding.caches.max_logit_cache import MaxLogitCache
 from mmdlm.decoding.caches.prefix_cache import PrefixCache
 from mmdlm.decoding.caches.prompt_once import PromptOnce
 from mmdlm.decoding.caches.sub_block_cache import SubBlockCache
@@ -88,6 +89,10 @@ EVERYTHING: dict[str, tuple[Setting, ...]] = {
     "ElasticCache": (Setting((ElasticCache(99, gamma=1.5),), FULL),),
     "FreeCache": (Setting((FreeCache(every=1), Blocks(5))), Setting((FreeCache(),), PREFIX)),
     "WindowDiffusion": (Setting((WindowDiffusion(1, 1, every=1),), FULL),),
+    "MaxLogitCache": (
+        Setting((MaxLogitCache(interval=1),), FULL[:2]),
+        Setting((MaxLogitCache(ratio=0.0, warmup=0.0, interval=99),), FULL[:2]),
+    ),
 }
 SMALL: dict[str, tuple[Setting, ...]] = {
     "Exact": (Setting((Exact(),)),),
@@ -115,6 +120,7 @@ SMALL: dict[str, tuple[Setting, ...]] = {
         Setting((WindowDiffusion(2, 4, 5),), FULL),
         Setting((WindowDiffusion(1, 3, 99),), FULL),
     ),
+    "MaxLogitCache": (Setting((MaxLogitCache(0.5, 0.2, 3, steps=12),), FULL[:2]),),
 }
 
 

@@ -181,7 +181,7 @@ def test_a_layer_that_is_not_called_is_an_error():
 # No way around a wrapped layer
 
 
-@pytest.mark.parametrize("name", sorted(ENCODERS))
+@pytest.mark.parametrize("name", sorted(ENCODERS.keys() - {"MagvitV2"}))  # it has none
 def test_encoders_call_every_linear_layer(name):
     encoder = ENCODERS[name].tiny().eval()
     layers = [n for n, part in encoder.named_modules() if isinstance(part, nn.Linear)]
