@@ -267,13 +267,13 @@ def fill(
         sequence = model.embed(packed.prompts, media.embeddings)
         if features is None:
             media.forget()
-        generators = _generators(model, seed, len(batch))
+        streams = (torch.Generator(model.device).manual_seed(seed or 0) for _ in batch)
         decoded = decode(
             model,
             sequence,
             sizes[batch[0]],
             strategies,
-            generator=generators,
+            generator=None if seed is None else list(streams),
             canvas=packed.canvas,
             on_step=None if show is None else Watched(batch, show),
         )
@@ -376,12 +376,6 @@ def unwrap(answers: list[Answer], is_many: bool, details: bool) -> Any:
     """
     results = answers if details else [answer.text for answer in answers]
     return results if is_many else results[0]
-
-
-def _generators(model: MultimodalDLM, seed: int | None, count: int) -> list[torch.Generator] | None:
-    if seed is None:
-        return None
-    return [torch.Generator(model.device).manual_seed(seed) for _ in range(count)]
 
 
 def batches(sizes: Items[int], batch_size: int) -> list[list[int]]:
