@@ -224,3 +224,11 @@ def test_what_does_not_fit_is_refused(toy):
         decode(model, prompt, LENGTH, [PruneMedia(layer=4)])
     with pytest.raises(ValueError, match="ElasticCache rules out"):
         decode(model, prompt, LENGTH, [PruneMedia(), ElasticCache()])
+
+
+def test_other_prompts_of_a_request_are_refused(toy):
+    model = toy(attention="full")
+    prompt = model.arrange([row(0)])
+    given = {"alternatives": {"text": torch.tensor([[5, 6]])}}
+    with pytest.raises(ValueError, match=r"alternative prompts \(text\)"):
+        decode(model, prompt, LENGTH, [CFG(scale=1.0), PruneMedia()], **given)
