@@ -57,7 +57,8 @@ def pairs(*kinds: str, without: str = "") -> pytest.MarkDecorator:
     not_full = set(MODELS) - {"full", "full shifted"}
     in_order = {"cascade in blocks", "block causal", "autoregressive"}
     refused = {
-        **dict.fromkeys(("PrefixLM", "DAEDAL", "EndCut", "Dystruct", "MaxLogitCache"), not_full),
+        **dict.fromkeys(("PrefixLM", "DAEDAL", "EndCut", "Dystruct"), not_full),
+        **dict.fromkeys(("MaxLogitCache", "DLLMCache"), not_full),
         **dict.fromkeys(("WindowDiffusion", "ElasticCache"), in_order),
     }
     names = [name for name in STRATEGIES if name != without]

@@ -31,7 +31,7 @@ class SkipLayers(Strategy):
     paper: ClassVar[str] = "visual token redundancy, arXiv 2511.15098"
     requires: ClassVar[frozenset[str]] = frozenset({"one_forward", "plain_cache"})
 
-    layers: tuple[NonNegativeInt, ...]
+    layers: tuple[NonNegativeInt, ...] = (0,)
 
     def prepare(self, model: MultimodalDLM, columns: slice | None) -> dict[str, object]:
         """Checks the layers.
