@@ -79,9 +79,9 @@ class MMaDA(System):
 
     @classmethod
     def matches(cls, config: dict[str, Any], names: set[str]) -> bool:
-        """Whether config.json names it."""
+        """Whether config.json names it, and no other program has put a prefix before its tensors."""
         named = {architecture(config).lower(), config.get("model_type")}
-        return bool(named & set(cls.TYPES))
+        return bool(named & set(cls.TYPES)) and "model.transformer.wte.weight" in names
 
     @classmethod
     def read(cls, config: dict[str, Any], names: set[str]) -> Blueprint:
