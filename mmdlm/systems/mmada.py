@@ -79,7 +79,7 @@ class MMaDA(System):
 
     @classmethod
     def matches(cls, config: dict[str, Any], names: set[str]) -> bool:
-        """Whether config.json names it, and no other program has put a prefix before its tensors."""
+        """Whether config.json names it, and nothing stands before the names of its tensors."""
         named = {architecture(config).lower(), config.get("model_type")}
         return bool(named & set(cls.TYPES)) and "model.transformer.wte.weight" in names
 
