@@ -47,7 +47,12 @@ class Table:
 
     def __init__(self, *logits, shift=False, block_size=None):
         self.spec = SimpleNamespace(
-            mask_id=MASK, eos_id=0, shift=shift, block_size=block_size, attention="block_causal"
+            require_masks=lambda what: None,
+            mask_id=MASK,
+            eos_id=0,
+            shift=shift,
+            block_size=block_size,
+            attention="block_causal",
         )
         self.backbone = SimpleNamespace(out=False, head=lambda hidden, columns=None: hidden)
         self.logits, self.seen = list(logits), []
