@@ -177,10 +177,10 @@ def test_torch_optimizers_and_schedulers_by_class_path(config, tmp_path):  # noq
     assert group["lr"] == pytest.approx(0.25 * 0.1**2)
 
 
-def test_predict_writes_questions_targets_and_answers(config, tmp_path, capfd):  # noqa: F811
+def test_predict_writes_questions_targets_and_answers(config, tmp_path, capfd, caplog):  # noqa: F811
     from_tiny(config)
     config.write_text(config.read_text() + HELD_OUT.replace("size: 32", "size: 64"))
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    caplog.set_level(logging.ERROR, logger="lightning.pytorch")
     assert main(["predict", "-c", str(config)]) == 0
     path = tmp_path / "run" / "version_0" / "predictions.jsonl"
     assert f"{path}: " in capfd.readouterr().err
