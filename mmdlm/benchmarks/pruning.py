@@ -79,7 +79,8 @@ def compare(
         batch: requests decoded together.
     """
     found: list[Pruned] = []
-    plain: list[str] = []
+    plain: list[tuple[int, ...]] = []
+    wanted = [tuple(model.tokenizer.encode(text)) for text in references or ()]
     jobs = [("", 1.0), *((name, share) for name in names for share in shares)]
     for name, share in track(jobs, description="pruning", transient=True):
         option.apply(model, choice(name, share) if name else None)
@@ -87,13 +88,13 @@ def compare(
         begin = time.perf_counter()
         filled = fill(model, examples, strategies, batch_size=batch, seed=0)
         seconds = (time.perf_counter() - begin) / len(examples)
-        texts = [finish(model, each).text for each in filled]
-        plain = plain or texts
+        answers = [finish(model, each).tokens for each in filled]
+        plain = plain or answers
         right = None
         if references is not None:
-            right = sum(map(str.__eq__, texts, references)) / len(texts)
+            right = sum(map(tuple.__eq__, answers, wanted)) / len(answers)
         left = float(len(survivors(model, examples[0])[0]))
-        same = sum(map(str.__eq__, texts, plain)) / len(texts)
+        same = sum(map(tuple.__eq__, answers, plain)) / len(answers)
         config, size = model.spec.transformer, model.backbone.embed.weight.element_size()
         bytes_each = 2 * config.layers * config.keys_heads * config.head_width * size
         found.append(Pruned(name, share, left, same, right, left * bytes_each / 1e6, seconds))
@@ -216,7 +217,7 @@ def draw_plot(found: Items[Pruned], out: Path) -> None:
             [value(one) for one in line],
             marker="o" if inside else "s",
             linestyle="-" if inside else "--",
-            color=f"C{i}",
+            color=f"C{i % 10}" if i < 10 else "black",
             label=name,
         )
     panel.set_xlabel("image tokens kept, %")
