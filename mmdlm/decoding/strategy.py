@@ -49,7 +49,8 @@ class Strategy(Checked):
         exact: the answer a reader sees is that of the same decode without the strategy.
         requires: names of `PROPERTIES` that the decode must have.
         denies: properties that a decode with this strategy lacks. Deciding `edit`, `resize` or
-            `stop` denies "final_tokens", "fixed_length" or "own_schedule" by itself.
+            `stop` denies "final_tokens", "fixed_length" or "own_schedule" by itself, and buffers of
+            its own (`cache`) deny "plain_cache".
         may_idle: `select` may commit nothing in a step (schedules with a fixed number of steps).
         steady: the plan of a row stays the same until no mask is left in it, if none are added.
         sliding: the open positions of `plan` move; for the clock all of the answer is one block.
@@ -236,7 +237,10 @@ BY_HOOK = {"edit": "final_tokens", "resize": "fixed_length", "stop": "own_schedu
 
 def denied(strategy: Strategy | type[Strategy]) -> frozenset[str]:
     """Names of the properties that a decode with the strategy lacks."""
-    return strategy.denies | {BY_HOOK[hook] for hook in strategy.hooks() if hook in BY_HOOK}
+    kind = strategy if isinstance(strategy, type) else type(strategy)
+    own_cache = set() if kind.cache is Strategy.cache else {"plain_cache"}
+    hooks = {BY_HOOK[hook] for hook in strategy.hooks() if hook in BY_HOOK}
+    return strategy.denies | hooks | own_cache
 
 
 def check_together(strategies: Items[Strategy]) -> None:

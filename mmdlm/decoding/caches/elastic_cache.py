@@ -52,7 +52,7 @@ class ElasticCache(Strategy):
     paper: ClassVar[str] = "Elastic-Cache, arXiv 2510.14973"
     # A second forward (CFG's, without the text) would need its own drift.
     requires: ClassVar[frozenset[str]] = frozenset({"any_order", "final_tokens", "one_forward"})
-    denies: ClassVar[frozenset[str]] = frozenset({"all_scored", "plain_cache"})
+    denies: ClassVar[frozenset[str]] = frozenset({"all_scored"})
     sliding: ClassVar[bool] = True
 
     window: PositiveInt = 16

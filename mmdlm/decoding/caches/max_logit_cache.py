@@ -36,6 +36,7 @@ class MaxLogitCache(Strategy):
 
     paper: ClassVar[str] = "Lumina-DiMOO, arXiv 2510.06308"
     requires: ClassVar[frozenset[str]] = frozenset({"full_attention", "fixed_length"})
+    denies: ClassVar[frozenset[str]] = frozenset({"plain_cache"})  # it holds logits too
 
     ratio: UnitFloat = 0.9
     warmup: UnitFloat = 0.3

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmdlm.decoding.caches.dllm_cache import DLLMCache
 from mmdlm.decoding.caches.dual_cache import DualCache
 from mmdlm.decoding.caches.elastic_cache import ElasticCache
+from mmdlm.decoding.caches.max_logit_cache import MaxLogitCache
 from mmdlm.decoding.caches.prefix_cache import PrefixCache
 from mmdlm.decoding.caches.prefix_lm import PrefixLM
 from mmdlm.decoding.commits.top_k import TopK
@@ -222,8 +224,9 @@ def test_what_does_not_fit_is_refused(toy):
     prompt = model.arrange([row(0)])
     with pytest.raises(ValueError, match="layer is 4, but the model has 3 layers"):
         decode(model, prompt, LENGTH, [PruneMedia(layer=4)])
-    with pytest.raises(ValueError, match="ElasticCache rules out"):
-        decode(model, prompt, LENGTH, [PruneMedia(), ElasticCache()])
+    for cache in (ElasticCache(), DLLMCache(), MaxLogitCache()):
+        with pytest.raises(ValueError, match=f"which {type(cache).__name__} rules out"):
+            decode(model, prompt, LENGTH, [PruneMedia(), cache])
 
 
 def test_other_prompts_of_a_request_are_refused(toy):
