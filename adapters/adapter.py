@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -30,7 +30,12 @@ class Adapter(Recorded, nn.Module):
     Args:
         in_dim: encoder width E.
         out_dim: backbone width D.
+
+    Attributes:
+        gives_ids: `embed` gives token ids, not embeddings.
     """
+
+    gives_ids: ClassVar[bool] = False
 
     def __init__(self, in_dim: Count, out_dim: Count) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -135,6 +135,8 @@ class CodeTokens(Adapter):
         end: ids after the codes.
         newline: id after each row; None without.
     """
+
+    gives_ids: ClassVar[bool] = True
 
     def __init__(
         self,

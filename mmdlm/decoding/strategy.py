@@ -228,6 +228,7 @@ PROPERTIES = {
     "own_schedule": "a schedule that no early exit cuts short",
     "one_forward": "one forward per step",
     "plain_cache": "keys and values that are all the cache holds",
+    "masks": "masks in place of undecided tokens",
 }
 """Name of each property and what it means; see `Strategy.requires` and `Strategy.denies`."""
 
@@ -271,6 +272,8 @@ def check_model(strategy: Strategy, model: MultimodalDLM) -> None:
     in_blocks = spec.attention in ("block_causal", "canvas")
     if in_blocks or (spec.attention == "cascade" and spec.block_size):
         lacks.add("any_order")
+    if spec.attention == "canvas":
+        lacks.add("masks")
     if spec.attention == "prefix" and spec.block_size:
         lacks.add("any_order")
     for name in sorted(strategy.requires & lacks):

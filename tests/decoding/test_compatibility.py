@@ -43,7 +43,7 @@ def test_every_property_is_required_and_can_be_missing() -> None:
     required = {name for kind in STRATEGIES for name in kind.requires}
     by_strategies = {name for kind in STRATEGIES for name in denied(kind)}
     assert required == set(PROPERTIES)
-    assert by_strategies | {"full_attention", "any_order"} == set(PROPERTIES)
+    assert by_strategies | {"full_attention", "any_order", "masks"} == set(PROPERTIES)
     assert set(BY_HOOK.values()) <= by_strategies
 
 

@@ -74,11 +74,16 @@ def apply(model: MultimodalDLM, given: Prune) -> None:
         given: see `read`.
 
     Raises:
-        ValueError: see `read`, or the model takes no images.
+        ValueError: see `read`, or the model takes no images, or reads them as token ids.
     """
     method = read(given)
     if method is not None:
         model.processor.require("image")
+        if model.adapters["image"].gives_ids:
+            raise ValueError(
+                f"prune is {given!r}, but this model reads images as the token ids of an image "
+                "tokenizer, not as embeddings, and cannot prune them"
+            )
     model.pruner = method if isinstance(method, Pruner) else None
     model.strategies = (method,) if isinstance(method, Strategy) else ()
 

@@ -55,7 +55,7 @@ class PruneMedia(Strategy):
     """
 
     paper: ClassVar[str] = "FastV, arXiv 2403.06764; SparseVLM, arXiv 2410.04417"
-    requires: ClassVar[frozenset[str]] = frozenset({"plain_cache"})
+    requires: ClassVar[frozenset[str]] = frozenset({"plain_cache", "masks"})
 
     keep: Keep | tuple[Keep, ...] = 0.5
     layer: PositiveInt | tuple[PositiveInt, ...] | None = None

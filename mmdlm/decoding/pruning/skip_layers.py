@@ -29,7 +29,7 @@ class SkipLayers(Strategy):
     """
 
     paper: ClassVar[str] = "visual token redundancy, arXiv 2511.15098"
-    requires: ClassVar[frozenset[str]] = frozenset({"one_forward", "plain_cache"})
+    requires: ClassVar[frozenset[str]] = frozenset({"one_forward", "plain_cache", "masks"})
 
     layers: tuple[NonNegativeInt, ...] = (0,)
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import mmdlm
+from adapters.image_codes import CodeTokens
 from adapters.prune_divprune import DivPrune
 from adapters.prune_visionzip import VisionZip
 from mmdlm.data.scenes import draw, random_scene
@@ -92,6 +93,13 @@ def test_all_tokens_are_those_without_the_option():
     model, plain = mmdlm.load("tiny", prune="divprune@1.0"), mmdlm.load("tiny")
     pictures = [picture(i) for i in range(2)]
     assert mmdlm.caption(model, pictures) == mmdlm.caption(plain, pictures)
+
+
+def test_models_that_read_images_as_codes_refuse_it(build):
+    model = build()
+    model.adapters["image"] = CodeTokens()
+    with pytest.raises(ValueError, match="as the token ids of an image tokenizer"):
+        apply(model, "attention@0.5")
 
 
 def test_models_without_images_refuse_it(speller):

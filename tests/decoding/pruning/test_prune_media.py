@@ -222,6 +222,9 @@ def test_wrong_settings_are_named(given, error):
 def test_what_does_not_fit_is_refused(toy):
     model = toy(attention="full")
     prompt = model.arrange([row(0)])
+    canvas = toy(attention="canvas", block_size=4)
+    with pytest.raises(ValueError, match="PruneMedia requires masks in place of undecided"):
+        Session(canvas, [PruneMedia()])
     with pytest.raises(ValueError, match="layer is 4, but the model has 3 layers"):
         decode(model, prompt, LENGTH, [PruneMedia(layer=4)])
     for cache in (ElasticCache(), DLLMCache(), MaxLogitCache()):
