@@ -20,7 +20,12 @@ Toy = Callable[..., MultimodalDLM]
 def is_legal(a: type[Strategy], b: type[Strategy]) -> bool:
     """Whether both can be used: no hook has two owners, neither lacks what the other requires."""
     both = set(a.hooks()) & set(b.hooks()) & set(Strategy.ONE_OWNER)
-    lacks = [one.denies | {BY_HOOK.get(hook) for hook in one.hooks()} for one in (a, b)]
+    lacks = [
+        one.denies
+        | {BY_HOOK.get(hook) for hook in one.hooks()}
+        | ({"plain_cache"} if one.cache is not Strategy.cache else set())
+        for one in (a, b)
+    ]
     return not both and not a.requires & lacks[1] and not b.requires & lacks[0]
 
 
