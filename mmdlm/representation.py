@@ -13,8 +13,10 @@ from mmdlm.layout import ANSWER, PROMPT, TOKEN, Sequence, levels
 from mmdlm.model import MultimodalDLM
 
 Pooling = Literal["mean", "text", "last", "masks"]
-"""Which final hidden states make up the vectors of a row: the mean over all real tokens, over the
-text alone (over all where there is no text), the last token, or each of the mask tokens that follow
+"""How the vectors of a row are computed from its final hidden states.
+
+"mean": mean over all real tokens. "text": mean over the text tokens; over all tokens of a row
+without text. "last": the last token. "masks": one vector for each appended mask token
 (representative tokens, DiffRetriever)."""
 
 

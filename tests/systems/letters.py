@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
+from torch import Tensor
+
+from mmdlm.messages import Media
 
 FIRST = 3
 """Id of the letter a; a space and the other characters that templates need follow z."""
@@ -32,3 +35,22 @@ def write(folder: Path, size: int, control: Mapping[str, int], more: str = " .,\
     made.decoder = Fuse()
     made.add_special_tokens([AddedToken(text, special=True) for text in control])
     made.save(str(folder / "tokenizer.json"))
+
+
+def spelled(
+    parts: Iterable[Tensor | Media], control: Mapping[str, int], letters: str | Mapping[int, str]
+) -> str:
+    """The text of a prompt, with "<image>" in the place of each image.
+
+    Args:
+        parts: of `Processor.prompt`.
+        control: control tokens and their ids.
+        letters: text of every other id.
+    """
+    names = {number: text for text, number in control.items()}
+    return "".join(
+        "<image>"
+        if isinstance(part, Media)
+        else "".join(names.get(i) or letters[i] for i in part.tolist())
+        for part in parts
+    )

@@ -29,11 +29,11 @@ from mmdlm.decoding.caches.block_cache import BlockCache
 from mmdlm.decoding.commits.dynamic import Dynamic
 from mmdlm.decoding.lengths.end_of_text import EndOfText
 from mmdlm.layout import Row, Turn
-from mmdlm.messages import Media
 from mmdlm.model import MultimodalDLM
 from mmdlm.objectives.objective import Batch
 from mmdlm.systems.diffusion_vl import DiffusionVL
 from tests.objectives.recorded import preset as objective_of
+from tests.systems.letters import spelled
 
 MASK, EOS, BLOCK, VOCAB, WIDTH = 120, 121, 8, 128, 32
 TEXT: dict[str, Any] = {
@@ -372,13 +372,7 @@ def asked(*content: Any) -> list[dict[str, Any]]:
 
 def test_prompts_are_written_as_in_training(talking: MultimodalDLM) -> None:
     parts = talking.processor.prompt(asked(IMAGES[0], IMAGES[1], "What is it?"))
-    names = {number: text for text, number in CONTROL.items()}
-    written = "".join(
-        "<image>"
-        if isinstance(part, Media)
-        else "".join(names.get(i) or WRITTEN[i] for i in part.tolist())
-        for part in parts
-    )
+    written = spelled(parts, CONTROL, WRITTEN)
     assert written == (
         "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
         "<|im_end|>\n<|im_start|>user\n<image>\n<image>\nWhat is it?<|im_end|>\n"

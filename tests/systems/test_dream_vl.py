@@ -39,10 +39,11 @@ from mmdlm.decoding.scores.margin import Margin
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.layout import Row, Sequence
 from mmdlm.loading.keymap import locate, shapes
-from mmdlm.messages import Example, Media, Slot, assistant, conversation
+from mmdlm.messages import Example, Slot, assistant, conversation
 from mmdlm.model import MultimodalDLM
 from mmdlm.systems.dream_vl import DreamVL
 from mmdlm.systems.dream_vla import DreamVLA
+from tests.systems.letters import spelled
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vision" / "dream_vl"
 CONFIG = json.loads((GOLDEN / "config.json").read_text())
@@ -390,13 +391,7 @@ def asked(*parts: Path | str) -> list[dict[str, Any]]:
 def test_prompts_are_written_as_in_the_source(talking: MultimodalDLM) -> None:
     said = [*asked(IMAGES[0], "What?"), {"role": "assistant", "content": "A."}]
     parts = talking.processor.prompt([*said, *asked("And", IMAGES[1], "?")])
-    names = {number: text for text, number in CONTROL.items()}
-    written = "".join(
-        "<image>"
-        if isinstance(part, Media)
-        else "".join(names.get(i) or WRITTEN[i] for i in part.tolist())
-        for part in parts
-    )
+    written = spelled(parts, CONTROL, WRITTEN)
     assert written == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n<image>What?<|im_end|>\n<|im_start|>assistant\nA.<|im_end|>\n"

@@ -31,6 +31,7 @@ from mmdlm.messages import Example, Media, Message, Text, conversation
 from mmdlm.model import MultimodalDLM
 from mmdlm.systems.lavida import LaViDa
 from tests.objectives.recorded import preset as objective
+from tests.systems.letters import spelled
 from tests.systems.llava_golden import (
     WRITTEN,
     Golden,
@@ -364,13 +365,7 @@ def test_prompts_are_written_as_in_the_source(
     changes = {} if template is None else {"image_template": template}
     model = mmdlm.load(with_tokenizer(published(tmp_path, **changes), CONTROL), device="cpu")
     parts = model.processor.prompt(asked(IMAGES[0], IMAGES[1], "What is it? "))
-    names = {number: text for text, number in CONTROL.items()}
-    written = "".join(
-        "<image>"
-        if isinstance(part, Media)
-        else "".join(names.get(i) or WRITTEN[i] for i in part.tolist())
-        for part in parts
-    )
+    written = spelled(parts, CONTROL, WRITTEN)
     assert written == (
         "<|startoftext|><|start_header_id|>system<|end_header_id|>\n\n"
         "You are a helpful language and vision assistant. You are able to understand the visual "

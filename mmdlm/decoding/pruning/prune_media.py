@@ -153,8 +153,8 @@ class _Ranking(Look):
         self.masks = (view.plan & view.left).to(device)
         self.out: Tensor | None = None
         self.raters = _raters(view, self.media) if rank == "raters" else None
-        # The last layer is otherwise asked by the positions that are read: of a shifted family, not
-        # those of the masks; never those of the words.
+        # By default the last layer computes queries only for the positions whose logits are used.
+        # With a shift these are not the positions of the masks, and they never are those of words.
         last = len(view.model.backbone.blocks) in stages
         self.needs_all_queries = last and (view.model.spec.shift or rank == "raters")
         if rank == "random":
