@@ -13,6 +13,7 @@ from encoders.checks import Above, NonNegativeInt, PositiveInt
 from mmdlm.backbones.kv import listed
 from mmdlm.decoding.look import Look
 from mmdlm.decoding.memory import Entry, PerRow
+from mmdlm.decoding.numerics import rank
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 from mmdlm.model import MultimodalDLM
@@ -175,10 +176,7 @@ class _Ranking(Look):
         if self.out is not None:
             media = media & ~self.out[rows, : scores.shape[1]]
         keep = keep.to(rows.device)[rows, None]
-        order = scores.masked_fill(~media, -torch.inf).sort(dim=1, descending=True, stable=True)
-        place = torch.empty_like(order.indices)
-        places = torch.arange(scores.shape[1], device=rows.device).expand_as(place)
-        place.scatter_(1, order.indices, places)
+        place = rank(scores.masked_fill(~media, -torch.inf))
         lost = media & (place >= keep) & (keep >= 0)
         out = torch.zeros_like(self.media) if self.out is None else self.out.clone()
         out[rows, : scores.shape[1]] |= lost
