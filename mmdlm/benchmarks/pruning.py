@@ -20,10 +20,10 @@ from mmdlm.checkpoint import load
 from mmdlm.decoding.pruning import option
 from mmdlm.decoding.session import Session
 from mmdlm.media import read_image
+from mmdlm.media.search import search_media
 from mmdlm.messages import Example, Media, Slot, assistant, user
 from mmdlm.model import MultimodalDLM
 from mmdlm.tasks.generate import fill, finish, resolve_settings
-from mmdlm.tasks.search import search_media
 
 SHARES = (0.75, 0.5, 0.25)
 LATE = "attention-late"

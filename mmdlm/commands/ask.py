@@ -208,9 +208,9 @@ def _over_files(
     ask: Ask | None = None,
 ) -> int:
     """Runs a task over files and prints or keeps its results; exit status 1 with failures."""
+    from mmdlm.media.search import search_media
     from mmdlm.tasks.folder import KINDS, each, run_folder
     from mmdlm.tasks.results import failures_file
-    from mmdlm.tasks.search import search_media
 
     output.check()
     kind = KINDS.get(task, kind)

@@ -1,4 +1,4 @@
-"""Media files: which names are images or audio, which files a folder has, how one is opened."""
+"""Media files: which names are images or audio, and how one is opened."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -43,50 +42,8 @@ def media_kind(path: str | Path) -> Literal["image", "audio"] | None:
     return "audio" if extension in AUDIO_EXTENSIONS else None
 
 
-def find_media(
-    paths: str | Path | Iterable[str | Path], kind: Literal["image", "audio"]
-) -> list[Path]:
-    """Lists the files of one kind in `paths`, without duplicates, in the given order.
-
-    Args:
-        paths: files and folders. Folders are searched recursively in sorted order; hidden files,
-            hidden folders and linked folders are skipped.
-        kind: the kind to list.
-    Raises:
-        FileNotFoundError: a path does not exist.
-        ValueError: a file has an extension of the other kind, or a folder has no file of this kind.
-    """
-    if kind not in ("image", "audio"):
-        raise ValueError(f"find_media: kind={kind!r}, expected 'image' or 'audio'")
-    found: dict[Path, None] = {}
-    for path in [paths] if isinstance(paths, str | Path) else paths:
-        path = Path(path)
-        if path.is_dir():
-            inside = _walk(path, kind)
-            if not inside:
-                known = " ".join(sorted(IMAGE_EXTENSIONS if kind == "image" else AUDIO_EXTENSIONS))
-                raise ValueError(
-                    f"find_media: no {kind} in folder {path}; expected a file with {known}"
-                )
-            found.update(dict.fromkeys(inside))
-            continue
-        _check_exists(path)
-        if media_kind(path) not in (kind, None):
-            raise ValueError(f"find_media: {path} is {media_kind(path)}, expected {kind}")
-        found[path] = None
-    return list(found)
-
-
-def _walk(folder: Path, kind: str) -> list[Path]:
-    files = []
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        seen = (name for name in names if not name.startswith("."))
-        files += [Path(root, name) for name in seen if media_kind(name) == kind]
-    return sorted(files)
-
-
-def _check_exists(path: Path) -> None:
+def check_exists(path: Path) -> None:
+    """Raises FileNotFoundError for a missing path; names files that are spelled alike."""
     if path.exists():
         return
     if str(path).startswith(("http:", "https:")):
@@ -119,7 +76,7 @@ def open_media(
             raise ValueError(f"{reader}: the bytes are empty")
         return io.BytesIO(source), f"the {len(source)} bytes"
     path = Path(source)
-    _check_exists(path)
+    check_exists(path)
     status = path.stat()
     if stat.S_ISDIR(status.st_mode):
         raise ValueError(f"{reader}: {path} is a folder; list its files with find_media")

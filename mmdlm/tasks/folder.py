@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from encoders.features import Prepared
 from mmdlm.lines import escape
+from mmdlm.media.search import Found, search_media
 from mmdlm.model import MultimodalDLM
 from mmdlm.processor import Processor
 from mmdlm.tasks.answer import answer
@@ -28,7 +29,6 @@ from mmdlm.tasks.generate import Answer, Settings, check_batch_size, resolve_set
 from mmdlm.tasks.inputs import Inputs
 from mmdlm.tasks.prefetch import prefetch
 from mmdlm.tasks.results import Results
-from mmdlm.tasks.search import Found, search_media
 from mmdlm.tasks.transcribe import transcribe
 
 KINDS: dict[str, Literal["image", "audio"]] = {
@@ -83,7 +83,7 @@ def run_folder(
         model: model.
         task: "caption", "answer" (with question=...), "describe", "transcribe" or "embed".
         paths: files, and folders to search for files, or the result of the search, see
-            `mmdlm.tasks.search`.
+            `mmdlm.media.search`.
         out: JSON Lines file, appended to by one process at a time.
         batch_size: files per batch.
         kind: kind of files to search for with "embed".
@@ -148,7 +148,7 @@ def each(
     Args:
         model: model.
         task: see `run_folder`.
-        files: media files; or the result of a search, see `mmdlm.tasks.search`.
+        files: media files; or the result of a search, see `mmdlm.media.search`.
         batch_size: files per batch.
         kind: see `run_folder`.
         workers: see `run_folder`.

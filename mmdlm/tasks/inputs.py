@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 
-from mmdlm.tasks.search import place
+from mmdlm.media.search import place
 
 ESCAPED = re.compile("[%\ud800-\udfff]")
 

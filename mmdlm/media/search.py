@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from mmdlm.media import find_media, media_kind
+from mmdlm.media.files import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, check_exists, media_kind
 
 # fmt: off
 # Raw formats of cameras, which are images but have no media type in Python's table.
@@ -61,10 +61,12 @@ def search_media(
         kind: the kind to list.
     Raises:
         FileNotFoundError: there are no files, and a given path does not exist.
-        ValueError: there are no files, and a given path is of the other kind or a folder without
-            files of this kind.
+        ValueError: `kind` is not valid; or there are no files, and a given path is of the other
+            kind or a folder without files of this kind.
     """
-    given = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    if kind not in ("image", "audio"):
+        raise ValueError(f"search_media: kind={kind!r}, expected 'image' or 'audio'")
+    given = listed(paths)
     found = Found()
     for path in given:
         try:
@@ -84,15 +86,44 @@ def search_media(
     return found
 
 
+def find_media(
+    paths: str | Path | Iterable[str | Path], kind: Literal["image", "audio"]
+) -> list[Path]:
+    """The files of `search_media`, where each given path has to name some.
+
+    Args:
+        paths: see `search_media`.
+        kind: see `search_media`.
+    Raises:
+        FileNotFoundError: a given path does not exist.
+        ValueError: a given path is of the other kind or a folder without files of this kind.
+    """
+    given = listed(paths)
+    found = search_media(given, kind)
+    for path in given:
+        if path in found.failed:
+            raise found.failed[path]
+    return found.files
+
+
+def listed(paths: str | Path | Iterable[str | Path]) -> list[Path]:
+    """One path or several, as a list."""
+    return [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+
+
 def _search(path: Path, kind: Literal["image", "audio"], found: Found) -> None:
     """Adds a file or the files of a folder; raises if there is nothing to add."""
     if not path.is_dir():
-        found.files += find_media(path, kind)
+        check_exists(path)
+        if media_kind(path) not in (kind, None):
+            raise ValueError(f"{path} is {media_kind(path)}, expected {kind}")
+        found.files.append(path)
         return
     before = len(found.files) + len(found.failed)
     _walk(path, kind, found)
     if len(found.files) + len(found.failed) == before:
-        found.files += find_media(path, kind)  # says what was expected
+        known = " ".join(sorted(IMAGE_EXTENSIONS if kind == "image" else AUDIO_EXTENSIONS))
+        raise ValueError(f"no {kind} in folder {path}; expected a file with {known}")
 
 
 def place(path: Path, folders: dict[str, str]) -> str:

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from mmdlm.tasks.search import search_media
+from mmdlm.media.search import search_media
 
 
 def test_search_names_what_it_skips_and_what_fails(tmp_path):
