@@ -1,15 +1,19 @@
-"""Commands that ask a model about files: caption, answer, describe, transcribe, infill, embed."""
+"""Commands that ask a model about files."""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from mmdlm.commands.live import live
 from mmdlm.commands.shown import Ask, Output, Run, plain, print_result
 from mmdlm.files import read_input
+
+INDEX = Path("index.jsonl")
+"""Where mmdlm index writes and mmdlm search reads."""
 
 
 def caption(files: list[str], run: Run, ask: Ask, output: Output) -> int:
@@ -154,8 +158,8 @@ def embed(
 ) -> int:
     """Gives a vector of unit length for each picture or recording.
 
-    mmdlm embed photos/ --out vectors.jsonl
-    mmdlm search "a red circle" --index vectors.jsonl
+    mmdlm embed cat.png
+    mmdlm embed calls/ --kind audio --out vectors.jsonl
 
     Args:
         files: media files, and folders that are searched for them.
@@ -170,15 +174,39 @@ def embed(
     return _over_files("embed", files, run, output, given, kind)
 
 
-def search(query: list[str], index: Path, run: Run, top: int = 5) -> int:
+def index(
+    files: list[str],
+    run: Run,
+    output: Output,
+    kind: Literal["image", "audio"] = "image",
+    masks: int | None = None,
+    pooling: Literal["mean", "text", "last"] = "mean",
+) -> int:
+    """Makes or completes the index that mmdlm search reads: the vectors of mmdlm embed, in a file.
+
+    mmdlm index photos/
+    mmdlm search "a red circle"
+
+    Args:
+        files: media files, and folders that are searched for them.
+        kind: what to look for.
+        masks: append this number of mask tokens and give a vector for each of them.
+        pooling: what is averaged: mean (all tokens), text, or last (token).
+        run: which model runs, and where.
+        output: where the index is kept; by default in index.jsonl.
+    """
+    return embed(files, run, replace(output, out=output.out or INDEX), kind, masks, pooling)
+
+
+def search(query: list[str], run: Run, index: Path = INDEX, top: int = 5) -> int:
     """Finds the pictures or recordings that are most like a text, picture or recording.
 
-    mmdlm search "a red circle" --index vectors.jsonl
-    mmdlm search holiday.jpg --index vectors.jsonl --top 10
+    mmdlm search "a red circle"
+    mmdlm search holiday.jpg --index photos.jsonl --top 10
 
     Args:
         query: texts, or media files; one result list each.
-        index: what `mmdlm embed --out` wrote.
+        index: what mmdlm index wrote.
         top: results per query.
         run: which model runs, and where; the one that made the index.
     """

@@ -37,6 +37,7 @@ COMMANDS = {
     "draw": Command("draw:draw", "an image of a text", ASK, ("texts",)),
     "infill": Command("ask:infill", "the [MASK]s of a text", ASK, ("templates",)),
     "embed": Command("ask:embed", "vectors of pictures or sounds", ASK, ("files",)),
+    "index": Command("ask:index", "vectors of many files, for mmdlm search", ASK, ("files",)),
     "search": Command("ask:search", "files most like a text or a file", ASK, ("query",)),
     "likelihood": Command(
         "likelihood:likelihood",

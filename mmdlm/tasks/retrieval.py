@@ -33,11 +33,16 @@ class Index:
 
     @classmethod
     def read(cls, path: Path) -> Index:
-        """The index in a results file of `mmdlm embed --out`; of repeated files the last counts.
+        """The index that `mmdlm index` wrote; of repeated files the last counts.
 
         Raises:
+            FileNotFoundError: there is no such file.
             ValueError: it holds no vectors, or vectors of several shapes or settings.
         """
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"there is no index {path}; make it with mmdlm index FILES --out {path}"
+            )
         records: dict[str, dict[str, Any]] = {}
         for line in path.read_text(encoding="utf-8").splitlines():
             record = json.loads(line) if line.strip() else {}
@@ -45,7 +50,7 @@ class Index:
                 records[record["file"]] = record
         if not records:
             raise ValueError(
-                f"{path} holds no vectors; make them with mmdlm embed FILES --out {path}"
+                f"{path} holds no vectors; make them with mmdlm index FILES --out {path}"
             )
         settings = {json.dumps(_options(record), sort_keys=True) for record in records.values()}
         shapes = {torch.tensor(record["embedding"]).shape for record in records.values()}

@@ -1,4 +1,4 @@
-"""Search among vectors: `mmdlm embed --out`, then `mmdlm search`."""
+"""Search among vectors: `mmdlm index`, then `mmdlm search`."""
 
 import json
 
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("options", [(), ("--masks", "3"), ("--pooling", "last")])
 def test_a_picture_finds_itself_first(folder, tmp_path, capsys, options):
     out = tmp_path / "vectors.jsonl"
-    assert main(["embed", str(folder), "--out", str(out), *options]) == 0
+    assert main(["index", str(folder), "--out", str(out), *options]) == 0
     capsys.readouterr()
     asked = str(folder / "3.png")
     assert main(["search", asked, "--index", str(out), "--top", "2", "--json"]) == 0
@@ -34,6 +34,18 @@ def test_a_picture_finds_itself_first(folder, tmp_path, capsys, options):
     assert [r["file"] for r in found["results"]][0] == asked
     assert found["results"][0]["score"] == pytest.approx(1, abs=1e-5)
     assert found["results"][1]["score"] < 1
+
+
+def test_the_index_needs_no_name(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["search", "a red circle"]) == 2
+    assert "there is no index index.jsonl; make it with mmdlm index" in capsys.readouterr().err
+    assert main(["index", str(folder)]) == 0
+    assert "5 done, 0 done before" in capsys.readouterr().err
+    assert main(["index", str(folder)]) == 0
+    assert "0 done, 5 done before" in capsys.readouterr().err
+    assert main(["search", str(folder / "3.png"), "--top", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].endswith("3.png")
 
 
 def test_scores_are_those_of_the_vectors(folder, tmp_path):
