@@ -26,10 +26,17 @@ def without_gl(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def without_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skips the trial imports of torch and its neighbours, which take seconds each."""
+    monkeypatch.setattr(doctor, "IMPORTS", dict.fromkeys(doctor.IMPORTS, ""))
+
+
+@pytest.fixture
 def beside_torch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, without_gl: None
 ) -> Callable[..., Check]:
     """A function that installs a fake library beside torch 2.12.1 and gives its line."""
+    imports = dict(doctor.IMPORTS)
 
     def install(name: str, version: str, needs: str, code: str = "") -> Check:
         info = tmp_path / f"{name}-{version}.dist-info"
@@ -41,6 +48,8 @@ def beside_torch(
         for part in ("functional", "transforms", "decoders"):
             (tmp_path / name / f"{part}.py").write_text("")
         monkeypatch.syspath_prepend(tmp_path)
+        tried = {each: code if each == name else "" for each, code in imports.items()}
+        monkeypatch.setattr(doctor, "IMPORTS", tried)
         path = os.environ.get("PYTHONPATH", "")
         monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{path}")
         return by_name(doctor.report())[{"av": "other audio"}.get(name, name)]
@@ -73,7 +82,7 @@ def test_report_here_has_no_broken_part(without_gl: None) -> None:
 
 
 def test_missing_parts_are_named_with_the_way_out(
-    without_gl: None, monkeypatch: pytest.MonkeyPatch
+    without_gl: None, without_imports: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = doctor._version
     other = {"jiwer": None, "einops": None, "av": None, "torch": "2.13.0"}
@@ -136,7 +145,7 @@ def test_fitting_release(name: str, torch: str | None, fitting: str) -> None:
 
 
 def test_missing_model_is_broken(
-    without_gl: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    without_gl: None, without_imports: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(mmdlm, "__file__", str(tmp_path / "mmdlm" / "__init__.py"))
     check = by_name(doctor.report())["bundled model"]
@@ -145,7 +154,7 @@ def test_missing_model_is_broken(
 
 
 def test_second_owner_of_a_package_is_broken(
-    without_gl: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    without_gl: None, without_imports: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     info = tmp_path / "adapter_hub-1.0.dist-info"
     info.mkdir()
@@ -171,7 +180,9 @@ def test_print_report_fails_only_for_broken_parts(
 
 
 @pytest.mark.sim
-def test_rendering_is_reported_as_it_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rendering_is_reported_as_it_was_tried(
+    without_imports: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backend = doctor.GL_BACKENDS[-1]
     monkeypatch.setattr(doctor, "GL_BACKENDS", (backend,))
     monkeypatch.setenv("MUJOCO_GL", backend)

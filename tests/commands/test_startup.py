@@ -32,6 +32,7 @@ def within_bars(ratios: dict[str, float]) -> bool:
     return all(ratios[command] <= bar for command, bar in BARS.items())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs resource usage of child processes")
 def test_short_commands_start_quickly(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)

@@ -38,7 +38,17 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dual cache",
+        "chosen positions",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("guidance", "prefix-LM", "elastic")
+        ),
+    ],
+)
 def test_compiling_changes_no_token(name: str, toy, prompts) -> None:
     strategies, given = CASES[name]
     plain = toy(**given)

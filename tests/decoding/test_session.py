@@ -86,7 +86,7 @@ def test_a_request_added_later_is_what_it_is_alone(name: str, kind: str, exact_t
         add(session, request)
         drained(session, done)
         alone.append(done[0])
-    for k in (1, 2, 3, 4, 5):
+    for k in (1, 4):
         session, done, keys = Session(model, name), {}, []
         for request in requests:
             keys.append(add(session, request))

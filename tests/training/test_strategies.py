@@ -104,10 +104,10 @@ class Killed(Callback):
 @pytest.mark.parametrize(
     ("rank", "when", "codes"),
     [
-        (None, "training", [-9, -9]),
-        (1, "training", [1, -9]),
         (1, "writing a shard", [1, -9]),
-        (0, "after shards", [-9, 1]),
+        pytest.param(None, "training", [-9, -9], marks=pytest.mark.slow),
+        pytest.param(1, "training", [1, -9], marks=pytest.mark.slow),
+        pytest.param(0, "after shards", [-9, 1], marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_split_run_resumes_to_the_same_bits(config, tmp_path, sharded, rank, when, codes):
