@@ -24,7 +24,7 @@ Owners = dict[str, list[Strategy]]
 
 SHARED = (
     *("step", "block", "block_step", "block_masks", "block_size", "asked"),
-    *("plan", "region", "opened", "held", "left_before", "_left"),
+    *("plan", "region", "opened", "held", "left_before", "_left", "shown"),
 )
 """What an alternative prompt has in common with the rows: all about the answers."""
 DEFAULTS = (Blocks(), Exact(), Greedy(), Probability(), TopK())
@@ -113,15 +113,16 @@ def step(state: State, owners: Owners, on_commit: Callable[[State], None] | None
     """
     view = View(state)
     state.refresh = owners["refresh"][0].refresh(view)
-    state.look = owners["look"][0].look(view) if "look" in owners else None
     read = active_positions(state, owners)
     state.focus(read)
-    forward.prepare(state)
     state.shown = owners["show"][0].show(view) if "show" in owners else None
     for other in state.alternatives.values():
         follow(other, state, read, owners["refresh"][0])
+    for each in state.prompts:
+        each.look = owners["look"][0].look(View(each)) if "look" in owners else None
+        forward.prepare(each)
     logits = forward.run(state)
-    for each in (state, *state.alternatives.values()):
+    for each in state.prompts:
         _cached(each)
     for strategy in owners["all"]:
         if strategy in owners.get("guide", ()):
@@ -144,10 +145,10 @@ def step(state: State, owners: Owners, on_commit: Callable[[State], None] | None
         source = strategy.resize(view)
         if source is not None:
             rows.resize(state, source)
-            for other in owners.get("layout", ()):
-                state.set_levels(other.layout(view))
-    if state.look is not None and state.look.leaving is not None:
-        rows.drop(state, state.look.leaving)
+            for each in state.prompts if "layout" in owners else ():
+                each.set_levels(owners["layout"][0].layout(View(each)))
+    if "look" in owners:
+        rows.drop(state)
     state.wrote()
     state.step += 1
     state.block_step += 1
@@ -176,7 +177,6 @@ def follow(other: State, state: State, read: Tensor, owner: Strategy) -> None:
             f"{type(owner).__name__} computes other positions after the alternative prompt; "
             "use guidance without this cache"
         )
-    forward.prepare(other)
 
 
 def scorable(state: State) -> Tensor:

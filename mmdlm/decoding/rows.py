@@ -127,17 +127,27 @@ def joined(one: Sequence, other: Sequence) -> Sequence:
     return replace(one, **changed)
 
 
-def drop(state: State, leaving: Tensor) -> None:
-    """Takes positions out of the prompts; the others keep their rotary positions.
+def drop(state: State) -> None:
+    """Takes what `Look.leaving` names out of each prompt; the rest keeps its rotary positions.
 
     Args:
         state: changed in place.
-        leaving: [B L] host bool, positions of the prompt.
     """
+    leaving = [None if each.look is None else each.look.leaving for each in state.prompts]
+    if all(gone is None for gone in leaving):
+        return
+    stays = [
+        (each.level >= 0)[:, : each.prompt] & (True if gone is None else ~gone[:, : each.prompt])
+        for each, gone in zip(state.prompts, leaving, strict=True)
+    ]
+    size = max(1, *(int(stay.sum(1).max()) for stay in stays))
+    for each, stay in zip(state.prompts, stays, strict=True):
+        _select(each, stay, size)
+
+
+def _select(state: State, stays: Tensor, size: int) -> None:
+    """Leaves `size` positions of each prompt: padding, then what stays [B P], in its order."""
     prompt, length, spec = state.prompt, state.length, state.model.spec
-    stays = (state.level >= 0)[:, :prompt] & ~leaving[:, :prompt]
-    size = max(1, int(stays.sum(1).max()))
-    # Padding first, then what stays, in its order.
     at = stays.int().sort(dim=1, stable=True).indices[:, prompt - size :]
     real = stays.gather(1, at)
     answer = torch.arange(prompt, length).expand(len(at), -1)

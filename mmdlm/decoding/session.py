@@ -150,8 +150,9 @@ class Session:
             self._packs = active()
         keys = list(state.keys)
         everyone, owner = self.owners["all"], self.owners["refresh"][0]
+        readers = (owner, *self.owners.get("look", ()))
         state.memories = {id(s): Memory({}, self._shared[id(s)]) for s in everyone}
-        for each in (state, *state.alternatives.values()):
+        for each in state.prompts:
             for strategy in self.owners.get("layout", ()):
                 each.set_levels(strategy.layout(View(each)))
         for s in everyone:
@@ -159,9 +160,10 @@ class Session:
         loop.end(state, self.owners)
         state.wrote()
         for other in state.alternatives.values():
-            other.memories = {id(owner): Memory(owner.begin(View(other)), self._shared[id(owner)])}
+            view = View(other)
+            other.memories = {id(s): Memory(s.begin(view), self._shared[id(s)]) for s in readers}
         self._done += self._leave(state, state.left.any(1))
-        for each in (state, *state.alternatives.values()) if state.keys else ():
+        for each in state.prompts if state.keys else ():
             if (kv := owner.cache(View(each))) is not None:
                 each.caches["canvas"] = kv
         if state.keys:

@@ -78,6 +78,7 @@ def start(
             raise ValueError(
                 f"the alternative prompt {name!r} has {len(twin.keys)} rows, expected {batch}"
             )
+        twin.draws = state.draws
         missing = twin.prompt - state.prompt
         widen(twin, max(0, -missing), 0)
         widen(state, max(0, missing), 0)  # with the alternatives so far

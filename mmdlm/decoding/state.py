@@ -12,7 +12,7 @@ from torch import Tensor
 from mmdlm.backbones.kv import KV, listed, take
 from mmdlm.decoding.look import Look
 from mmdlm.decoding.memory import Memory
-from mmdlm.decoding.refresh import Refresh
+from mmdlm.decoding.refresh import Refresh, Shown
 from mmdlm.layout import Sequence
 from mmdlm.model import MultimodalDLM
 
@@ -143,10 +143,10 @@ class State:
 
     refresh: Refresh | None = None
     """What this step computes."""
+    shown: Shown | None = None
+    """The answers that the model reads in this step; None: those of `tokens`."""
     look: Look | None = None
     """What the layers of this step leave out."""
-    shown: Sequence | None = None
-    """What the model reads in this step in place of `sequence`, see `Strategy.show`."""
     parts: list[Any] = field(default_factory=list)
     """The forwards of this step, see `mmdlm.decoding.forward`."""
     at: Tensor = field(default_factory=_nothing)
@@ -173,7 +173,9 @@ class State:
     memories: dict[int, Memory] = field(default_factory=dict)
     """What strategies remember, by `id` of the strategy."""
     alternatives: dict[str, State] = field(default_factory=dict)
-    """The same answers after other prompts, by name, for guidance; as long as this one."""
+    """The same answers after other prompts, by name, for guidance; as long as this one. Each has
+    a layout, caches, `refresh` and `look` of its own, and of strategies' memories only those of the
+    owners of `refresh` and `look`; all else is that of these rows."""
     noted: dict[Any, Any] = field(default_factory=dict)
     """What was derived from plan and levels, until these or the rows change; see `View.derived`."""
     left_before: Tensor = field(init=False)
@@ -202,6 +204,11 @@ class State:
     def tokens(self) -> Tensor:
         """[B L] int64 current ids."""
         return self.sequence.tokens
+
+    @property
+    def prompts(self) -> tuple[State, ...]:
+        """The rows after each of their prompts, first after their own."""
+        return (self, *self.alternatives.values())
 
     @property
     def length(self) -> int:

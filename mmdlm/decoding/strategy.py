@@ -10,13 +10,12 @@ from torch import Tensor
 from encoders.checks import Checked
 from mmdlm.backbones.kv import KV
 from mmdlm.decoding.memory import Entry
-from mmdlm.decoding.refresh import Refresh
+from mmdlm.decoding.refresh import Refresh, Shown
 from mmdlm.model import MultimodalDLM
 
 if TYPE_CHECKING:
     from mmdlm.decoding.look import Look
     from mmdlm.decoding.view import View
-    from mmdlm.layout import Sequence
 from collections.abc import Sequence as Items
 
 NEW, EOS, GONE = -1, -2, -3
@@ -133,12 +132,13 @@ class Strategy(Checked):
         """What the layers of this step leave out, and what leaves the canvas after it; or None.
 
         What leaves are positions of the prompt; keys and values of all layers go with them, and
-        the others keep their rotary positions.
+        the others keep their rotary positions. Called for each prompt of the rows, see
+        `State.alternatives`; `begin` of the owner too.
         """
         raise TypeError(f"{type(self).__name__} does not decide look")
 
-    def show(self, view: View) -> Sequence:
-        """The layout that the model reads in this step, with other tokens at undecided positions.
+    def show(self, view: View) -> Shown:
+        """The answers that the model reads in this step, with other tokens at undecided positions.
 
         For noise other than the mask token; without an owner the model reads the canvas itself.
         """
