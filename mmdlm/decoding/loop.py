@@ -276,11 +276,9 @@ def _selected(state: State, owners: Owners) -> Tensor:
 def _revise(state: State, owners: Owners) -> None:
     """Makes known positions masks again."""
     for strategy in owners.get("revise", ()):
-        again = strategy.revise(View(state)) & ~state.masked & state.writable
-        again &= (state.step < 2 * state.asked)[:, None].to(again.device)
-        state.tokens.masked_fill_(again, state.model.spec.mask_id)
-        state.commit_step.masked_fill_(again[:, state.prompt :], -1)
-        state.commit_confidence.masked_fill_(again[:, state.prompt :], 0.0)
+        again = strategy.revise(View(state))
+        again = again & (state.step < 2 * state.asked)[:, None].to(again.device)
+        rows.mask_again(state, again)
 
 
 def active_positions(state: State, owners: Owners) -> Tensor:

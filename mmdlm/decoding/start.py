@@ -66,8 +66,7 @@ def start(
             raise ValueError(f"canvas is {list(canvas.shape)}, expected {[batch, length]}")
         check_ids(canvas, max(vocab, spec.mask_id + 1), "canvas")
         answer = canvas.to(answer)
-    is_made = isinstance(generator, Streams)
-    made = generator if is_made else Streams(generator, batch, model.device)
+    made = Streams.of(generator, batch, model.device)
     keys = list(range(first_key, first_key + batch))
     draws = [(made, i) for i in range(batch)]
     sequence = append_answer(model, prompt, answer)

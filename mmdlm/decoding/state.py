@@ -41,11 +41,23 @@ class Streams:
         self.made: list[torch.Generator] | None = None
 
     @classmethod
+    def of(cls, source: Source, batch: int, device: torch.device) -> Streams:
+        """The streams of a source; its own if it is streams already."""
+        return source if isinstance(source, Streams) else cls(source, batch, device)
+
+    @classmethod
     def exactly(cls, generators: Items[torch.Generator]) -> Streams:
         """Rows that draw from these generators themselves, one per row, in the published order."""
         made = cls(generators, len(generators), generators[0].device)
         made.made = list(generators)
         return made
+
+    def copied(self, row: int) -> Streams:
+        """A stream for one row, with the numbers that this row draws from now on."""
+        one = self[row]
+        same = torch.Generator(one.device)
+        same.set_state(one.get_state())
+        return self.exactly([same])
 
     def __getitem__(self, row: int) -> torch.Generator:
         if self.made is None:
