@@ -60,9 +60,10 @@ def forked(state: State, row: int, key: int, generator: Source) -> State:
         key: name of the copy.
         generator: source of its random draws; None: it draws the same numbers as the row.
     """
-    streams, number = state.draws[row]
-    own = streams.copied(number)
-    if generator is not None:
+    if generator is None:
+        streams, number = state.draws[row]
+        own = streams.copied(number)
+    else:
         own = Streams.of(generator, 1, state.tokens.device)
     made = [copy(each) for each in state.prompts]
     for each in made:
@@ -75,12 +76,17 @@ def forked(state: State, row: int, key: int, generator: Source) -> State:
     return new
 
 
-def mask_again(state: State, again: Tensor) -> None:
-    """Makes known answer positions [B L] masks again; those that were given stay."""
+def mask_again(state: State, again: Tensor) -> Tensor:
+    """Makes known answer positions [B L] masks again; those that were given stay.
+
+    Returns:
+        [B L] bool, those that were known.
+    """
     again = again & ~state.masked & state.writable
     state.tokens.masked_fill_(again, state.model.spec.mask_id)
     state.commit_step.masked_fill_(again[:, state.prompt :], -1)
     state.commit_confidence.masked_fill_(again[:, state.prompt :], 0.0)
+    return again
 
 
 def reopen(state: State, again: Tensor) -> None:
@@ -92,15 +98,15 @@ def reopen(state: State, again: Tensor) -> None:
     Raises:
         ValueError: it is of another size.
     """
-    size = int(state.lengths.max())
+    size, prompt = int(state.lengths.max()), state.prompt
     if again.shape != (size,):
         raise ValueError(f"again is {list(again.shape)}, expected [{size}]")
-    again = F.pad(again.cpu().bool(), (0, state.length - state.prompt - size))[None]
-    whole = F.pad(again, (state.prompt, 0))
-    mask_again(state, whole.to(state.tokens.device))
+    again = F.pad(again.bool(), (prompt, state.length - prompt - size))[None]
+    again = mask_again(state, again.to(state.tokens.device)).cpu()
     state.wrote()
     # Masks of another block may come first, whatever the rows of a batch are at.
-    state.plan = state.plan & (state.plan | ~whole).all(1, keepdim=True)
+    state.plan = state.plan & (state.plan | ~again).all(1, keepdim=True)
+    again = again[:, prompt:]
     source = torch.where(again, NEW, torch.arange(again.shape[1]))
     for each in state.prompts:
         first = each.level[:, each.prompt :].masked_fill(~again, 2**62).amin(1)

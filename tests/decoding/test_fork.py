@@ -143,11 +143,12 @@ def test_copies_with_masks_again_are_the_same_alone_and_together(name, exact_toy
     assert found[0] == found[1]
 
 
-def test_a_schedule_takes_the_masks_into_the_steps_that_are_left(toy: Toy) -> None:
-    session, done = after(4, toy(), [TopK(steps=8)], length=16), {}
-    committed = session.canvas(0) != MASK
-    assert int(committed.sum()) == 8
-    key = session.fork(0, again=committed)
+@pytest.mark.parametrize(("size", "steps"), [(16, 4), (8, 2)])
+def test_a_schedule_takes_the_masks_into_the_steps_that_are_left(toy, size, steps) -> None:
+    session, done = after(steps, toy(), [Blocks(size), TopK(steps=8)], length=16), {}
+    assert int((session.canvas(0) != MASK).sum()) == 2 * steps
+    key = session.fork(0, again=torch.ones(16, dtype=torch.bool))
+    assert (session.canvas(key) == MASK).all()
     drained(session, done)
     assert done[key].forwards == done[0].forwards == 8
 
