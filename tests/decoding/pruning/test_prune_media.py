@@ -19,8 +19,7 @@ from mmdlm.decoding.guidance.cfg import CFG
 from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.decoding.pruning.prune_media import PruneMedia
 from mmdlm.decoding.session import Session
-from mmdlm.decoding.start import append_answer
-from mmdlm.layout import Row, Sparse
+from mmdlm.layout import Row, Sparse, append_answer
 
 LENGTH = 6
 
@@ -77,7 +76,7 @@ def test_a_step_and_those_after_it_equal_a_slow_reference(toy, layer, shift):
     prompt = model.arrange([row(0)])
     mask_id = model.spec.mask_id
     answer = torch.full((1, LENGTH), mask_id)
-    whole = append_answer(model, prompt, answer)
+    whole = append_answer(model.spec, prompt, answer)
     masks = whole.tokens == mask_id
     gone = least_attended(model, whole, masks, 0.5, layer or 3)
     x, _ = states(model, whole, 3, gone, start=layer or 3)
@@ -133,7 +132,7 @@ def test_the_prompt_stays_as_it_was_cached(toy):
     mask_id, step = model.spec.mask_id, 2
     answer, gone = torch.full((1, LENGTH), mask_id), None
     for now in range(LENGTH):
-        sequence = append_answer(model, prompt, answer)
+        sequence = append_answer(model.spec, prompt, answer)
         if now == step:
             leaving = least_attended(model, sequence, sequence.tokens == mask_id, 0.4, 3)
         x = slow_prefix(model, sequence, gone)
@@ -242,7 +241,7 @@ def guided_by_hand(model, prompts, scale, keep, layer, step, run):
     for now in range(LENGTH):
         found = []
         for i, prompt in enumerate(prompts):
-            sequence, start = append_answer(model, prompt, answer), 0
+            sequence, start = append_answer(model.spec, prompt, answer), 0
             if now == step:
                 masks = sequence.tokens == mask_id
                 gone[i], start = least_attended(model, sequence, masks, keep, layer), layer
