@@ -337,3 +337,19 @@ def test_guidance_by_another_cached_prompt_equals_both_by_hand(toy):
 
     wanted = guided_by_hand(model, [prompt, other], 1.5, 0.4, 3, 2, run)
     assert found.tokens[0, -LENGTH:].tolist() == wanted
+
+
+def test_guided_requests_that_join_later_get_what_they_get_alone(toy):
+    model = toy(attention="full")
+    strategies = [CFG(1.0, image=0.5), PruneMedia(keep=0.5, layer=2, step=1)]
+    session, done, keys, alone = Session(model, strategies), {}, [], []
+    for rows in zip(*guided_rows(model), strict=True):
+        prompt, text, image = (model.arrange([one]) for one in rows)
+        given = {"alternatives": {"text": text, "image": image}}
+        alone.append(decode(model, prompt, LENGTH, strategies, **given).tokens[0, -LENGTH:])
+        keys += session.add_rows(prompt, LENGTH, **given)
+        for _ in range(2):
+            done |= {e.key: e.tokens for e in session.step() if hasattr(e, "forwards")}
+    while session.keys:
+        done |= {e.key: e.tokens for e in session.step() if hasattr(e, "forwards")}
+    assert [done[key].tolist() for key in keys] == [tokens.tolist() for tokens in alone]
