@@ -46,6 +46,25 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Sparse:
+    """Embeddings at some of the places of a medium, whose rotary positions they keep.
+
+    Args:
+        tokens: [K D] float.
+        places: [K] int64 ascending, below `span`.
+        span: positions that the medium takes up.
+    """
+
+    tokens: Tensor
+    places: Tensor
+    span: int
+
+    def __len__(self) -> int:
+        """K."""
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
 class Features:
     """Tokens of one modality for a batch.
 

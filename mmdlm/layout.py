@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from encoders.features import Prepared
+from encoders.features import Prepared, Sparse
+from mmdlm.backbones.family import Spec
 
 PROMPT, ANSWER = 0, 1
 """Roles of a position: given, or to be generated."""
@@ -28,25 +29,6 @@ attend to media, the prompt text to media and text, the answer to all. block_cau
 to the same and earlier blocks. canvas: text is causal, an image attends to itself too; a block of
 the answer (odd level) attends to itself and all before it, and becomes text when it is finished.
 With a block size, the answer of prefix and cascade is block-causal."""
-
-
-@dataclass(frozen=True)
-class Sparse:
-    """Embeddings at some of the places of a medium, whose rotary positions they keep.
-
-    Args:
-        tokens: [K D] float.
-        places: [K] int64 ascending, below `span`.
-        span: positions that the medium takes up.
-    """
-
-    tokens: Tensor
-    places: Tensor
-    span: int
-
-    def __len__(self) -> int:
-        """K."""
-        return len(self.tokens)
 
 
 Part = Tensor | Prepared | Sparse
@@ -197,6 +179,24 @@ def chosen(sequence: Sequence, rows: Tensor) -> Sequence:
     return replace(sequence, **tables, media=media)
 
 
+def append_answer(spec: Spec, prompt: Sequence, answer: Tensor) -> Sequence:
+    """A prompt followed by answer slots, whose positions continue after the last of each row.
+
+    Args:
+        spec: of the model, for the attention.
+        prompt: B rows of P slots; what is not real may be anywhere in them.
+        answer: [B G] int64 ids of the answer slots, on the same device.
+    """
+    order = torch.arange(answer.shape[1], device=answer.device).expand_as(answer)
+    role, source = torch.full_like(order, ANSWER), torch.full_like(order, TOKEN)
+    positions = ((prompt.positions + 1) * prompt.mask).amax(1, keepdim=True) + order
+    level = levels(role, source, positions, order, spec.attention, spec.block_size)
+    own = Sequence(answer, role, source, torch.ones_like(order, dtype=torch.bool), positions, level)
+    tables = {n: x for n, x in vars(own).items() if x is not None}
+    whole = {n: torch.cat([getattr(prompt, n), x], 1) for n, x in tables.items()}
+    return replace(prompt, **whole, branch=None)
+
+
 def visible(
     query_level: Tensor,
     key_level: Tensor,
@@ -213,10 +213,9 @@ def visible(
         query_branch: [B M] int64; None without branches.
         key_branch: [B L] int64; None without branches.
     """
-    if query_branch is None and bool(key_mask.all()):
-        lowest, highest = query_level.min(), key_level.max()
-        if bool(highest <= lowest):
-            return None
+    unmasked = query_branch is None and bool(key_mask.all())
+    if unmasked and bool(key_level.max() <= query_level.min()):
+        return None
     seen = seen_by(query_level, key_level, key_mask)
     if query_branch is not None:
         is_same = key_branch[:, None] == query_branch[..., None]

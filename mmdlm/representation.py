@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdlm.layout import ANSWER, PROMPT, TOKEN, Sequence, levels
+from mmdlm.layout import PROMPT, Sequence, append_answer, levels
 from mmdlm.model import MultimodalDLM
 
 Pooling = Literal["mean", "text", "last", "masks"]
@@ -80,21 +80,8 @@ def with_masks(model: MultimodalDLM, sequence: Sequence, count: int) -> Sequence
         sequence: rows; what is not real may be anywhere in them.
         count: masks per row.
     """
-    spec, device = model.spec, sequence.tokens.device
-    batch = len(sequence.tokens)
-    order = torch.arange(count, device=device).expand(batch, -1)
-    begin = ((sequence.positions + 1) * sequence.mask).amax(1, keepdim=True)
-    role, source = torch.full_like(order, ANSWER), torch.full_like(order, TOKEN)
-    new = {
-        "tokens": torch.full_like(order, spec.mask_id),
-        "role": role,
-        "source": source,
-        "mask": torch.ones_like(order, dtype=torch.bool),
-        "positions": begin + order,
-        "level": levels(role, source, begin + order, order, spec.attention, spec.block_size),
-    }
-    joined = {name: torch.cat([getattr(sequence, name), value], 1) for name, value in new.items()}
-    return replace(sequence, **joined, branch=None)
+    masks = sequence.tokens.new_full((len(sequence.tokens), count), model.spec.mask_id)
+    return append_answer(model.spec, sequence, masks)
 
 
 def part(model: MultimodalDLM, sequence: Sequence, answers: bool) -> Sequence:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+    from mmdlm.model import MultimodalDLM
     from mmdlm.tasks.watch import Canvas
 
 WIDTH = 64
@@ -27,6 +28,8 @@ def draw(
     texts: list[str],
     run: Run,
     out: Path = Path("picture.png"),
+    n: int = 1,
+    best_of: int | None = None,
     size: str | None = None,
     image: Path | None = None,
     mask: Path | None = None,
@@ -42,59 +45,72 @@ def draw(
     mmdlm draw "a red circle" --out circle.png --model my-mmada
     mmdlm draw "make it blue" --image circle.png --out blue.png --model my-lumina --live
     mmdlm draw "a hat" --image me.png --mask head.png --gif hat.gif --model my-mmada
+    mmdlm draw "a hat" --best-of 16 --model my-mmada
 
     Args:
-        texts: what the images show, one image each; with --image, what to change.
+        texts: what the images show; with --image, what to change.
         run: which model runs, and where.
         out: file of the image; of several, a number is added before the ending.
+        n: images of each text.
+        best_of: images begun for each text; the n that the model itself finds best are completed.
         size: side in pixels, or width x height such as 768x512; by default the checkpoint's own.
         image: image to be changed.
         mask: image of the same size, bright where --image is drawn again; the rest stays.
         guidance: scale of classifier-free guidance; by default the checkpoint's own.
         steps: decoding steps; by default the checkpoint's own.
         decoding: decoding preset (see mmdlm list decoding) or YAML file.
-        seed: of the random numbers; the second image has the next seed, and so on.
+        seed: of the random numbers; the second image (that is begun) has the next seed, and so on.
         live: show the image on stderr while it forms.
         gif: file of an animation of the image while it forms; of one image.
     """
-    if gif is not None and (len(texts) > 1 or gif.suffix != ".gif"):
+    if gif is not None and (len(texts) * n > 1 or gif.suffix != ".gif"):
         raise ValueError(f"--gif {gif} is for one image, in a file whose name ends in .gif")
+    if best_of is not None and (live or gif is not None):
+        raise ValueError("--live and --gif show one image while it forms; leave --best-of out")
     from mmdlm.tasks.draw import draw as drawn
-    from mmdlm.tasks.draw import require_drawing
-    from mmdlm.tasks.watch import watching
+    from mmdlm.tasks.drawings import require_drawing
 
-    pair = _size(size)
-    model = run.load()
-    codec = require_drawing(model)
-    grid = None if pair is None else codec.grid(pair)
-    frames: list[Image] = []
+    pair, model = _size(size), run.load()
+    grid = None if pair is None else require_drawing(model).grid(pair)
+    seeds = None if seed is None else [seed + i * (best_of or n) for i in range(len(texts))]
     options: dict[str, Any] = {"guidance": guidance, "steps": steps, "strategies": decoding}
     options |= {"size": pair, "image": image, "mask": mask, "batch_size": run.batch_size}
-    options["seed"] = None if seed is None else [seed + i for i in range(len(texts))]
-    with shown(live) as show:
-
-        def see(canvas: Canvas) -> None:
-            from mmdlm.tasks.draw import preview
-
-            if not live and gif is None:
-                return
-            now = preview(model, canvas.tokens, grid)
-            frames.append(now)
-            show(now)
-
-        with watching(see):
-            results = drawn(model, list(texts), details=True, **options)
-    for i, (text, result) in enumerate(zip(texts, results, strict=True), 1):
-        path = out if len(texts) == 1 else out.with_name(f"{out.stem}-{i}{out.suffix}")
+    with _watched(model, live, gif, grid):
+        found = drawn(model, list(texts), n=n, best_of=best_of, seed=seeds, details=True, **options)
+    results = [(text, one) for text, many in zip(texts, found, strict=True) for one in many]
+    for i, (text, result) in enumerate(results, 1):
+        path = out if len(results) == 1 else out.with_name(f"{out.stem}-{i}{out.suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
         result.image.save(path)
         record = {"text": text, "file": str(path), "forwards": result.forwards}
         print_result(record | {"seconds": round(result.seconds, 3)}, run.json, None)
+    return 0
+
+
+@contextmanager
+def _watched(
+    model: MultimodalDLM, live: bool, gif: Path | None, grid: tuple[int, int] | None
+) -> Iterator[None]:
+    """Within this context, images are shown and filmed while they form."""
+    from mmdlm.tasks.drawings import preview
+    from mmdlm.tasks.watch import watching
+
+    frames: list[Image] = []
+    if not live and gif is None:
+        yield
+        return
+    with shown(live) as show:
+
+        def see(canvas: Canvas) -> None:
+            frames.append(preview(model, canvas.tokens, grid))
+            show(frames[-1])
+
+        with watching(see):
+            yield
     if gif is not None:
         times = [FRAME] * (len(frames) - 1) + [LAST]
         gif.parent.mkdir(parents=True, exist_ok=True)
         frames[0].save(gif, save_all=True, append_images=frames[1:], duration=times, loop=0)
-    return 0
 
 
 def _size(size: str | None) -> tuple[int, int] | None:

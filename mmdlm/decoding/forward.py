@@ -110,11 +110,12 @@ def run(state: State, tokens: Tensor | None = None, cache: str = "canvas") -> Te
 
     Args:
         state: the rows, prepared.
-        tokens: [B L] another filling of the canvas (guidance); None for the canvas itself.
+        tokens: [B L] the canvas with other prompts (guidance); None for the canvas itself.
         cache: name of the key/value buffers; every filling needs its own.
     """
-    sequence = state.sequence if state.shown is None else state.shown
-    sequence = sequence if tokens is None else sequence.with_tokens(tokens)
+    sequence = state.sequence if tokens is None else state.sequence.with_tokens(tokens)
+    if state.shown is not None:
+        sequence = state.shown.after(sequence, state.prompt)
     kv = None
     if state.refresh.cached:
         if cache not in state.caches:

@@ -24,7 +24,7 @@ Owners = dict[str, list[Strategy]]
 
 SHARED = (
     *("step", "block", "block_step", "block_masks", "block_size", "asked"),
-    *("plan", "region", "opened", "held", "left_before", "_left"),
+    *("plan", "region", "opened", "held", "left_before", "_left", "shown"),
 )
 """What an alternative prompt has in common with the rows: all about the answers."""
 DEFAULTS = (Blocks(), Exact(), Greedy(), Probability(), TopK())
@@ -48,8 +48,10 @@ def assign(strategies: Items[Strategy]) -> Owners:
             raise ValueError(f"{a} and {b} both decide {hook!r}; keep one")
     check_together(strategies)
     for default in DEFAULTS:
-        for hook in default.hooks():
-            owners.setdefault(hook, [default])
+        hooks = default.hooks()
+        if not owners.keys() & {*hooks} & {*Strategy.ONE_OWNER}:
+            for hook in hooks:
+                owners.setdefault(hook, []).append(default)
     everyone = [*strategies, *(s for held in owners.values() for s in held)]
     owners["all"] = list({id(s): s for s in everyone}.values())
     return owners
@@ -62,11 +64,13 @@ def plan(state: State, owners: Owners) -> Tensor:
         [B] bool on the host, rows that have something left to do.
     """
     owner, view = owners["plan"][0], View(state)
-    if owner.steady and "revise" not in owners and "resize" not in owners:
+    if _steady(owners) and "revise" not in owners and "resize" not in owners:
         busy = (state.left & state.plan).any(1)
         if bool(busy.all()):
             return busy
     before, state.region = state.plan, owner.plan(view)
+    for each in owners.get("narrow", ()):
+        state.region = state.region & (each.narrow(view) | ~state.answer)
     planned = state.region & state.answer
     if owner.sliding:
         same = state.block >= 0
@@ -85,8 +89,16 @@ def plan(state: State, owners: Owners) -> Tensor:
         state.block_step.masked_fill_(new, 0)
         inside = state.left if owner.sliding else state.left & planned
         state.block_masks = torch.where(new, inside.sum(1), state.block_masks)
-        state.block_size = torch.where(new, owner.block_size(view), state.block_size)
+        sizes = [each.block_size(view) for each in owners.get("block_size", ())]
+        if owner not in owners.get("block_size", ()):
+            sizes.append(planned.sum(1))
+        state.block_size = torch.where(new, torch.stack(sizes).amin(0), state.block_size)
     return planned.any(1)
+
+
+def _steady(owners: Owners) -> bool:
+    """Whether the open positions of a row stay the same until no mask is left in them."""
+    return all(each.steady for each in (*owners["plan"], *owners.get("narrow", ())))
 
 
 def _first(flags: Tensor) -> Tensor:
@@ -100,7 +112,7 @@ def lasts(state: State, owners: Owners) -> bool:
         return False
     if any(hook in owners for hook in ("stop", "edit", "hold", "revise", "end", "resize")):
         return False
-    return owners["plan"][0].steady and owners["select"][0].lasts(View(state))
+    return _steady(owners) and owners["select"][0].lasts(View(state))
 
 
 def step(state: State, owners: Owners, on_commit: Callable[[State], None] | None = None) -> None:
@@ -113,15 +125,16 @@ def step(state: State, owners: Owners, on_commit: Callable[[State], None] | None
     """
     view = View(state)
     state.refresh = owners["refresh"][0].refresh(view)
-    state.look = owners["look"][0].look(view) if "look" in owners else None
     read = active_positions(state, owners)
     state.focus(read)
-    forward.prepare(state)
     state.shown = owners["show"][0].show(view) if "show" in owners else None
     for other in state.alternatives.values():
         follow(other, state, read, owners["refresh"][0])
+    for each in state.prompts:
+        each.look = owners["look"][0].look(View(each)) if "look" in owners else None
+        forward.prepare(each)
     logits = forward.run(state)
-    for each in (state, *state.alternatives.values()):
+    for each in state.prompts:
         _cached(each)
     for strategy in owners["all"]:
         if strategy in owners.get("guide", ()):
@@ -144,10 +157,10 @@ def step(state: State, owners: Owners, on_commit: Callable[[State], None] | None
         source = strategy.resize(view)
         if source is not None:
             rows.resize(state, source)
-            for other in owners.get("layout", ()):
-                state.set_levels(other.layout(view))
-    if state.look is not None and state.look.leaving is not None:
-        rows.drop(state, state.look.leaving)
+            for each in state.prompts if "layout" in owners else ():
+                each.set_levels(owners["layout"][0].layout(View(each)))
+    if "look" in owners:
+        rows.drop(state)
     state.wrote()
     state.step += 1
     state.block_step += 1
@@ -176,7 +189,6 @@ def follow(other: State, state: State, read: Tensor, owner: Strategy) -> None:
             f"{type(owner).__name__} computes other positions after the alternative prompt; "
             "use guidance without this cache"
         )
-    forward.prepare(other)
 
 
 def scorable(state: State) -> Tensor:
@@ -216,9 +228,11 @@ def end(state: State, owners: Owners) -> None:
 
 def _replan(state: State, owners: Owners) -> None:
     """Closes open positions now that the candidates are known."""
-    part = owners["plan"][0].replan(View(state))
-    if part is None:
+    parts = [each.replan(View(state)) for each in owners.get("replan", ())]
+    parts = [part for part in parts if part is not None]
+    if not parts:
         return
+    part = torch.stack(parts).all(0)
     state.region = state.region & (part | ~state.plan)
     state.plan = part & state.plan
     state.opened, state.noted = state.plan.to(state.tokens.device), {}
@@ -276,11 +290,9 @@ def _selected(state: State, owners: Owners) -> Tensor:
 def _revise(state: State, owners: Owners) -> None:
     """Makes known positions masks again."""
     for strategy in owners.get("revise", ()):
-        again = strategy.revise(View(state)) & ~state.masked & state.writable
-        again &= (state.step < 2 * state.asked)[:, None].to(again.device)
-        state.tokens.masked_fill_(again, state.model.spec.mask_id)
-        state.commit_step.masked_fill_(again[:, state.prompt :], -1)
-        state.commit_confidence.masked_fill_(again[:, state.prompt :], 0.0)
+        again = strategy.revise(View(state))
+        again = again & (state.step < 2 * state.asked)[:, None].to(again.device)
+        rows.mask_again(state, again)
 
 
 def active_positions(state: State, owners: Owners) -> Tensor:

@@ -81,7 +81,7 @@ class PerCanvas(Entry):
 
 @dataclass(frozen=True)
 class PerRequest:
-    """One Python object per row.
+    """One Python object per row, which strategies replace, never change: copies of a row share it.
 
     Args:
         value: list of B objects.

@@ -1,10 +1,14 @@
-"""Which positions a step computes, and which keys and values it keeps."""
+"""What the model computes and reads in a step."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from mmdlm.layout import Sequence
 
 
 class Refresh(NamedTuple):
@@ -32,3 +36,28 @@ class Refresh(NamedTuple):
     prefill: Tensor | None = None
     only: Tensor | None = None
     logits: Tensor | None = None
+
+
+class Shown(NamedTuple):
+    """Answers that the model reads in place of those on the canvas, after every prompt of a row.
+
+    Args:
+        tokens: [B G] int64.
+        soft: [B G D] expected embeddings of the previous step; None for zeros.
+    """
+
+    tokens: Tensor
+    soft: Tensor | None = None
+
+    def after(self, sequence: Sequence, prompt: int) -> Sequence:
+        """A sequence with these answers.
+
+        Args:
+            sequence: prompts [0, prompt) and answers.
+            prompt: positions of the prompts.
+        """
+        soft = self.soft
+        if soft is not None:
+            soft = torch.cat([soft.new_zeros(len(soft), prompt, soft.shape[2]), soft], 1)
+        tokens = torch.cat([sequence.tokens[:, :prompt], self.tokens], 1)
+        return replace(sequence, tokens=tokens, soft=soft)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import fields, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from mmdlm.decoding.events import Finished
 from mmdlm.decoding.memory import moved, padded, selected
-from mmdlm.decoding.state import CLOCKS, State
+from mmdlm.decoding.state import CLOCKS, Source, State, Streams
 from mmdlm.decoding.strategy import GONE, NEW
 from mmdlm.layout import ANSWER, MEDIUM, TOKEN, Sequence, chosen
 
@@ -26,6 +29,12 @@ def keep(state: State, rows: Tensor) -> None:
         state: changed in place.
         rows: int64 [n] on the host, ascending.
     """
+    for each in state.prompts:
+        _keep(each, rows)
+
+
+def _keep(state: State, rows: Tensor) -> None:
+    """See `keep`; without alternatives."""
     at = rows.to(state.tokens.device)
     state.noted = {}
     state.keys = [state.keys[i] for i in rows.tolist()]
@@ -40,8 +49,84 @@ def keep(state: State, rows: Tensor) -> None:
     for kv in state.caches.values():
         kv.keep(at)
     state.memories = {k: memory.each("keep", rows) for k, memory in state.memories.items()}
-    for other in state.alternatives.values():
-        keep(other, rows)
+
+
+def forked(state: State, row: int, key: int, generator: Source) -> State:
+    """A copy of one row with its caches and memories, which shares no tensor with the batch.
+
+    Args:
+        state: the batch.
+        row: the row.
+        key: name of the copy.
+        generator: source of its random draws; None: it draws the same numbers as the row.
+    """
+    if generator is None:
+        streams, number = state.draws[row]
+        own = streams.copied(number)
+    else:
+        own = Streams.of(generator, 1, state.tokens.device)
+    made = [copy(each) for each in state.prompts]
+    for each in made:
+        each.caches = {name: copy(kv) for name, kv in each.caches.items()}
+        _keep(each, torch.tensor([row]))
+        each.keys, each.draws = [key], [(own, 0)]
+    new = made[0]
+    new.alternatives = dict(zip(state.alternatives, made[1:], strict=True))
+    new.calls = 0
+    return new
+
+
+def mask_again(state: State, again: Tensor) -> Tensor:
+    """Makes known answer positions [B L] masks again; those that were given stay.
+
+    Returns:
+        [B L] bool, those that were known.
+    """
+    again = again & ~state.masked & state.writable
+    state.tokens.masked_fill_(again, state.model.spec.mask_id)
+    state.commit_step.masked_fill_(again[:, state.prompt :], -1)
+    state.commit_confidence.masked_fill_(again[:, state.prompt :], 0.0)
+    return again
+
+
+def reopen(state: State, again: Tensor) -> None:
+    """Makes answer positions masks again between two steps, as if they had never been written.
+
+    Args:
+        state: changed in place.
+        again: [n] bool, for the n positions of the longest answer.
+    Raises:
+        ValueError: it is of another size.
+    """
+    size, prompt = int(state.lengths.max()), state.prompt
+    if again.shape != (size,):
+        raise ValueError(f"again is {list(again.shape)}, expected [{size}]")
+    again = F.pad(again.bool(), (prompt, state.length - prompt - size))[None]
+    again = mask_again(state, again.to(state.tokens.device)).cpu()
+    state.wrote()
+    # Masks of another block may come first, whatever the rows of a batch are at.
+    state.plan = state.plan & (state.plan | ~again).all(1, keepdim=True)
+    again = again[:, prompt:]
+    source = torch.where(again, NEW, torch.arange(again.shape[1]))
+    for each in state.prompts:
+        first = each.level[:, each.prompt :].masked_fill(~again, 2**62).amin(1)
+        each.final = torch.minimum(each.final, first)
+        each.has_cache = each.has_cache & ~again.any(1)
+        memories = each.memories.items()
+        each.memories = {k: memory.each("resize", source, each.prompt) for k, memory in memories}
+
+
+def finished(state: State, row: int) -> Finished:
+    """The answer of a row as it stands."""
+    size = int((state.level[row, state.prompt :] >= 0).sum())
+    answer = slice(state.prompt, state.prompt + size)
+    return Finished(
+        state.keys[row],
+        state.tokens[row, answer].clone(),
+        state.commit_step[row, :size].clone(),
+        state.commit_confidence[row, :size].clone(),
+        int(state.forwards[row]),
+    )
 
 
 def join(state: State, new: State) -> None:
@@ -49,7 +134,7 @@ def join(state: State, new: State) -> None:
 
     Args:
         state: changed in place.
-        new: rows before their first step, without keys and values or with those of earlier text.
+        new: other rows between two steps, of their own batch.
     Raises:
         ValueError: the rows have other alternative prompts.
     """
@@ -127,17 +212,27 @@ def joined(one: Sequence, other: Sequence) -> Sequence:
     return replace(one, **changed)
 
 
-def drop(state: State, leaving: Tensor) -> None:
-    """Takes positions out of the prompts; the others keep their rotary positions.
+def drop(state: State) -> None:
+    """Takes what `Look.leaving` names out of each prompt; the rest keeps its rotary positions.
 
     Args:
         state: changed in place.
-        leaving: [B L] host bool, positions of the prompt.
     """
+    leaving = [None if each.look is None else each.look.leaving for each in state.prompts]
+    if all(gone is None for gone in leaving):
+        return
+    stays = [
+        (each.level >= 0)[:, : each.prompt] & (True if gone is None else ~gone[:, : each.prompt])
+        for each, gone in zip(state.prompts, leaving, strict=True)
+    ]
+    size = max(1, *(int(stay.sum(1).max()) for stay in stays))
+    for each, stay in zip(state.prompts, stays, strict=True):
+        _select(each, stay, size)
+
+
+def _select(state: State, stays: Tensor, size: int) -> None:
+    """Leaves `size` positions of each prompt: padding, then what stays [B P], in its order."""
     prompt, length, spec = state.prompt, state.length, state.model.spec
-    stays = (state.level >= 0)[:, :prompt] & ~leaving[:, :prompt]
-    size = max(1, int(stays.sum(1).max()))
-    # Padding first, then what stays, in its order.
     at = stays.int().sort(dim=1, stable=True).indices[:, prompt - size :]
     real = stays.gather(1, at)
     answer = torch.arange(prompt, length).expand(len(at), -1)

@@ -75,8 +75,12 @@ class Session:
     @property
     def keys(self) -> list[int]:
         """Requests that are not finished, in the order of their rows."""
-        states = ([] if self._state is None else [self._state]) + self._waiting
-        return [key for state in states for key in state.keys]
+        return [key for state in self._states for key in state.keys]
+
+    @property
+    def _states(self) -> list[State]:
+        """The batch, and the rows that wait to join it."""
+        return ([] if self._state is None else [self._state]) + self._waiting
 
     @torch.inference_mode()
     def add(
@@ -150,8 +154,9 @@ class Session:
             self._packs = active()
         keys = list(state.keys)
         everyone, owner = self.owners["all"], self.owners["refresh"][0]
+        readers = (owner, *self.owners.get("look", ()))
         state.memories = {id(s): Memory({}, self._shared[id(s)]) for s in everyone}
-        for each in (state, *state.alternatives.values()):
+        for each in state.prompts:
             for strategy in self.owners.get("layout", ()):
                 each.set_levels(strategy.layout(View(each)))
         for s in everyone:
@@ -159,9 +164,10 @@ class Session:
         loop.end(state, self.owners)
         state.wrote()
         for other in state.alternatives.values():
-            other.memories = {id(owner): Memory(owner.begin(View(other)), self._shared[id(owner)])}
+            view = View(other)
+            other.memories = {id(s): Memory(s.begin(view), self._shared[id(s)]) for s in readers}
         self._done += self._leave(state, state.left.any(1))
-        for each in (state, *state.alternatives.values()) if state.keys else ():
+        for each in state.prompts if state.keys else ():
             if (kv := owner.cache(View(each))) is not None:
                 each.caches["canvas"] = kv
         if state.keys:
@@ -245,23 +251,13 @@ class Session:
         """Takes rows out of the batch that are not busy, [B] bool on the host."""
         if bool(busy.all()):
             return []
-        done, lengths = [], state.lengths.tolist()
-        for i in (~busy).nonzero()[:, 0].tolist():
-            key, size = state.keys[i], lengths[i]
-            answer = slice(state.prompt, state.prompt + size)
-            done.append(
-                Finished(
-                    key,
-                    state.tokens[i, answer].clone(),
-                    state.commit_step[i, :size].clone(),
-                    state.commit_confidence[i, :size].clone(),
-                    int(state.forwards[i]),
-                )
-            )
-            if key in self._kept:
+        done = (~busy).nonzero()[:, 0].tolist()
+        found = [rows.finished(state, i) for i in done]
+        for i in done if self._kept else ():
+            if (key := state.keys[i]) in self._kept:
                 self._turns[key] = saved(state, i)
         rows.keep(state, busy.nonzero()[:, 0])
-        return done
+        return found
 
     @torch.inference_mode()
     def extend(
@@ -312,6 +308,41 @@ class Session:
         self._enter(state)
         return key
 
+    @torch.inference_mode()
+    def fork(
+        self,
+        key: int,
+        *,
+        generator: Source = None,
+        again: Tensor | None = None,
+    ) -> int:
+        """Copies a running request as it stands; from the next step on, both go on.
+
+        The copy has the request's tokens, clock, number of forwards, keys and values, and what
+        strategies remember.
+
+        Args:
+            key: a running request.
+            generator: source of the copy's random draws; None: it goes on with those of the
+                request, and so gets the same tokens.
+            again: [G] bool, positions of the answer that are masks again in the copy, as if they
+                had never been committed; those that were given stay. None for none.
+        Returns:
+            the key of the copy.
+        Raises:
+            KeyError: the request is not running.
+            ValueError: `again` is not of the answer's size.
+        """
+        state, row, _ = self._find(key)
+        new = rows.forked(state, row, self._next, generator)
+        if again is not None:
+            rows.reopen(new, again)
+        self._next += 1
+        self._waiting.append(new)
+        if key in self._kept:
+            self._kept |= set(new.keys)
+        return new.keys[0]
+
     def remove(self, key: int) -> None:
         """Drops a request, running or kept.
 
@@ -321,7 +352,7 @@ class Session:
         known = self._turns.pop(key, None) is not None
         self._features.pop(key, None)
         self._kept.discard(key)
-        for state in [*self._waiting, *([] if self._state is None else [self._state])]:
+        for state in self._states:
             if key in state.keys:
                 known = True
                 stay = [i for i, other in enumerate(state.keys) if other != key]
@@ -361,7 +392,7 @@ class Session:
 
     def _find(self, key: int) -> tuple[State, int, int]:
         """The rows that a running request is in, its row, and the length of its answer."""
-        for state in [*self._waiting, *([] if self._state is None else [self._state])]:
+        for state in self._states:
             if key in state.keys:
                 row = state.keys.index(key)
                 return state, row, int(state.lengths[row])

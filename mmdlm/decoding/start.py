@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import replace
 from numbers import Integral
 
 import torch
@@ -14,7 +13,7 @@ from mmdlm.backbones.family import MOST_TOKENS, Spec
 from mmdlm.decoding.rows import pad, widen
 from mmdlm.decoding.state import Source, State, Streams
 from mmdlm.decoding.strategy import Strategy
-from mmdlm.layout import ANSWER, TOKEN, Sequence, from_tokens, levels
+from mmdlm.layout import Sequence, append_answer, from_tokens
 from mmdlm.messages import check_ids
 from mmdlm.model import MultimodalDLM
 from mmdlm.processor import Packed
@@ -66,11 +65,12 @@ def start(
             raise ValueError(f"canvas is {list(canvas.shape)}, expected {[batch, length]}")
         check_ids(canvas, max(vocab, spec.mask_id + 1), "canvas")
         answer = canvas.to(answer)
-    is_made = isinstance(generator, Streams)
-    made = generator if is_made else Streams(generator, batch, model.device)
+    made = Streams.of(generator, batch, model.device)
     keys = list(range(first_key, first_key + batch))
     draws = [(made, i) for i in range(batch)]
-    sequence = append_answer(model, prompt, answer)
+    sequence = append_answer(spec, prompt, answer)
+    if spec.context is not None:
+        spec.fits(int(sequence.positions[:, -1].max()) + 1)
     state = State(model, sequence, size, keys, draws, committable(columns, model))
     for name, other in (alternatives or {}).items():
         twin = start(model, other, length, None, None, columns, canvas, first_key)
@@ -78,6 +78,7 @@ def start(
             raise ValueError(
                 f"the alternative prompt {name!r} has {len(twin.keys)} rows, expected {batch}"
             )
+        twin.draws = state.draws
         missing = twin.prompt - state.prompt
         widen(twin, max(0, -missing), 0)
         widen(state, max(0, missing), 0)  # with the alternatives so far
@@ -128,37 +129,6 @@ def _opened(prompt: Sequence, spec: Spec) -> Sequence:
             "least one token, such as the one that begins a text (BOS)"
         )
     return prompt if size else pad(prompt, 1, 0, spec.pad_id, spec.eos_id)
-
-
-def append_answer(model: MultimodalDLM, prompt: Sequence, answer: Tensor) -> Sequence:
-    """A prompt followed by answer slots, whose positions continue after the last of each row.
-
-    Args:
-        model: the model.
-        prompt: B rows of P slots on the model's device.
-        answer: [B G] int64 ids of the answer slots.
-    Raises:
-        ValueError: the positions pass the model's context.
-    """
-    spec = model.spec
-    batch, length = answer.shape
-    order = torch.arange(length, device=model.device).expand(batch, -1)
-    role, source = torch.full_like(order, ANSWER), torch.full_like(order, TOKEN)
-    begin = ((prompt.positions + 1) * prompt.mask).amax(1, keepdim=True)
-    if spec.context is not None:
-        spec.fits(int(begin.max()) + length)
-    positions = begin + order
-    level = levels(role, source, positions, order, spec.attention, spec.block_size)
-    return replace(
-        prompt,
-        tokens=torch.cat([prompt.tokens, answer], 1),
-        role=torch.cat([prompt.role, role], 1),
-        source=torch.cat([prompt.source, source], 1),
-        mask=torch.cat([prompt.mask, torch.ones_like(order, dtype=torch.bool)], 1),
-        positions=torch.cat([prompt.positions, positions], 1),
-        level=torch.cat([prompt.level, level], 1),
-        branch=None,
-    )
 
 
 def committable(columns: slice | None, model: MultimodalDLM) -> slice | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmdlm.backbones.kv import KV, listed, take
 from mmdlm.decoding.look import Look
 from mmdlm.decoding.memory import Memory
-from mmdlm.decoding.refresh import Refresh
+from mmdlm.decoding.refresh import Refresh, Shown
 from mmdlm.layout import Sequence
 from mmdlm.model import MultimodalDLM
 
@@ -41,11 +41,23 @@ class Streams:
         self.made: list[torch.Generator] | None = None
 
     @classmethod
+    def of(cls, source: Source, batch: int, device: torch.device) -> Streams:
+        """The streams of a source; its own if it is streams already."""
+        return source if isinstance(source, Streams) else cls(source, batch, device)
+
+    @classmethod
     def exactly(cls, generators: Items[torch.Generator]) -> Streams:
         """Rows that draw from these generators themselves, one per row, in the published order."""
         made = cls(generators, len(generators), generators[0].device)
         made.made = list(generators)
         return made
+
+    def copied(self, row: int) -> Streams:
+        """A stream for one row, with the numbers that this row draws from now on."""
+        one = self[row]
+        same = torch.Generator(one.device)
+        same.set_state(one.get_state())
+        return self.exactly([same])
 
     def __getitem__(self, row: int) -> torch.Generator:
         if self.made is None:
@@ -143,10 +155,10 @@ class State:
 
     refresh: Refresh | None = None
     """What this step computes."""
+    shown: Shown | None = None
+    """The answers that the model reads in this step; None: those of `tokens`."""
     look: Look | None = None
     """What the layers of this step leave out."""
-    shown: Sequence | None = None
-    """What the model reads in this step in place of `sequence`, see `Strategy.show`."""
     parts: list[Any] = field(default_factory=list)
     """The forwards of this step, see `mmdlm.decoding.forward`."""
     at: Tensor = field(default_factory=_nothing)
@@ -173,7 +185,9 @@ class State:
     memories: dict[int, Memory] = field(default_factory=dict)
     """What strategies remember, by `id` of the strategy."""
     alternatives: dict[str, State] = field(default_factory=dict)
-    """The same answers after other prompts, by name, for guidance; as long as this one."""
+    """The same answers after other prompts, by name, for guidance; as long as this one. Each has
+    a layout, caches, `refresh` and `look` of its own, and of strategies' memories only those of the
+    owners of `refresh` and `look`; all else is that of these rows."""
     noted: dict[Any, Any] = field(default_factory=dict)
     """What was derived from plan and levels, until these or the rows change; see `View.derived`."""
     left_before: Tensor = field(init=False)
@@ -202,6 +216,11 @@ class State:
     def tokens(self) -> Tensor:
         """[B L] int64 current ids."""
         return self.sequence.tokens
+
+    @property
+    def prompts(self) -> tuple[State, ...]:
+        """The rows after each of their prompts, first after their own."""
+        return (self, *self.alternatives.values())
 
     @property
     def length(self) -> int:

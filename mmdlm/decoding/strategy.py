@@ -10,13 +10,12 @@ from torch import Tensor
 from encoders.checks import Checked
 from mmdlm.backbones.kv import KV
 from mmdlm.decoding.memory import Entry
-from mmdlm.decoding.refresh import Refresh
+from mmdlm.decoding.refresh import Refresh, Shown
 from mmdlm.model import MultimodalDLM
 
 if TYPE_CHECKING:
     from mmdlm.decoding.look import Look
     from mmdlm.decoding.view import View
-    from mmdlm.layout import Sequence
 from collections.abc import Sequence as Items
 
 NEW, EOS, GONE = -1, -2, -3
@@ -31,11 +30,10 @@ class Strategy(Checked):
     the other rows. The hooks see all rows at once, through a read-only `View`; only the loop
     writes.
 
-    A step calls, in this order: plan, refresh, show, look, (the model runs), guide and observe in
-    the order of the strategies, pick, score, replan, stop, select, edit; then the loop writes and
-    calls hold, revise, end and resize. `layout`, `plan`, `refresh`, `show`, `look`, `pick`,
-    `score`, `select`,
-    `edit` and `resize` have one owner per decode; of the others there may be many.
+    A step calls, in this order: plan, narrow and block_size, refresh, show, look, (the model runs),
+    guide and observe in the order of the strategies, pick, score, replan, stop, select, edit; then
+    the loop writes and calls hold, revise, end and resize. The hooks of `ONE_OWNER` have one owner
+    per decode; of the others there may be many.
 
     The loop, never a strategy, keeps these rules: the mask id is never committed; only masked
     positions that are open commit, so prompt and known tokens stay; at least one of them commits
@@ -52,7 +50,8 @@ class Strategy(Checked):
             `stop` denies "final_tokens", "fixed_length" or "own_schedule" by itself, and buffers of
             its own (`cache`) deny "plain_cache".
         may_idle: `select` may commit nothing in a step (schedules with a fixed number of steps).
-        steady: the plan of a row stays the same until no mask is left in it, if none are added.
+        steady: what `plan` and `narrow` open in a row stays the same until no mask is left in it,
+            if none are added.
         sliding: the open positions of `plan` move; for the clock all of the answer is one block.
         sees: which logits the hooks need. "open": open masks, give or take; "block": all open
             positions, committed ones too; "answer": the whole answer. Always as far as `refresh`
@@ -63,7 +62,10 @@ class Strategy(Checked):
         *("layout", "plan", "refresh", "show", "look"),
         *("pick", "score", "select", "edit", "resize"),
     )
-    MANY: ClassVar[tuple[str, ...]] = ("observe", "guide", "stop", "hold", "revise", "end")
+    MANY: ClassVar[tuple[str, ...]] = (
+        *("narrow", "block_size", "replan", "observe", "guide"),
+        *("stop", "hold", "revise", "end"),
+    )
     paper: ClassVar[str] = ""
     exact: ClassVar[bool] = False
     requires: ClassVar[frozenset[str]] = frozenset()
@@ -106,17 +108,28 @@ class Strategy(Checked):
         """
         raise TypeError(f"{type(self).__name__} does not decide plan")
 
+    def narrow(self, view: View) -> Tensor:
+        """[B L] bool on the host, which answer positions may be open; others of the plan are not.
+
+        At least one that the plan opens, except in rows that are finished. Called with `plan`, and
+        as there a row whose open positions change begins a new block.
+        """
+        raise TypeError(f"{type(self).__name__} does not decide narrow")
+
     def block_size(self, view: View) -> Tensor:
-        """[B] int64 on the host, positions of a full block like each row's, for schedules."""
-        return view.plan.sum(1)
+        """[B] int64 on the host, positions of a full block like each row's, for schedules.
+
+        The smallest counts. If the owner of `plan` does not decide it, its open positions do.
+        """
+        raise TypeError(f"{type(self).__name__} does not decide block_size")
 
     def replan(self, view: View) -> Tensor | None:
         """[B L] bool on the host, a part of the open positions, once the candidates are known.
 
-        For the owner of `plan` only. Those left out close before anything is selected; the block of
-        a row stays the same. None: nothing changes.
+        Those left out close before anything is selected; the block of a row stays the same. None:
+        nothing changes.
         """
-        return None
+        raise TypeError(f"{type(self).__name__} does not decide replan")
 
     def cache(self, view: View) -> KV | None:
         """Empty key/value buffers for all rows, of a special class; None: the model's own.
@@ -133,12 +146,13 @@ class Strategy(Checked):
         """What the layers of this step leave out, and what leaves the canvas after it; or None.
 
         What leaves are positions of the prompt; keys and values of all layers go with them, and
-        the others keep their rotary positions.
+        the others keep their rotary positions. Called for each prompt of the rows, see
+        `State.alternatives`; `begin` of the owner too.
         """
         raise TypeError(f"{type(self).__name__} does not decide look")
 
-    def show(self, view: View) -> Sequence:
-        """The layout that the model reads in this step, with other tokens at undecided positions.
+    def show(self, view: View) -> Shown:
+        """The answers that the model reads in this step, with other tokens at undecided positions.
 
         For noise other than the mask token; without an owner the model reads the canvas itself.
         """

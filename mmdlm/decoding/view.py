@@ -120,7 +120,7 @@ class View:
         return copy
 
     def forward(self, tokens: Tensor, cache: str) -> Tensor:
-        """Logits [B R V] of the scored positions with another filling of the canvas.
+        """Logits [B R V] of the scored positions after other prompts of the same layout.
 
         Costs as many forwards as the step itself, which are counted.
 

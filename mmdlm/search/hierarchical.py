@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from encoders.checks import AtLeast, Checked, PositiveInt
 from mmdlm.decoding import preset
 from mmdlm.decoding.session import Finished, Session
+from mmdlm.decoding.state import Source
 from mmdlm.layout import Sequence
 from mmdlm.model import MultimodalDLM
 from mmdlm.search.candidates import generators
@@ -21,22 +24,65 @@ Score = Callable[[Tensor], list[float]]
 
 
 @dataclass(frozen=True)
+class Branch(Checked):
+    """Where trajectories that go on come from after a selection: from copies of the best ones.
+
+    In a copy some tokens of low confidence are masked again; it has random numbers of its own.
+
+    Source: see `hierarchical`.
+
+    Args:
+        survivors: trajectories that go on as they are and are copied, in turn.
+        tokens: committed tokens that are masked again in each copy, chosen at random.
+        pool: they are chosen among the `pool * tokens` of lowest confidence; 1 takes these
+            themselves, infinite all that were committed.
+    """
+
+    survivors: PositiveInt = 2
+    tokens: PositiveInt = 2
+    pool: Annotated[float, AtLeast(1)] = 3.0
+
+    def again(self, canvas: Tensor, confidence: Tensor, seed: int) -> Tensor:
+        """[G] bool, the tokens of an answer that are masked again.
+
+        Args:
+            canvas: [G] int64 ids.
+            confidence: [G] float32, 0 where nothing was committed.
+            seed: of the choice.
+        """
+        committed = int((confidence > 0).sum())
+        order = confidence.masked_fill(confidence <= 0, torch.inf).argsort(stable=True)
+        pool = order[: int(min(committed, self.pool * self.tokens))]
+        mixed = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+        again = torch.zeros_like(canvas, dtype=torch.bool)
+        again[pool[mixed[: self.tokens].to(pool.device)]] = True
+        return again
+
+
+@dataclass(frozen=True)
 class Trajectories:
     """The answers of a search, best first.
 
     Args:
-        tokens: [K G] int64, answers that were decoded to the end.
+        answers: those that were decoded to the end.
         scores: score of each.
-        seeds: seed of each.
+        seeds: seed of each; copies of other trajectories have n and more.
         alive: trajectories that took part in each step.
         scored: canvases that were scored.
+        nfe: forwards of the backbone for all trajectories together, as they run in batches.
     """
 
-    tokens: Tensor
+    answers: tuple[Finished, ...]
     scores: tuple[float, ...]
     seeds: tuple[int, ...]
     alive: tuple[int, ...]
     scored: int
+    nfe: int
+
+    @property
+    def tokens(self) -> Tensor:
+        """[K G] int64, the answers."""
+        return torch.stack([each.tokens for each in self.answers])
 
     @property
     def forwards(self) -> int:
@@ -58,16 +104,16 @@ def hierarchical(
     decay: float = 1.8,
     window: tuple[float, float] = (0.1, 0.6),
     interval: int = 3,
-    canvas: Tensor | None = None,
-    columns: slice | None = None,
-    alternatives: dict[str, Tensor | Sequence] | None = None,
+    branch: Branch | None = None,
+    seeded: Callable[[int], Source] | None = None,
+    **given: object,
 ) -> Trajectories:
     """The best of n decodes for about n + keep * steps steps instead of n * steps.
 
     All trajectories run in one batch and differ by their seeds 0 to n - 1. At step s of the window
     max(keep, ceil(n decay ** (start - s))) of them stay, those with the highest scores; after a
-    selection the next one is `interval` + 1 steps later. Those that finish are scored again.
-    Prism also branches survivors by masking some of their tokens again; this does not.
+    selection the next one is `interval` + 1 steps later. Those that finish are scored again. With
+    `branch` as many stay, but all except the best are replaced by copies of these.
 
     Source: viiika/Prism: LLaDA/LLaDA_Prism/dllm_eval/models/hts_sampler.py (arXiv 2602.01842).
 
@@ -83,50 +129,84 @@ def hierarchical(
         decay: base of the number that stays, above 1.
         window: first and last step of selections, as shares of `steps`.
         interval: steps between two selections.
-        canvas: [1 G], see `mmdlm.decode`.
-        columns: see `mmdlm.decode`.
-        alternatives: see `mmdlm.decode`, of one row each.
+        branch: copies in place of the trajectories with middle scores; None for none.
+        seeded: random stream of a seed; None: a generator of the seed, as in `best_of_n`.
+        given: `canvas` [1 G], `columns` and `alternatives` of one row each, see `mmdlm.decode`.
     Raises:
         ValueError: n, keep or decay are out of range, or see `mmdlm.decode`.
     """
     if not 1 <= keep <= n or decay <= 1:
         raise ValueError(f"n {n}, keep {keep}, decay {decay}: expected 1 <= keep <= n, decay > 1")
-    session, key_seed = Session(model, strategies, columns=columns), {}
-    for seed in range(n):
-        (key,) = session.add_rows(
-            prompt,
-            length,
-            generator=generators(model, prompt, seed),
-            canvas=canvas,
-            alternatives=alternatives,
-        )
-        key_seed[key] = seed
+    stream = seeded or (lambda seed: generators(model, prompt, seed))
+    session = Session(model, strategies, columns=given.pop("columns", None))
+    keys = [session.add_rows(prompt, length, generator=stream(i), **given)[0] for i in range(n)]
+    search = _Search(session, score, stream, {key: seed for seed, key in enumerate(keys)})
     start, stop = (int(share * steps) for share in window)
-    found: dict[int, Tensor] = {}
-    alive, scored, ready = [], 0, start
+    alive, ready = [], start
     while session.keys:
         now = len(alive)
-        left = session.keys
         most = max(keep, math.ceil(n * decay ** (start - now)))
-        if ready <= now <= stop and len(left) > most:
-            values = score(torch.stack([session.canvas(key) for key in left]))
-            scored += len(left)
-            ranked = sorted(range(len(left)), key=lambda i: -values[i])
-            for i in ranked[most:]:
-                session.remove(left[i])
+        if ready <= now <= stop and len(session.keys) > most:
+            search.select(most, branch)
             ready = now + interval + 1
         alive.append(len(session.keys))
-        found |= {e.key: e.tokens for e in session.step() if isinstance(e, Finished)}
-    keys = list(found)
-    values = score(torch.stack([found[key] for key in keys]))
-    order = sorted(range(len(keys)), key=lambda i: -values[i])
-    return Trajectories(
-        torch.stack([found[keys[i]] for i in order]),
-        tuple(values[i] for i in order),
-        tuple(key_seed[keys[i]] for i in order),
-        tuple(alive),
-        scored + len(keys),
-    )
+        search.step()
+    return search.result(alive)
+
+
+@dataclass
+class _Search:
+    """The trajectories of a search.
+
+    Args:
+        session: those that run.
+        score: see `Score`.
+        stream: random stream of a seed.
+        seeds: seed of each trajectory, by key.
+        found: those that are complete, by key.
+        scored: canvases that were scored.
+    """
+
+    session: Session
+    score: Score
+    stream: Callable[[int], Source]
+    seeds: dict[int, int]
+    found: dict[int, Finished] = field(default_factory=dict)
+    scored: int = 0
+
+    def step(self) -> None:
+        """One step of all trajectories."""
+        self.found |= {e.key: e for e in self.session.step() if isinstance(e, Finished)}
+
+    def ranked(self, canvases: dict[int, Tensor]) -> list[tuple[int, float]]:
+        """Keys and scores of canvases, best first."""
+        values = self.score(torch.stack(list(canvases.values())))
+        self.scored += len(values)
+        return sorted(zip(canvases, values, strict=True), key=lambda pair: -pair[1])
+
+    def select(self, most: int, branch: Branch | None) -> None:
+        """Leaves `most` trajectories: the best, and copies of them."""
+        session = self.session
+        best = [key for key, _ in self.ranked({key: session.canvas(key) for key in session.keys})]
+        stay = most if branch is None else min(branch.survivors, most)
+        for key in best[stay:]:
+            session.remove(key)
+        for i in range(most - stay):
+            key, seed = best[i % stay], len(self.seeds)
+            again = branch.again(session.canvas(key), session.confidence(key), seed)
+            self.seeds[session.fork(key, generator=self.stream(seed), again=again)] = seed
+
+    def result(self, alive: list[int]) -> Trajectories:
+        """All that are complete."""
+        ranked = self.ranked({key: each.tokens for key, each in self.found.items()})
+        return Trajectories(
+            tuple(self.found[key] for key, _ in ranked),
+            tuple(value for _, value in ranked),
+            tuple(self.seeds[key] for key, _ in ranked),
+            tuple(alive),
+            self.scored,
+            self.session.calls,
+        )
 
 
 def verifier(

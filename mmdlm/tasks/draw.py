@@ -2,76 +2,32 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence as Items
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from adapters.image_codes import OPEN, ImageCodes
 from encoders.checks import shown
 from mmdlm.decoding import preset
-from mmdlm.decoding.decode import decode
 from mmdlm.decoding.guidance.cfg import CFG
-from mmdlm.decoding.state import Streams
 from mmdlm.decoding.strategy import Strategy
-from mmdlm.image_prompt import image_prompt
-from mmdlm.layout import Row
 from mmdlm.media import read_image
-from mmdlm.messages import Media, numbered
+from mmdlm.messages import numbered
 from mmdlm.model import MultimodalDLM, require_model
+from mmdlm.tasks.draw_search import Score, search
+from mmdlm.tasks.drawings import Drawing, Wanted, drawn, require_drawing
 from mmdlm.tasks.generate import as_list, batches, resolve_settings
-from mmdlm.tasks.watch import WATCHER, Watched
-
-GREY = 128
-"""Value of the pixels of codes that are still open."""
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A drawn image with decoding statistics.
-
-    Args:
-        image: RGB.
-        codes: [Y X] int64 codes of the image tokenizer.
-        forwards: forwards of the backbone, those of guidance included.
-        seconds: wall time of its batch, without reading files and without turning codes to pixels.
-        step: [Y X] int64, 0-based step that committed each code; -1 for given codes.
-        confidence: [Y X] float32, probability of each code when it was committed; 0 for given ones.
-    """
-
-    image: Image.Image
-    codes: Tensor
-    forwards: int
-    seconds: float
-    step: Tensor
-    confidence: Tensor
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """One image to draw.
-
-    Args:
-        text: what it shows, or what to change.
-        codes: [Y X] int64, `OPEN` where a code is to be drawn.
-        image: image to be changed, as preprocessed by the model; None for a new image.
-        seed: of its random numbers.
-    """
-
-    text: str
-    codes: Tensor
-    image: Any
-    seed: int
 
 
 def draw(
     model: MultimodalDLM,
     text: str | list[str],
     *,
+    n: int | None = None,
+    best_of: int | None = None,
+    score: Score | None = None,
     size: int | tuple[int, int] | None = None,
     seed: int | list[int] | None = None,
     guidance: float | None = None,
@@ -80,70 +36,108 @@ def draw(
     image: Any = None,
     mask: Any = None,
     codes: Any = None,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     details: bool = False,
 ) -> Any:
     """Draw an image of a text, or one of each text of a list.
 
-    With `image` and `mask` the part of the image under the mask is drawn again (inpainting), the
-    codes elsewhere stay. With `image` alone the text says what to change, for models trained to
-    edit. With `codes` only the missing codes of a grid are drawn.
+    With `image` and `mask` only the part under the mask is drawn again (inpainting). With `image`
+    alone the text says what to change, for models trained to edit. With `codes` only the missing
+    codes of a grid are drawn.
 
     Args:
         model: a model that draws, such as MMaDA or Lumina-DiMOO.
         text: what the image shows, or a list.
+        n: images of each text, with the seeds seed to seed + n - 1. None: one.
+        best_of: images that are begun for each text; the n best are returned, best first, see
+            `mmdlm.tasks.draw_search`. None: no search.
+        score: of `best_of`; None: the model itself is asked.
         size: width and height in pixels, or one number for both; multiples of the side of a code.
             None: the model's, or that of `image` or `codes`.
-        seed: seed of each image; a list has one per text. An image does not depend on the others.
+        seed: seed of each text; a list has one per text. An image does not depend on the others.
             None: torch's default generator gives the seeds.
         guidance: scale of classifier-free guidance by the text, 0 for none; None: the model's.
         steps: decoding steps; None: the model's.
         strategies: preset name or list, see `mmdlm.decode`; None: the model's.
-        image: path, file bytes, PIL image, array or tensor; or a list of one per text.
+        image: path, file bytes, PIL image, array or tensor; or one per text.
         mask: with `image`: bright where it is drawn again; an image of the same size, or a list.
         codes: [Y X] integers, -1 where a code is drawn; or a list.
-        batch_size: images per batch; in float32 it does not change them.
+        batch_size: images per batch; in float32 it does not change them. None: n, at least 4.
         details: return `Drawing` instead of the image.
     Returns:
-        PIL image, or a list of them for a list of texts.
+        PIL image, or a list of n; a list of these for a list of texts.
     Raises:
         ValueError: the model cannot draw, or an argument is not valid.
     """
     require_model(model, "draw")
-    codec = require_drawing(model)
-    texts = as_list(text)
-    if not all(isinstance(one, str) and one.strip() for one in texts):
-        raise ValueError(f"text is {shown(text)}, expected a text or a list of texts")
-    editing = image is not None and mask is None
-    task = "edit" if editing and model.preset.get("edit") else "draw"
-    chosen = adjusted(model, task, strategies, guidance, steps)
-    given = [
-        _each(name, value, len(texts))
-        for name, value in (("image", image), ("mask", mask), ("codes", codes))
-    ]
-    seeds = _seeds(seed, len(texts))
-    items = list(zip(texts, *given, seeds, strict=True))
-    wanted = numbered(lambda item: _wanted(model, codec, size, *item), items)
-    sizes = [one.codes.shape[0] * 2**20 + one.codes.shape[1] for one in wanted]
-    done: dict[int, Drawing] = {}
-    for batch in batches(sizes, batch_size):
-        done |= zip(batch, _drawn(model, [wanted[i] for i in batch], chosen, batch), strict=True)
-    results = [done[i] if details else done[i].image for i in range(len(wanted))]
+    edits = image is not None and mask is None and model.preset.get("edit")
+    wanted = _requests(model, text, size, seed, {"image": image, "mask": mask, "codes": codes})
+    chosen = adjusted(model, "edit" if edits else "draw", strategies, guidance, steps)
+    count = _count(n, best_of, score)
+    if best_of is None:
+        found = _drawn(model, wanted, chosen, count, batch_size or max(4, count))
+    else:
+        found = [search(model, one, chosen, best_of, count, score) for one in wanted]
+    found = [[each if details else each.image for each in many] for many in found]
+    results = [many[0] for many in found] if n is None else found
     return results if isinstance(text, list) else results[0]
 
 
-def require_drawing(model: MultimodalDLM) -> ImageCodes:
-    """The model's codec of images.
+def _count(n: int | None, best_of: int | None, score: Score | None) -> int:
+    """Images of each text.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it is not positive, or more than are begun.
     """
-    if model.drawing is None:
-        raise ValueError(
-            "this model cannot draw: it has no image tokenizer; use a checkpoint such as MMaDA, "
-            "with showlab/magvitv2 in its sub-folder magvitv2, or Lumina-DiMOO, with vqvae"
-        )
-    return model.drawing
+    if best_of is None and score is not None:
+        raise ValueError("score= is for best_of=; pass best_of= too")
+    for name, value in (("n", n), ("best_of", best_of)):
+        if value is not None and (isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name} is {shown(value)}, expected at least 1")
+    count = n or 1
+    if best_of is not None and best_of < count:
+        raise ValueError(f"n is {n} and best_of is {best_of}; expected best_of to be at least n")
+    return count
+
+
+def _drawn(
+    model: MultimodalDLM,
+    wanted: list[Wanted],
+    strategies: list[Strategy],
+    count: int,
+    batch_size: int,
+) -> list[list[Drawing]]:
+    """`count` images of each request, in batches of one grid."""
+    every = [replace(one, seed=one.seed + i) for one in wanted for i in range(count)]
+    sizes = [one.codes.shape[0] * 2**20 + one.codes.shape[1] for one in every]
+    done: dict[int, Drawing] = {}
+    for batch in batches(sizes, batch_size):
+        done |= zip(batch, drawn(model, [every[i] for i in batch], strategies, batch), strict=True)
+    return [[done[i * count + j] for j in range(count)] for i in range(len(wanted))]
+
+
+def _requests(
+    model: MultimodalDLM,
+    text: str | list[str],
+    size: int | tuple[int, int] | None,
+    seed: int | list[int] | None,
+    given: dict[str, Any],
+) -> list[Wanted]:
+    """The image that is wanted of each text.
+
+    Args:
+        model: the model.
+        text: see `draw`.
+        size: see `draw`.
+        seed: see `draw`.
+        given: `image`, `mask` and `codes`, see `draw`.
+    """
+    codec, texts = require_drawing(model), as_list(text)
+    if not all(isinstance(one, str) and one.strip() for one in texts):
+        raise ValueError(f"text is {shown(text)}, expected a text or a list of texts")
+    each = [_each(name, value, len(texts)) for name, value in given.items()]
+    items = list(zip(texts, *each, _seeds(seed, len(texts)), strict=True))
+    return numbered(lambda item: _wanted(model, codec, size, *item), items)
 
 
 def adjusted(
@@ -174,95 +168,6 @@ def adjusted(
             raise ValueError("steps has no effect with these strategies; leave it out")
         chosen = [replace(one, steps=steps) if hasattr(one, "steps") else one for one in chosen]
     return chosen
-
-
-def preview(
-    model: MultimodalDLM, tokens: Items[int], grid: tuple[int, int] | None = None
-) -> Image.Image:
-    """The image of an answer so far; grey where it is open.
-
-    Args:
-        model: a model that draws.
-        tokens: ids of the answer.
-        grid: rows and columns of codes; None: those that the ids after each row show, or the
-            model's usual ones.
-    """
-    codec = require_drawing(model)
-    if grid is None and codec.newline is not None:
-        columns = list(tokens).index(codec.newline) - len(codec.begin)
-        count = len(tokens) - len(codec.begin) - len(codec.end)
-        grid = count // (columns + 1), columns
-    codes = codec.decode(torch.tensor(tokens), grid)
-    drawn = _pixels(model, codes[None])[0]
-    is_open = (codes == OPEN).to(torch.uint8) * 255
-    cover = Image.fromarray(is_open.numpy()).resize(drawn.size, Image.Resampling.NEAREST)
-    return Image.composite(Image.new("RGB", drawn.size, (GREY,) * 3), drawn, cover)
-
-
-@torch.inference_mode()
-def _drawn(
-    model: MultimodalDLM, wanted: Items[Wanted], strategies: list[Strategy], numbers: list[int]
-) -> list[Drawing]:
-    """Images of one grid, decoded together."""
-    codec, show = require_drawing(model), WATCHER.get()
-    canvas = torch.stack([codec.canvas(one.codes, model.spec.mask_id) for one in wanted])
-    rows = [_prompts(model, one) for one in wanted]
-    guided = [one for one in strategies if isinstance(one, CFG)]
-    scales = {"text": guided[0].scale, "image": guided[0].image} if guided else {}
-    begin = time.perf_counter()
-    held: dict[Any, Tensor] = {}
-    sequence = model.embed([row[""] for row in rows], held)
-    alternatives = {
-        name: model.embed([row[name] for row in rows], held) for name in rows[0] if scales.get(name)
-    }
-    decoded = decode(
-        model,
-        sequence,
-        canvas.shape[1],
-        strategies,
-        generator=Streams.exactly(
-            [torch.Generator(model.device).manual_seed(one.seed) for one in wanted]
-        ),
-        columns=slice(codec.ids.start, codec.ids.stop),
-        canvas=canvas,
-        on_step=None if show is None else Watched(numbers, show, pieces=False),
-        alternatives=alternatives,
-    )
-    seconds = time.perf_counter() - begin
-    grid = wanted[0].codes.shape
-    tokens = decoded.tokens[:, -canvas.shape[1] :].cpu()
-    codes = torch.stack([codec.decode(row, grid) for row in tokens])
-    given = canvas != model.spec.mask_id
-    history = decoded.history
-    found = (history.step.cpu().masked_fill(given, -1), history.confidence.cpu())
-    step, confidence = (
-        torch.stack([_at_codes(codec, row, grid) for row in table]) for table in found
-    )
-    fields = zip(_pixels(model, codes), codes, decoded.forwards, step, confidence, strict=True)
-    return [Drawing(a, b, c, seconds, d, e) for a, b, c, d, e in fields]
-
-
-def _at_codes(codec: ImageCodes, row: Tensor, grid: tuple[int, int]) -> Tensor:
-    """[Y X] entries of an answer's table [n] at its codes."""
-    inner = row[len(codec.begin) : len(row) - len(codec.end)]
-    return inner.view(grid[0], -1)[:, : grid[1]]
-
-
-def _pixels(model: MultimodalDLM, codes: Tensor) -> list[Image.Image]:
-    """RGB images of codes [B Y X]; open ones are drawn as code 0."""
-    return model.encoders["image"].images(codes.clamp(min=0).to(model.device))
-
-
-def _prompts(model: MultimodalDLM, wanted: Wanted) -> dict[str, Row]:
-    """The prompt under "", and by name the prompts that guidance compares with."""
-    media = () if wanted.image is None else (Media("image", wanted.image),)
-
-    def row(text: str | None, *media: Media) -> Row:
-        parts = image_prompt(model.processor, text, *media, edits=wanted.image is not None)
-        return Row(tuple(part.item if isinstance(part, Media) else part for part in parts))
-
-    found = {"": row(wanted.text, *media), "text": row(None, *media)}
-    return found | ({"image": row(wanted.text)} if media else {})
 
 
 def _wanted(

@@ -17,9 +17,8 @@ from mmdlm import checkpoint
 from mmdlm.backbones.diffusion_gemma import DiffusionGemma
 from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.commits.uniform_canvas import UniformCanvas
-from mmdlm.decoding.start import append_answer
 from mmdlm.decoding.view import View
-from mmdlm.layout import Row, Turn
+from mmdlm.layout import Row, Turn, append_answer
 from mmdlm.model import MultimodalDLM
 from mmdlm.objectives.masked import Masked
 from mmdlm.objectives.objective import Batch
@@ -108,7 +107,7 @@ def test_logits_of_a_canvas_equal_transformers(
         decoder_input_ids=canvas[None],
         self_conditioning_logits=before if conditioned else None,
     ).logits[0]
-    sequence = append_answer(model, model.arrange([Row((prompt,))]), canvas[None])
+    sequence = append_answer(model.spec, model.arrange([Row((prompt,))]), canvas[None])
     if conditioned:
         soft = torch.zeros(1, length + CANVAS, WIDTH)
         soft[:, length:] = model.backbone.soft(before)

@@ -47,6 +47,26 @@ def test_several_texts_are_numbered_and_have_their_own_seeds(folder, tmp_path) -
     assert Image.open(files[0]).size == (8, 4)
 
 
+def test_several_images_of_a_text_have_the_next_seeds(folder, tmp_path) -> None:
+    out = tmp_path / "p.png"
+    given = ["--model", folder, "--seed", "7", "--steps", "3", "--n", "2"]
+    assert main(["draw", "ab", "ef", "--out", str(out), *given]) == 0
+    model = mmdlm.load(folder)
+    wanted = [("ab", 7), ("ab", 8), ("ef", 9), ("ef", 10)]
+    for i, (text, seed) in enumerate(wanted, 1):
+        drawn = mmdlm.draw(model, text, seed=seed, steps=3)
+        assert pixels(tmp_path / f"p-{i}.png") == pixels(drawn)
+
+
+def test_the_best_of_several_is_written(folder, tmp_path, capsys) -> None:
+    out = tmp_path / "best.png"
+    given = ["--model", folder, "--seed", "7", "--steps", "5", "--best-of", "6", "--json"]
+    assert main(["draw", "ab", "--out", str(out), *given]) == 0
+    assert json.loads(capsys.readouterr().out)["file"] == str(out)
+    want = mmdlm.draw(mmdlm.load(folder), "ab", seed=7, steps=5, best_of=6)
+    assert pixels(out) == pixels(want)
+
+
 def test_an_animation_begins_grey_and_ends_with_the_image(folder, tmp_path) -> None:
     out, gif = tmp_path / "p.png", tmp_path / "p.gif"
     given = ["--model", folder, "--seed", "1", "--steps", "6", "--live"]
@@ -76,6 +96,8 @@ def test_an_image_is_shown_as_half_blocks() -> None:
         (["--model", "tiny"], "this model cannot draw"),
         (["--gif", "a.png"], "whose name ends in .gif"),
         (["--size", "big"], "expected a side such as 512, or 768x512"),
+        (["--n", "2", "--gif", "a.gif"], "is for one image"),
+        (["--best-of", "4", "--live"], "leave --best-of out"),
     ],
 )
 def test_errors_are_one_line(given, said, capsys) -> None:

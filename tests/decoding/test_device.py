@@ -17,8 +17,13 @@ from mmdlm.decoding.commits.time_shift import TimeShift
 from mmdlm.decoding.commits.timesteps import Timesteps
 from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.decode import Decoded, decode
+from mmdlm.decoding.guidance.cfg import CFG
 from mmdlm.decoding.plans.blocks import Blocks
+from mmdlm.decoding.pruning.prune_media import PruneMedia
+from mmdlm.decoding.scores.gumbel import Gumbel
+from mmdlm.decoding.session import Session
 from mmdlm.decoding.strategy import Strategy
+from mmdlm.layout import Row
 from mmdlm.model import MultimodalDLM
 
 LENGTH = 8
@@ -113,3 +118,43 @@ def test_the_pretence_notices_what_a_gpu_would_refuse(toy, pretend) -> None:
         assert isinstance(weight[0, 0].item(), float)
         assert len(weight[weight > 0])
         assert len(mode.looks) == before + 2
+
+
+def test_copies_of_requests_meet_nothing_on_the_host(toy, pretend) -> None:
+    def run(model: MultimodalDLM) -> torch.Tensor:
+        session = Session(model, [CFG(1.0), Blocks(4), Gumbel(1.0)])
+        given = {"alternatives": {"text": torch.tensor([[9, 4]])}}
+        generator = torch.Generator().manual_seed(1)
+        session.add_rows(torch.tensor([[5, 6, 7]]), LENGTH, generator=generator, **given)
+        for _ in range(3):
+            session.advance(events=False)
+        again = session.confidence(0) > 0
+        session.fork(0)
+        session.fork(0, generator=torch.Generator().manual_seed(2), again=again)
+        while session.advance(events=False):
+            pass
+        return torch.stack([done.tokens for done in session.finished()])
+
+    want, model = run(toy()), deepcopy(toy())
+    with pretend(model) as mode:
+        got = run(model)
+    assert not mode.mixed
+    assert got.equal(want)
+    assert len({tuple(row) for row in want.tolist()}) == 2
+
+
+def test_pruned_prompts_meet_nothing_on_the_host(toy, pretend) -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(6, 32, generator=generator)
+
+    def run(model: MultimodalDLM) -> torch.Tensor:
+        rows = [Row((image.to(model.device), torch.tensor([5, 6]))), Row((image[:4], image[:1]))]
+        prompt, other = (model.arrange([row]) for row in rows)
+        chosen = [CFG(1.0), PruneMedia(0.5, layer=2, step=1)]
+        return decode(model, prompt, LENGTH, chosen, alternatives={"text": other}).tokens
+
+    want, model = run(toy()), deepcopy(toy())
+    with pretend(model) as mode:
+        got = run(model)
+    assert not mode.mixed
+    assert got.equal(want)

@@ -303,7 +303,7 @@ def test_saved_in_our_layout_it_draws_the_same(model, tmp_path) -> None:
 
 
 def test_a_stream_shows_the_image_as_it_forms(model) -> None:
-    from mmdlm.tasks.draw import preview
+    from mmdlm.tasks.drawings import preview
 
     stream = mmdlm.stream(model, "draw", "ab", seed=2, steps=4)
     canvases = list(stream)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 from encoders.checks import Limit, NonNegativeInt, PositiveFloat, PositiveInt
 from mmdlm.decoding.memory import Entry, PerAnswer, PerRow
 from mmdlm.decoding.numerics import entropy, rank, within_bound
+from mmdlm.decoding.refresh import Shown
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
-from mmdlm.layout import Sequence
 
 STEPS = 48
 """Steps per block of the released model."""
@@ -74,21 +74,15 @@ class UniformCanvas(Strategy):
             return view.share(view.asked)
         return torch.full_like(view.asked, self.steps or STEPS)
 
-    def show(self, view: View) -> Sequence:
-        """The layout with a token at each undecided position."""
+    def show(self, view: View) -> Shown:
+        """The answers with a token at each undecided position."""
         mine, prompt, vocab = view.memory(self), view.prompt, view.model.spec.transformer.vocab
         fresh = (view.uniform() * vocab).long().clamp(max=vocab - 1)
         shown = view.placed(mine["sample"], view.open, fresh, prompt)
         shown = torch.where(mine["accepted"], mine["sample"], shown)
         # Later blocks are not seen yet, but must hold some token.
         answer = torch.where(view.masked[:, prompt:], shown, view.tokens[:, prompt:])
-        sequence = view.sequence.with_tokens(torch.cat([view.tokens[:, :prompt], answer], 1))
-        if "soft" not in set(mine):
-            return sequence
-        soft = mine["soft"]
-        return replace(
-            sequence, soft=torch.cat([soft.new_zeros(len(soft), prompt, soft.shape[2]), soft], 1)
-        )
+        return Shown(answer, mine["soft"] if "soft" in set(mine) else None)
 
     def guide(self, view: View, logits: Tensor) -> Tensor:
         """[B R V] divided by the temperature of the step."""

@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from encoders.checks import PositiveInt
-from mmdlm.decoding.positions import fixed_blocks, full_size, heads
+from mmdlm.decoding.positions import heads
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 
@@ -25,28 +24,19 @@ class FirstToken(Strategy):
 
     Source: the prefix cache of jacklishufan/LaViDa: llava/model/language_model/dream/
     generation_utils.py. There the first token is the most probable one at any temperature.
-
-    Args:
-        size: positions per block after that, see `Blocks`; None for the rest of the answer.
     """
 
     paper: ClassVar[str] = "LaViDa, arXiv 2505.16839"
     steady: ClassVar[bool] = True
 
-    size: PositiveInt | None = None
-
-    def plan(self, view: View) -> Tensor:
-        """[B L] bool, the first position while it is masked, then its block without it."""
+    def narrow(self, view: View) -> Tensor:
+        """[B L] bool, the first position while it is masked, then all others."""
         alone = _alone(view)
-        is_open = (alone & view.left).any(1, keepdim=True)
-        return torch.where(is_open, alone, fixed_blocks(view, self.size) & ~alone)
+        return alone == (alone & view.left).any(1, keepdim=True)
 
     def block_size(self, view: View) -> Tensor:
-        """[B] int64, positions of each row's block; none for the first token, which takes a step.
-
-        A schedule of any number of steps then gives the first token one.
-        """
-        return full_size(view, self.size).masked_fill((view.plan & _alone(view)).any(1), 0)
+        """[B] int64, 0 for the first token: a schedule of any number of steps gives it one."""
+        return view.asked.masked_fill((view.plan & _alone(view)).any(1), 0)
 
 
 def _alone(view: View) -> Tensor:

@@ -8,9 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from encoders.checks import PositiveInt
 from mmdlm.decoding.memory import Entry, PerRow
-from mmdlm.decoding.positions import fixed_blocks, full_size
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.decoding.view import View
 
@@ -27,13 +25,11 @@ class StopSequences(Strategy):
 
     Args:
         ids: token ids of each sequence, at least one of one id.
-        size: positions per block, see `Blocks`.
     """
 
     paper: ClassVar[str] = "LLaDA-V, arXiv 2505.16933"
 
     ids: tuple[tuple[int, ...], ...] = ()
-    size: PositiveInt | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,22 +40,17 @@ class StopSequences(Strategy):
         """Where the open part of each answer ends, counted from the start of the answer."""
         return {"end": PerRow(torch.full((len(view.tokens),), view.length))}
 
-    def plan(self, view: View) -> Tensor:
-        """[B L] bool, the block of each row's first mask, up to the stop of the step before."""
-        before = torch.arange(view.length) - view.prompt < view.memory(self)["end"][:, None]
-        return fixed_blocks(view, self.size) & before
-
-    def block_size(self, view: View) -> Tensor:
-        """[B] int64, positions of each row's block before answers were cut."""
-        return full_size(view, self.size)
+    def narrow(self, view: View) -> Tensor:
+        """[B L] bool, what stands before the stop of the step before, if that is still there."""
+        end = torch.maximum(view.memory(self)["end"], self._stops(view))
+        return torch.arange(view.length) - view.prompt < end[:, None]
 
     def replan(self, view: View) -> Tensor | None:
         """[B L] bool, what stands before the stop, which the step before may have written."""
         if not self.ids:
             return None
-        mine = view.memory(self)
-        mine["end"] = torch.minimum(mine["end"], self._stops(view))
-        return torch.arange(view.length) - view.prompt < mine["end"][:, None]
+        view.memory(self)["end"] = end = self._stops(view)
+        return torch.arange(view.length) - view.prompt < end[:, None]
 
     def end(self, view: View) -> Tensor:
         """[B L] bool, the masks after the stop of rows without masks before it."""

@@ -57,8 +57,7 @@ class Streams(Strategy):
 
     def plan(self, view: View) -> Tensor:
         """[B L] bool, all streams, then the positions after them; empty in rows without masks."""
-        total = view.memory(self)["sizes"].sum(1, keepdim=True)
-        streams = view.answer & (torch.arange(view.length) - view.prompt < total)
+        streams = view.answer & self._streams(view)
         filling = (view.left & streams).any(1, keepdim=True)
         plan = torch.where(filling, streams, view.answer & ~streams)
         return plan & view.left.any(1, keepdim=True)
@@ -96,4 +95,9 @@ class Streams(Strategy):
 
     def _filling(self, view: View) -> Tensor:
         """[B] host bool, rows whose streams are open."""
-        return view.plan[:, view.prompt]
+        return (view.plan & self._streams(view)).any(1)
+
+    def _streams(self, view: View) -> Tensor:
+        """[B L] host bool, the positions before the end of the last stream."""
+        total = view.memory(self)["sizes"].sum(1, keepdim=True)
+        return torch.arange(view.length) - view.prompt < total

@@ -109,16 +109,7 @@ class PruneMedia(Strategy):
         return {}
 
     def begin(self, view: View) -> dict[str, Entry]:
-        """How many media tokens each request has.
-
-        Raises:
-            ValueError: the request has alternative prompts, whose positions would no longer match.
-        """
-        if view.alternatives:
-            raise ValueError(
-                f"PruneMedia cannot be combined with alternative prompts "
-                f"({', '.join(view.alternatives)}); leave out one of them"
-            )
+        """How many media tokens each request has."""
         media = view.sequence.is_medium & view.sequence.mask
         return {"media": PerRow(media.sum(1).cpu())}
 

@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from mmdlm.decoding.caches.dual_cache import DualCache
+from mmdlm.decoding.caches.prefix_lm import PrefixLM
 from mmdlm.decoding.commits.random_top_k import RandomTopK
+from mmdlm.decoding.commits.uniform_canvas import UniformCanvas
 from mmdlm.decoding.decode import decode
 from mmdlm.decoding.guidance.cfg import CFG
+from mmdlm.decoding.lengths.daedal import DAEDAL
 from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.decoding.session import Finished, Session
 
@@ -48,10 +51,24 @@ def test_caches_and_guidance_by_a_prompt_go_together(toy) -> None:
     cached = [CFG(1.0), Blocks(3), DualCache()]
     found = decode(toy(), PROMPT, 6, cached, alternatives={"text": LONG})
     assert not bool((found.tokens == MASK).any())
-    # The equal prompt says nothing new: guidance by it changes nothing, cached or not.
-    plain = decode(toy(), PROMPT, 6, [Blocks(3), DualCache()])
-    same = decode(toy(), PROMPT, 6, cached, alternatives={"text": PROMPT})
+
+
+@pytest.mark.parametrize(
+    "strategies",
+    [
+        [Blocks(3), DualCache()],
+        [UniformCanvas(steps=6)],
+        [PrefixLM(), DAEDAL(high=0.3, expansion=2, check=3)],
+    ],
+    ids=["caches", "random tokens", "another length"],
+)
+def test_guidance_by_the_prompt_itself_changes_nothing(toy, seeds, strategies) -> None:
+    plain = decode(toy(), PROMPT, 6, strategies, generator=seeds(1))
+    given = {"generator": seeds(1), "alternatives": {"text": PROMPT}}
+    same = decode(toy(), PROMPT, 6, [CFG(1.0), *strategies], **given)
     assert torch.equal(same.tokens, plain.tokens)
+    assert torch.equal(same.history.step, plain.history.step)
+    assert same.nfe == 2 * plain.nfe
 
 
 def test_a_request_that_joins_gets_what_it_gets_alone(toy) -> None:

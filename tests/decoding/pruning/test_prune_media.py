@@ -19,8 +19,7 @@ from mmdlm.decoding.guidance.cfg import CFG
 from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.decoding.pruning.prune_media import PruneMedia
 from mmdlm.decoding.session import Session
-from mmdlm.decoding.start import append_answer
-from mmdlm.layout import Row, Sparse
+from mmdlm.layout import Row, Sparse, append_answer
 
 LENGTH = 6
 
@@ -77,7 +76,7 @@ def test_a_step_and_those_after_it_equal_a_slow_reference(toy, layer, shift):
     prompt = model.arrange([row(0)])
     mask_id = model.spec.mask_id
     answer = torch.full((1, LENGTH), mask_id)
-    whole = append_answer(model, prompt, answer)
+    whole = append_answer(model.spec, prompt, answer)
     masks = whole.tokens == mask_id
     gone = least_attended(model, whole, masks, 0.5, layer or 3)
     x, _ = states(model, whole, 3, gone, start=layer or 3)
@@ -133,7 +132,7 @@ def test_the_prompt_stays_as_it_was_cached(toy):
     mask_id, step = model.spec.mask_id, 2
     answer, gone = torch.full((1, LENGTH), mask_id), None
     for now in range(LENGTH):
-        sequence = append_answer(model, prompt, answer)
+        sequence = append_answer(model.spec, prompt, answer)
         if now == step:
             leaving = least_attended(model, sequence, sequence.tokens == mask_id, 0.4, 3)
         x = slow_prefix(model, sequence, gone)
@@ -232,9 +231,125 @@ def test_what_does_not_fit_is_refused(toy):
             decode(model, prompt, LENGTH, [PruneMedia(), cache])
 
 
-def test_other_prompts_of_a_request_are_refused(toy):
+def guided_by_hand(model, prompts, scale, keep, layer, step, run):
+    """A decode in which each prompt drops its own media; slowly, nothing cached.
+
+    run(sequence, gone, start): states of the last layer without `gone` from layer `start` on.
+    """
+    mask_id = model.spec.mask_id
+    answer, gone = torch.full((1, LENGTH), mask_id), [None] * len(prompts)
+    for now in range(LENGTH):
+        found = []
+        for i, prompt in enumerate(prompts):
+            sequence, start = append_answer(model.spec, prompt, answer), 0
+            if now == step:
+                masks = sequence.tokens == mask_id
+                gone[i], start = least_attended(model, sequence, masks, keep, layer), layer
+            x = run(sequence, gone[i], start)
+            found.append(model.backbone.head(model.backbone.norm(x))[0, -LENGTH:])
+        logits = found[0] + sum(scale * (found[0] - other) for other in found[1:])
+        logits[:, mask_id] = -torch.inf
+        sure = logits.log_softmax(-1).amax(-1).masked_fill(answer[0] != mask_id, -torch.inf)
+        at = int(sure.argmax())
+        answer[0, at] = logits[at].argmax()
+    return answer[0].tolist()
+
+
+@pytest.mark.parametrize(("layer", "step"), [(1, 0), (2, 0), (3, 2)])
+@pytest.mark.parametrize("media", [4, 0])
+def test_guidance_by_another_prompt_equals_both_prompts_by_hand(toy, media, layer, step):
     model = toy(attention="full")
-    prompt = model.arrange([row(0)])
-    given = {"alternatives": {"text": torch.tensor([[5, 6]])}}
-    with pytest.raises(ValueError, match=r"alternative prompts \(text\)"):
-        decode(model, prompt, LENGTH, [CFG(scale=1.0), PruneMedia()], **given)
+    prompt, other = model.arrange([row(0)]), model.arrange([row(5, media=media, before=4)])
+    strategies = [CFG(scale=1.5), PruneMedia(keep=0.4, layer=layer, step=step)]
+    found = decode(model, prompt, LENGTH, strategies, alternatives={"text": other})
+
+    def run(sequence, gone, start):
+        return states(model, sequence, 3, gone, start)[0]
+
+    wanted = guided_by_hand(model, [prompt, other], 1.5, 0.4, layer, step, run)
+    assert found.tokens[0, -LENGTH:].tolist() == wanted
+    assert found.nfe == 2 * LENGTH
+    plain = decode(model, prompt, LENGTH, strategies[:1], alternatives={"text": other})
+    assert found.tokens[0, -LENGTH:].tolist() != plain.tokens[0, -LENGTH:].tolist()
+
+
+GUIDED = {
+    "plain": [],
+    "prefix-lm": [PrefixLM()],
+    "prefix": [PrefixCache(), Blocks(3)],
+    "dual": [DualCache(), Blocks(3)],
+}
+
+
+def guided_rows(model):
+    """Three requests with two more prompts each, of other sizes and numbers of media."""
+    rows = [row(1), row(2, media=4, after=6), Row((torch.tensor([5, 6]),))]
+    texts = [row(1, after=1), Row((torch.tensor([7]),)), row(3, media=5)]
+    images = [row(4, media=2, before=1), row(5, media=12), Row((torch.tensor([8, 9, 10]),))]
+    return rows, texts, images
+
+
+@pytest.mark.parametrize("rank", ["attention", "raters", "random"])
+@pytest.mark.parametrize("strategies", GUIDED.values(), ids=GUIDED)
+def test_guided_rows_of_a_batch_equal_rows_alone(toy, strategies, rank):
+    model = toy(attention="full")
+    rows, texts, images = guided_rows(model)
+    pruning = PruneMedia(keep=0.5, layer=2, step=1 if rank == "attention" else 0, rank=rank)
+    chosen = [CFG(1.0, image=0.5), pruning, *strategies]
+
+    def run(at):
+        given = {"text": texts, "image": images}
+        return decode(
+            model,
+            model.arrange([rows[i] for i in at]),
+            LENGTH,
+            chosen,
+            generator=[torch.Generator().manual_seed(7 + i) for i in at],
+            alternatives={n: model.arrange([many[i] for i in at]) for n, many in given.items()},
+        )
+
+    together = run(range(3))
+    for i in range(3):
+        assert together.tokens[i, -LENGTH:].tolist() == run([i]).tokens[0, -LENGTH:].tolist()
+
+
+@pytest.mark.parametrize("strategies", GUIDED.values(), ids=GUIDED)
+def test_keeping_all_changes_nothing_with_other_prompts(toy, strategies):
+    model = toy(attention="full")
+    rows, texts, images = map(model.arrange, guided_rows(model))
+    given = {"alternatives": {"text": texts, "image": images}}
+    chosen = [CFG(1.0, image=0.5), *strategies]
+    plain = decode(model, rows, LENGTH, chosen, **given)
+    pruned = decode(model, rows, LENGTH, [*chosen, PruneMedia(keep=1.0, layer=2)], **given)
+    assert torch.equal(plain.tokens, pruned.tokens)
+    assert torch.allclose(plain.history.confidence, pruned.history.confidence, atol=1e-5)
+
+
+def test_guidance_by_another_cached_prompt_equals_both_by_hand(toy):
+    """Prompts that do not attend to the answer stay as they were before media left."""
+    model = toy(attention="prefix")
+    prompt, other = model.arrange([row(0)]), model.arrange([row(5, media=4, before=4)])
+    strategies = [CFG(scale=1.5), PruneMedia(keep=0.4, step=2)]
+    found = decode(model, prompt, LENGTH, strategies, alternatives={"text": other})
+
+    def run(sequence, gone, start):
+        return slow_prefix(model, sequence, gone if start == 0 else None)
+
+    wanted = guided_by_hand(model, [prompt, other], 1.5, 0.4, 3, 2, run)
+    assert found.tokens[0, -LENGTH:].tolist() == wanted
+
+
+def test_guided_requests_that_join_later_get_what_they_get_alone(toy):
+    model = toy(attention="full")
+    strategies = [CFG(1.0, image=0.5), PruneMedia(keep=0.5, layer=2, step=1)]
+    session, done, keys, alone = Session(model, strategies), {}, [], []
+    for rows in zip(*guided_rows(model), strict=True):
+        prompt, text, image = (model.arrange([one]) for one in rows)
+        given = {"alternatives": {"text": text, "image": image}}
+        alone.append(decode(model, prompt, LENGTH, strategies, **given).tokens[0, -LENGTH:])
+        keys += session.add_rows(prompt, LENGTH, **given)
+        for _ in range(2):
+            done |= {e.key: e.tokens for e in session.step() if hasattr(e, "forwards")}
+    while session.keys:
+        done |= {e.key: e.tokens for e in session.step() if hasattr(e, "forwards")}
+    assert [done[key].tolist() for key in keys] == [tokens.tolist() for tokens in alone]

@@ -6,8 +6,7 @@ import torch
 from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.decode import decode
 from mmdlm.decoding.pruning.skip_layers import SkipLayers
-from mmdlm.decoding.start import append_answer
-from mmdlm.layout import Row
+from mmdlm.layout import Row, append_answer
 from tests.decoding.pruning.test_prune_media import LENGTH, row
 
 
@@ -18,7 +17,7 @@ def test_logits_equal_a_slow_reference(toy, watch, layers):
     seen = watch(model)
     decode(model, prompt, LENGTH, [SkipLayers(layers), TopK(steps=1)])
     mask = torch.full((2, LENGTH), model.spec.mask_id)
-    sequence = append_answer(model, prompt, mask)
+    sequence = append_answer(model.spec, prompt, mask)
     x = model.backbone.tokens(sequence.tokens)
     x = x.masked_scatter(sequence.is_medium[..., None], sequence.media)
     text = ~sequence.is_medium[0]
