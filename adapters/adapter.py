@@ -33,9 +33,12 @@ class Adapter(Recorded, nn.Module):
 
     Attributes:
         gives_ids: `embed` gives token ids, not embeddings.
+        needs_grid: where a token stands among the others matters; False where `forward` maps each
+            token by itself.
     """
 
     gives_ids: ClassVar[bool] = False
+    needs_grid: ClassVar[bool] = True
 
     def __init__(self, in_dim: Count, out_dim: Count) -> None:
         super().__init__()

@@ -24,6 +24,8 @@ class MLP(Adapter):
         layers: number of linear layers.
     """
 
+    needs_grid: ClassVar[bool] = False
+
     # Our names to published names, for two layers.
     KEYS: ClassVar[dict[str, str]] = {
         "layers.0.weight": "model.mm_projector.0.weight",
