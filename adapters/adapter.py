@@ -83,6 +83,8 @@ class Adapter(Recorded, nn.Module):
         Raises:
             ValueError: the adapter cannot say which tokens its embeddings come from.
         """
+        if not self.needs_grid:
+            return [row.tokens for row in rows_of(features)]
         raise ValueError(
             f"{type(self).__name__} mixes tokens, so that its embeddings cannot be ranked by the "
             "encoder's attention; use divprune, pooling or uniform"

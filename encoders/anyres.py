@@ -143,6 +143,11 @@ class AnyRes(Encoder):
         """See `Encoder.merged`; each view by itself."""
         return self.encoder.merged(items, merging)
 
+    @property
+    def records_attention(self) -> bool:
+        """See `Encoder.records_attention`."""
+        return self.encoder.records_attention
+
     def forward(self, items: Sequence[Prepared]) -> Features:
         """One row per view, the views of an item in order: tokens [V_0 + V_1 + ... N E].
 

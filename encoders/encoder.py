@@ -35,12 +35,20 @@ class Encoder(Recorded, nn.Module):
 
     @property
     def attention_layer(self) -> tuple[nn.Module, int, int] | None:
-        """The attention by which pruners rank the tokens; None: it cannot be recorded.
+        """The attention by which pruners rank the tokens; None where no hook can record it.
 
         The layer that projects queries, keys and values to [B N 3*E], its number of heads, and how
         many of its tokens come before those that `forward` returns.
         """
         return None
+
+    @property
+    def records_attention(self) -> bool:
+        """Whether pruners can rank the tokens by the encoder's attention.
+
+        An encoder without `attention_layer` fills `encoders.attention.recording` in its forward.
+        """
+        return self.attention_layer is not None
 
     @property
     def can_merge(self) -> bool:
