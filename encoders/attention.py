@@ -46,6 +46,15 @@ def recording() -> Attended | None:
     return _NOW.get()
 
 
+def require_attention(encoder: Encoder) -> None:
+    """Raises ValueError where an encoder does not record its attention."""
+    if not encoder.records_attention:
+        raise ValueError(
+            f"{type(encoder).__name__} records no attention, by which this pruner ranks; use "
+            "divprune, pooling or uniform, or PruneMedia inside the language model"
+        )
+
+
 @contextmanager
 def recorded(encoder: Encoder) -> Iterator[Attended]:
     """Within this context, the next forward of an encoder fills what is yielded.
@@ -58,11 +67,7 @@ def recorded(encoder: Encoder) -> Iterator[Attended]:
     Raises:
         ValueError: it does not.
     """
-    if not encoder.records_attention:
-        raise ValueError(
-            f"{type(encoder).__name__} records no attention, by which this pruner ranks; use "
-            "divprune, pooling or uniform, or PruneMedia inside the language model"
-        )
+    require_attention(encoder)
     found, layer = Attended(), encoder.attention_layer
     handle = None if layer is None else layer[0].register_forward_hook(_Note(found, *layer[1:]))
     token = _NOW.set(found)

@@ -173,6 +173,15 @@ def test_a_model_puts_merged_tokens_in_their_places():
     assert model.embed(rows).positions[0].tolist() == list(range(2 + 18 + 1))
 
 
+@torch.no_grad()
+def test_half_precision_stays_half_precision():
+    made = tower()
+    features, places = made.bfloat16().merged(items(made, 1), ToMeTower(r=4))
+    assert features.tokens.dtype == torch.bfloat16
+    assert features.tokens.isfinite().all()
+    assert places.shape == (1, 24)
+
+
 @pytest.mark.parametrize(
     ("encoder", "adapter", "error"),
     [

@@ -266,9 +266,20 @@ def test_pruned_images_equal_transformers_attention(
     rows = [(HEAD, sparse, TAIL), found["received@0.25"]]
     oracle, pruned = (decoded(model, [row], length, BlockCache()) for row in rows)
     assert torch.equal(oracle.tokens, pruned.tokens)
-    # The answer is as far from the text before the image as without pruning.
+    # The text after the image is as far from that before it as without pruning.
     positions = [model.arrange([Row(row)]).positions[0, -1] for row in (whole, rows[1])]
     assert positions[0] == positions[1]
+
+
+def test_a_tower_without_full_attention_in_use_is_refused(tmp_path: Path) -> None:
+    vision = {**VISION, "fullatt_block_indexes": []}
+    folder = converted(tmp_path, vision_config=vision)
+    (folder / "vision_config.json").write_text(json.dumps(vision))
+    model = mmdlm.load(folder, device="cpu")
+    with pytest.raises(ValueError, match="Qwen25Vision records no attention.*use divprune"):
+        option.apply(model, "received@0.5")
+    option.apply(model, "divprune@0.5")
+    assert model.pruner.keep == 0.5
 
 
 def whole_blocks(row: tuple[Tensor, ...], blocks: int) -> int:

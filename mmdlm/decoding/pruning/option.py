@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from adapters.pruner import Pruner
+from encoders.attention import require_attention
 from mmdlm import discover, recipe
 from mmdlm.decoding import preset
 from mmdlm.decoding.pruning.prune_media import PruneMedia
@@ -66,7 +67,8 @@ def apply(model: MultimodalDLM, given: Prune) -> None:
         given: see `read`.
 
     Raises:
-        ValueError: see `read`, or the model takes no images, or reads them as token ids.
+        ValueError: see `read`; or the model takes no images, reads them as token ids, or has an
+            encoder or adapter that the method does not support.
     """
     method = read(given)
     if method is not None:
@@ -76,6 +78,8 @@ def apply(model: MultimodalDLM, given: Prune) -> None:
                 f"prune is {given!r}, but this model reads images as the token ids of an image "
                 "tokenizer, not as embeddings, and cannot prune them"
             )
+        if isinstance(method, Pruner) and method.needs_attention:
+            require_attention(model.encoders["image"])
         if isinstance(method, Pruner) and method.in_tower:
             _check_tower(model, method)
     model.pruner = method if isinstance(method, Pruner) else None
