@@ -28,7 +28,7 @@ START = "tiny"
 CAUSAL_SHARE = 2 / 3
 """Share of the steps of the second model that predict the next token."""
 TUNE = {"encoders.*": tune.FROZEN}
-OPTIMIZER, SCHEDULE = AdamW(lr=1e-3), Schedule(warmup=50, decay=0.4)
+OPTIMIZER = AdamW(lr=1e-3)
 MASKED = Masked(weight="one", normaliser="masked", full=0.5)
 """As in `configs/train/tiny.yaml`."""
 QUESTIONS = 1
@@ -95,7 +95,7 @@ def untrained(attention: str, block_size: int | None, shift: bool, seed: int = 0
 def train(
     model: MultimodalDLM, objective: Objective, done: range, scenes: int, seed: int, note: Note
 ) -> None:
-    """Trains all but the encoders, with a learning rate of its own for these steps.
+    """Trains all but the encoders; the learning rate rises and falls within these steps.
 
     Args:
         model: changed in place.
@@ -110,10 +110,11 @@ def train(
     tune.freeze(model, TUNE)
     tune.set_frozen_to_eval(model)
     optimizer = OPTIMIZER.build(tune.groups(model, TUNE, OPTIMIZER.lr, OPTIMIZER.weight_decay))
+    schedule = Schedule(warmup=len(done) // 10, decay=0.4)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     for number, step in enumerate(done):
         for group in optimizer.param_groups:
-            group["lr"] = OPTIMIZER.lr * SCHEDULE.factor(number, number / len(done))
+            group["lr"] = OPTIMIZER.lr * schedule.factor(number, number / len(done))
         examples, rng = rows(data, step, scenes, seed)
         phase = torch.from_numpy((np.arange(len(examples)) / len(examples) + rng.random()) % 1)
         seeds = torch.from_numpy(rng.integers(2**31, size=len(examples)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,11 +93,12 @@ def measure(
     for task in tasks(count):
         given = (tokens, task.steps, len(model.backbone.blocks))
         jobs = [(1.0, ALL), *((budget, way) for budget in budgets for way in ways(budget, *given))]
+        held: dict[Hashable, Tensor] = {}
         for budget, way in track(jobs, description=f"{name}, {task.name}", transient=True):
-            sums = answered(model, task, way)
+            sums = answered(model, task, way, held)
             found.append(Measured(name, task.name, budget, way.name, way.spent, *sums))
         if task.name == LONG:
-            recovered += [information(model, name, task, budget) for budget in budgets]
+            recovered += information(model, name, task, budgets)
     option.apply(model, None)
     return found, recovered
 
@@ -107,7 +109,9 @@ def image_tokens(model: MultimodalDLM, example: Example) -> int:
     return int(model.embed(model.processor.pack([example]).prompts).is_medium.sum())
 
 
-def answered(model: MultimodalDLM, task: Task, way: Way) -> tuple[np.ndarray, np.ndarray]:
+def answered(
+    model: MultimodalDLM, task: Task, way: Way, held: dict[Hashable, Tensor]
+) -> tuple[np.ndarray, np.ndarray]:
     """Bootstrap values of the share of right words, and of the share of right answers.
 
     Only words that depend on the image count.
@@ -116,11 +120,13 @@ def answered(model: MultimodalDLM, task: Task, way: Way) -> tuple[np.ndarray, np
         model: decodes with the same number of tokens in each step.
         task: what is asked.
         way: how image tokens are reduced.
+        held: whole embeddings of images by content, which are used and added to.
     """
     option.apply(model, way.method)
+    features = held if model.pruner is None else None
     examples = [one for sample in task.examples for one in asked(sample)]
     strategies = [TopK(steps=task.steps), *model.strategies]
-    filled = fill(model, examples, strategies, batch_size=BATCH, seed=0)
+    filled = fill(model, examples, strategies, batch_size=BATCH, seed=0, features=features)
     canvas, counts = wanted(model, task)
     same = torch.tensor([one.tokens for one in filled]) == canvas
     sums = torch.stack([(same & counts).sum(1), counts.sum(1), same.all(1)], 1)
@@ -139,39 +145,45 @@ def _share(sums: np.ndarray) -> float:
 
 
 @torch.inference_mode()
-def information(model: MultimodalDLM, name: str, task: Task, budget: float) -> Recovered:
+def information(
+    model: MultimodalDLM, name: str, task: Task, budgets: Items[float]
+) -> list[Recovered]:
     """The share of the image's information that each step has after pruning before the model.
 
     In step t of T the canvas holds the reference but for 1 - t / T of its tokens, the same ones for
-    every model. `right` counts masked words that the model predicts then, with all image tokens,
-    with a share of them (DivPrune), and without any. What the image adds is the difference of the
-    first and the last; the second has a part of it.
+    every model. Masked words that the model predicts then are counted with all image tokens,
+    without any, and with a share of them (DivPrune). What the image adds is the difference of the
+    first two; some tokens add a part of it.
 
     Args:
         model: predicts.
         name: of the model.
         task: with long answers.
-        budget: share of the image tokens that stay.
+        budgets: shares of the image tokens that stay.
     """
     canvas, counts = wanted(model, task)
     order = (
         torch.rand(canvas.shape, generator=torch.Generator().manual_seed(0)).argsort(1).argsort(1)
     )
-    right = np.zeros((3, task.steps, len(canvas)))
+    methods = (None, None, *(f"divprune@{budget}" for budget in budgets))
+    right = np.zeros((len(methods), task.steps, len(canvas)))
     cases = np.zeros(right.shape[1:])
     for i in range(0, len(canvas), BATCH):
         part = slice(i, i + BATCH)
-        for case, method in enumerate((None, f"divprune@{budget}", None)):
+        for case, method in enumerate(methods):
             option.apply(model, method)
             sequence = _sequence(model, task.examples[part])
-            if case == 2:
+            if case == 1:  # without the image
                 sequence = replace(sequence, mask=sequence.mask & ~sequence.is_medium)
             for step in range(task.steps):
                 is_open = order[part] >= step * canvas.shape[1] // task.steps
                 hits = _predicted(model, sequence, is_open) == canvas[part]
                 right[case, step, part] = (hits & is_open & counts[part]).sum(1)
                 cases[step, part] = (is_open & counts[part]).sum(1)
-    return Recovered.of(name, budget, right, cases, task.rows)
+    return [
+        Recovered.of(name, budget, right[[0, case, 1]], cases, task.rows)
+        for case, budget in enumerate(budgets, 2)
+    ]
 
 
 def _sequence(model: MultimodalDLM, examples: list[Example]) -> Any:

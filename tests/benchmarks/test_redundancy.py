@@ -36,7 +36,7 @@ def test_all_ways_compute_as_many_image_tokens_as_they_say(tiny, budget, monkeyp
     assert [way.name for way in found] == [*PRUNING, *SKIPPING]
     for way in [ALL, *found]:
         sizes.clear()
-        redundancy.answered(tiny, task, way)
+        redundancy.answered(tiny, task, way, {})
         layers = 1 - len(getattr(way.method, "layers", ())) / 4
         assert sum(sizes) / (16 * task.steps) * layers == pytest.approx(way.spent)
         assert way is ALL or way.spent == pytest.approx(budget, abs=0.03)
@@ -83,7 +83,7 @@ def test_the_pair_has_equal_budgets_and_one_start(tmp_path):
 def test_new_blocks_know_nothing_and_learn(tmp_path):
     model = pair.untrained("full", None, False)
     (long, _) = redundancy.tasks(4)
-    words, exact = redundancy.answered(model, long, ALL)
+    words, exact = redundancy.answered(model, long, ALL, {})
     assert words[0] < 0.5
     assert exact[0] == 0
     losses = []
@@ -94,11 +94,10 @@ def test_new_blocks_know_nothing_and_learn(tmp_path):
 
 def test_all_tokens_hold_all_information(tiny):
     (long, _) = redundancy.tasks(6)
-    whole = redundancy.information(tiny, "bundled", long, 1.0)
+    whole, few = redundancy.information(tiny, "bundled", long, [1.0, 0.1])
     assert np.allclose(whole.shares, 1)
     assert np.allclose(whole.gain, 0)
     assert (whole.right[0] > whole.right[2]).all()
-    few = redundancy.information(tiny, "bundled", long, 0.1)
     assert few.shares[0].mean() < 0.8
     option.apply(tiny, None)
 
