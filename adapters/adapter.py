@@ -33,9 +33,12 @@ class Adapter(Recorded, nn.Module):
 
     Attributes:
         gives_ids: `embed` gives token ids, not embeddings.
+        needs_grid: where a token stands among the others matters; False where `forward` maps each
+            token by itself.
     """
 
     gives_ids: ClassVar[bool] = False
+    needs_grid: ClassVar[bool] = True
 
     def __init__(self, in_dim: Count, out_dim: Count) -> None:
         super().__init__()
@@ -80,6 +83,8 @@ class Adapter(Recorded, nn.Module):
         Raises:
             ValueError: the adapter cannot say which tokens its embeddings come from.
         """
+        if not self.needs_grid:
+            return [row.tokens for row in rows_of(features)]
         raise ValueError(
             f"{type(self).__name__} mixes tokens, so that its embeddings cannot be ranked by the "
             "encoder's attention; use divprune, pooling or uniform"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from adapters.adapter import Adapter
 from encoders.checks import Count
-from encoders.features import Features, Prepared
+from encoders.features import Features
 
 
 class MLP(Adapter):
@@ -23,6 +22,8 @@ class MLP(Adapter):
         out_dim: backbone width D, also of the hidden layers.
         layers: number of linear layers.
     """
+
+    needs_grid: ClassVar[bool] = False
 
     # Our names to published names, for two layers.
     KEYS: ClassVar[dict[str, str]] = {
@@ -47,7 +48,3 @@ class MLP(Adapter):
         """
         tokens = features.tokens.to(self.layers[0].weight.dtype)
         return Features(self.layers(tokens), features.mask, features.sizes)
-
-    def carry(self, features: Features, items: Sequence[Prepared]) -> list[Tensor]:
-        """See `Adapter.carry`; each embedding is one token."""
-        return [row[keep] for row, keep in zip(features.tokens, features.mask, strict=True)]

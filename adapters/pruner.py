@@ -75,10 +75,13 @@ class Pruner(Checked):
             tokens, divprune: 57 instead of 27 % exact).
 
     Attributes:
-        needs_attention: the last but one layer of the encoder's attention is recorded for it.
+        needs_attention: the encoder's attention is recorded for it, see `encoders.attention`.
+        in_tower: it merges tokens between the blocks of the encoder, see
+            `encoders.merging.Merging`, and is not called with `Seen`.
     """
 
     needs_attention: ClassVar[bool] = False
+    in_tower: ClassVar[bool] = False
 
     keep: Annotated[float, Above(0)] | Annotated[int, Above(0)] = 0.5
     renumber: bool = False

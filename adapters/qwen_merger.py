@@ -27,6 +27,8 @@ class QwenMerger(Adapter):
         ValueError: `in_dim` is not a multiple of merge x merge.
     """
 
+    needs_grid: ClassVar[bool] = False
+
     KEYS: ClassVar[dict[str, str]] = {
         "norm.weight": "ln_q.weight",
         **{

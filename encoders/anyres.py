@@ -15,12 +15,13 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from encoders.checks import Checked, Side
 from encoders.encoder import Encoder
-from encoders.features import Features, Prepared
+from encoders.features import Features, Prepared, Size
 from encoders.image import ImageInput, as_rgb
+from encoders.merging import Merging
 from encoders.vit import ViT
 
 MOST_TILES = 64  # per side of a canvas
@@ -127,6 +128,25 @@ class AnyRes(Encoder):
     def attention_layer(self) -> tuple[nn.Module, int, int] | None:
         """See `Encoder.attention_layer`."""
         return self.encoder.attention_layer
+
+    @property
+    def grid(self) -> Size:
+        """Rows and columns of the tokens of a view."""
+        return self.encoder.grid
+
+    @property
+    def can_merge(self) -> bool:
+        """See `Encoder.can_merge`."""
+        return self.encoder.can_merge
+
+    def merged(self, items: Sequence[Prepared], merging: Merging) -> tuple[Features, Tensor]:
+        """See `Encoder.merged`; each view by itself."""
+        return self.encoder.merged(items, merging)
+
+    @property
+    def records_attention(self) -> bool:
+        """See `Encoder.records_attention`."""
+        return self.encoder.records_attention
 
     def forward(self, items: Sequence[Prepared]) -> Features:
         """One row per view, the views of an item in order: tokens [V_0 + V_1 + ... N E].

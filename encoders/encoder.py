@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from encoders.arguments import Recorded
 from encoders.features import Features, Prepared
+
+if TYPE_CHECKING:
+    from encoders.merging import Merging
 
 
 class Encoder(Recorded, nn.Module):
@@ -32,12 +35,37 @@ class Encoder(Recorded, nn.Module):
 
     @property
     def attention_layer(self) -> tuple[nn.Module, int, int] | None:
-        """The attention by which pruners rank the tokens; None: it cannot be recorded.
+        """The attention by which pruners rank the tokens; None where no hook can record it.
 
         The layer that projects queries, keys and values to [B N 3*E], its number of heads, and how
         many of its tokens come before those that `forward` returns.
         """
         return None
+
+    @property
+    def records_attention(self) -> bool:
+        """Whether pruners can rank the tokens by the encoder's attention.
+
+        An encoder without `attention_layer` fills `encoders.attention.recording` in its forward.
+        """
+        return self.attention_layer is not None
+
+    @property
+    def can_merge(self) -> bool:
+        """Whether `merged` is defined for this encoder."""
+        return False
+
+    def merged(self, items: Sequence[Prepared], merging: Merging) -> tuple[Features, Tensor]:
+        """Features with fewer tokens and without a grid, which are merged between the blocks.
+
+        Args:
+            items: see `forward`.
+            merging: which tokens are merged.
+        Returns:
+            features with tokens [B K E], and [B K] int64 ascending, the place of each one on the
+            row-major `grid` of the tokens of `forward`: that of one of those it is made of.
+        """
+        raise TypeError(f"{type(self).__name__} does not define merged(items, merging)")
 
     def prepare(self, item: Any) -> Prepared:
         """What `forward` takes, from one raw item; see `preprocess`."""

@@ -14,15 +14,8 @@ from torch.nn import functional as F
 from encoders.checks import Count
 from encoders.encoder import Encoder
 from encoders.features import Features, Prepared
-from encoders.qwen_vision import (
-    NORM_EPS,
-    PatchInput,
-    QwenVision,
-    angles_of,
-    attend,
-    check_items,
-    merged,
-)
+from encoders.qwen_attention import angles_of, attend, merged, note_units
+from encoders.qwen_vision import NORM_EPS, PatchInput, QwenVision, check_items
 
 
 class Qwen25Vision(Encoder):
@@ -143,6 +136,8 @@ class Qwen25Vision(Encoder):
         angles = rearrange(angles.to(x.device), "(n m) a -> n m a", m=unit)[order].flatten(0, 1)
         turn = angles.cos(), angles.sin()
         for i, block in enumerate(self.blocks[: self.used]):
+            if i == self.last_full:
+                note_units(self, block, x, turn, images, items, order)
             x = block(x, turn, images if i in self.full else windows)
         tokens = rearrange(x, "(n m) width -> n (m width)", m=unit)[order.argsort()]
         return merged(tokens, items, self.merge)
@@ -162,6 +157,16 @@ class Qwen25Vision(Encoder):
                 images.append(rows * columns)
                 start += y * x
         return torch.cat(orders), windows, images
+
+    @property
+    def last_full(self) -> int | None:
+        """Number of the last block in use that attends to the whole image; None without."""
+        return max((i for i in self.full if i < self.used), default=None)
+
+    @property
+    def records_attention(self) -> bool:
+        """See `Encoder.records_attention`: that of `last_full`."""
+        return self.last_full is not None
 
     @classmethod
     def tiny(cls) -> Self:

@@ -13,14 +13,13 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from encoders.checks import Checked, Count, Deviation, Factor, Mean, Side
 from encoders.encoder import Encoder
 from encoders.features import Features, Prepared
 from encoders.image import as_rgb
+from encoders.qwen_attention import angles_of, attend, merged, note_units
 
-THETA = 10000.0
 NORM_EPS = 1e-6
 FLATTEST = 200
 """Largest ratio of the sides of an image."""
@@ -228,10 +227,17 @@ class QwenVision(Encoder):
         x = F.linear(patches, weight)  # [sum of N width]
         lengths = [len(item.tensor) for item in items]
         turn = angles.cos(), angles.sin()
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, turn, lengths)
+        note_units(self, self.blocks[-1], x, turn, lengths, items)
+        x = self.blocks[-1](x, turn, lengths)
         x = rearrange(self.norm(x), "(n m) width -> n (m width)", m=self.merge**2)
         return merged(self.down(F.gelu(self.up(x))), items, self.merge)
+
+    @property
+    def records_attention(self) -> bool:
+        """See `Encoder.records_attention`: that of the last block, see `note_units`."""
+        return True
 
     @classmethod
     def tiny(cls) -> Self:
@@ -292,65 +298,3 @@ def check_items(name: str, items: Sequence[Prepared], size: int, merge: int) -> 
                 f"{list(grid)}; expected [N {size}] on a grid (frames, rows, columns) of N patches "
                 f"whose rows and columns are multiples of {merge}; use encoder.prepare"
             )
-
-
-def angles_of(grid: tuple[int, ...], merge: int, quarter: int) -> Tensor:
-    """[N 4*quarter] rotary angles of the patches of one image, in their order.
-
-    Args:
-        grid: frames, rows and columns in patches.
-        merge: patches per side of a token.
-        quarter: frequencies of the rows, and as many of the columns.
-    """
-    t, rows, columns = grid
-    speed = THETA ** -(torch.arange(quarter) / quarter)
-    at = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))  # [rows*columns 2]
-    at = rearrange(
-        at.view(rows, columns, 2),
-        "(Y a) (X b) two -> (Y X a b) two 1",
-        a=merge,
-        b=merge,
-    )
-    return (at * speed).flatten(1).repeat(t, 2)
-
-
-def attend(qkv: Tensor, turn: tuple[Tensor, Tensor], lengths: list[int], heads: int) -> Tensor:
-    """Attention within consecutive stretches of patches, [n width].
-
-    Args:
-        qkv: [n 3*width] queries, keys and values.
-        turn: cosines and sines [n head_dim] of the rotary positions.
-        lengths: patches of each stretch; those of equal length are computed together.
-        heads: attention heads.
-    """
-    q, k, v = rearrange(qkv, "n (three h d) -> three h n d", three=3, h=heads)
-    parts = [each.split(lengths, dim=1) for each in (_rotated(q, *turn), _rotated(k, *turn), v)]
-    mixed: dict[int, Tensor] = {}
-    for length in dict.fromkeys(lengths):
-        same = [i for i, other in enumerate(lengths) if other == length]
-        found = F.scaled_dot_product_attention(
-            *(torch.stack([each[i] for i in same]) for each in parts)
-        )
-        mixed |= dict(zip(same, found, strict=True))
-    return rearrange(torch.cat([mixed[i] for i in range(len(lengths))], 1), "h n d -> n (h d)")
-
-
-def merged(tokens: Tensor, items: Sequence[Prepared], merge: int) -> Features:
-    """Tokens [sum of N E] of several images as features, padded at the end.
-
-    Args:
-        tokens: one per merge x merge patches, image after image.
-        items: the images.
-        merge: patches per side of a token.
-    """
-    counts = torch.tensor([len(item.tensor) for item in items]) // merge**2
-    padded = pad_sequence(tokens.split(counts.tolist()), batch_first=True)  # [B N E]
-    mask = torch.arange(padded.shape[1]) < counts[:, None]
-    sizes = tuple((t * y // merge, x // merge) for t, y, x in (item.grid for item in items))
-    return Features(padded, mask.to(padded.device), sizes)
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Queries or keys [h n d] turned by their angles, computed in float32."""
-    first, second = x.float().chunk(2, -1)
-    return (x.float() * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from encoders.checks import Count, Deviation, Factor, Mean, Side
 from encoders.encoder import Encoder
 from encoders.features import Features, Prepared
 from encoders.image import ImageInput
+from encoders.merging import Merging, is_mergeable, run
 from encoders.small_vit import SmallViT
 
 # What timm calls the sizes of a vision transformer.
@@ -133,6 +136,11 @@ class ViT(Encoder):
         heads = getattr(attention, "heads", None) or attention.num_heads
         return attention.qkv, heads, self.vit.num_prefix_tokens
 
+    @property
+    def can_merge(self) -> bool:
+        """See `Encoder.can_merge`."""
+        return self.vit.num_prefix_tokens == 0 and all(map(is_mergeable, self.vit.blocks))
+
     def _cut(self, layers: int | None) -> None:
         """Drops the blocks after the first `layers`, and with them the final norm."""
         if layers is None:
@@ -152,6 +160,22 @@ class ViT(Encoder):
         Raises:
             ValueError: no images, or one of another shape.
         """
+        tokens = self.vit.forward_features(self._images(items))
+        tokens = tokens[:, self.vit.num_prefix_tokens :]  # [B N E]
+        return Features(tokens, torch.ones_like(tokens[..., 0], dtype=torch.bool), self.grid)
+
+    def merged(self, items: Sequence[Prepared], merging: Merging) -> tuple[Features, Tensor]:
+        """See `Encoder.merged`; without class token only."""
+        counts = merging.plan(math.prod(self.grid), len(self.vit.blocks))
+        if not any(counts):
+            features = self(items)
+            places = torch.arange(features.mask.shape[1], device=features.mask.device)
+            return replace(features, sizes=None), places.expand(features.mask.shape)
+        tokens, places = run(self.vit, self._images(items), counts, merging)
+        return Features(tokens, torch.ones_like(places, dtype=torch.bool)), places
+
+    def _images(self, items: Sequence[Prepared]) -> Tensor:
+        """Views [B 3 Y X] of all items, as the weights need them; see `forward`."""
         if len(items) == 0:
             raise ValueError("ViT: no images; pass at least one prepared image")
         shape = (3, self.size, self.size)
@@ -163,10 +187,7 @@ class ViT(Encoder):
                 )
         weight = next(self.vit.parameters())
         images = torch.cat([item.tensor.view(-1, *shape) for item in items])  # [B C Y X]
-        tokens = self.vit.forward_features(images.to(weight.device, weight.dtype))
-        tokens = tokens[:, self.vit.num_prefix_tokens :]  # [B N E]
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        return Features(tokens, mask, self.grid)
+        return images.to(weight.device, weight.dtype)
 
     @classmethod
     def tiny(cls) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from collections.abc import Sequence as Items
 from contextlib import nullcontext
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from adapters.adapter import Adapter, Embedded
-from adapters.pruner import Pruner, seen
+from adapters.adapter import Adapter
+from adapters.pruner import Pruned, Pruner, seen
 from encoders.attention import recorded
 from encoders.encoder import Encoder
 from encoders.features import Prepared
@@ -128,25 +129,29 @@ class MultimodalDLM(nn.Module):
         encoder, adapter = self.encoders[kind], self.adapters[kind]
         trained = any(weight.requires_grad for weight in encoder.parameters())
         pruner = self.pruner if kind == "image" else None
-        ranked = pruner is not None and pruner.needs_attention
+        ranked, in_tower = pruner and pruner.needs_attention, pruner and pruner.in_tower
         with (
             torch.set_grad_enabled(trained and torch.is_grad_enabled()),
             recorded(encoder) if ranked else nullcontext() as attended,
         ):
-            features = encoder(ready)
+            features, places = encoder.merged(ready, pruner) if in_tower else (encoder(ready), None)
         embedded = adapter.embed(features, ready)
         if pruner is None:
             return [item.tokens for item in embedded]
+        if in_tower:
+            span = math.prod(encoder.grid)
+            pairs = zip(embedded, places, strict=True)
+            return [self._placed(Pruned(item.tokens, at), span) for item, at in pairs]
         none = [None] * len(ready)
         carried = adapter.carry(attended.features(features), ready) if ranked else none
-        return [self._pruned(*pair) for pair in zip(embedded, carried, strict=True)]
+        pairs = zip(embedded, carried, strict=True)
+        return [self._placed(pruner(seen(*pair)), len(pair[0].tokens)) for pair in pairs]
 
-    def _pruned(self, item: Embedded, carried: Tensor | None) -> Tensor | Sparse:
-        """What the pruner leaves of an item, see `adapters.pruner.seen`."""
-        found = self.pruner(seen(item, carried))
-        if self.pruner.renumber or len(found.tokens) == len(item.tokens):
+    def _placed(self, found: Pruned, span: int) -> Tensor | Sparse:
+        """What a pruner leaves of an item of `span` tokens, in its places or renumbered."""
+        if self.pruner.renumber or len(found.tokens) == span:
             return found.tokens
-        return Sparse(found.tokens, found.places, len(item.tokens))
+        return Sparse(found.tokens, found.places, span)
 
     def compile(self, backend: str = "inductor") -> None:
         """Compiles the backbone with `torch.compile`, for GPUs.

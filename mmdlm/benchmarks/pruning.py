@@ -102,6 +102,19 @@ def compare(
     return found
 
 
+def possible(model: MultimodalDLM) -> list[str]:
+    """All methods that this model does not refuse."""
+    found = []
+    for name in (*option.methods(), LATE):
+        try:
+            option.apply(model, choice(name, 0.5))
+        except ValueError:
+            continue
+        found.append(name)
+    option.apply(model, None)
+    return found
+
+
 @torch.inference_mode()
 def survivors(model: MultimodalDLM, example: Example) -> tuple[Tensor, int]:
     """The image tokens that are left at the end of a decode.
@@ -252,7 +265,7 @@ def bench_prune(
         files: images and folders that are captioned; by default scenes drawn for the bundled model,
             with reference captions.
         model: bundled name, folder or hub id.
-        methods: by default all; see mmdlm caption --help, --prune.
+        methods: by default all that the model can use; see mmdlm caption --help, --prune.
         keep: shares of the image tokens that stay.
         count: drawn scenes of each number of shapes, or at most this many files.
         show: picture of the tokens that stay, for the first image and the middle share.
@@ -262,7 +275,7 @@ def bench_prune(
     """
     console = report.terminal()
     loaded = load(model, device=device, dtype=dtype)
-    names = [name for each in methods for name in each.split(",")] or [*option.methods(), LATE]
+    names = [name for each in methods for name in each.split(",")] or possible(loaded)
     references: list[str] | None = None
     if files:
         found_files = search_media(files, "image").files[:count]

@@ -76,6 +76,11 @@ COMMANDS = {
         TRAIN,
         ("files",),
     ),
+    "bench redundancy": Command(
+        "mmdlm.benchmarks.redundancy:bench_redundancy",
+        "image tokens that models from scratch and from AR models need",
+        TRAIN,
+    ),
     "export": Command(
         "export:export",
         "a model folder from a training checkpoint",

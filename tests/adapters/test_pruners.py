@@ -22,7 +22,7 @@ from adapters.pruner import Seen
 from encoders.anyres import AnyRes
 from encoders.attention import recorded
 from encoders.features import Features
-from encoders.qwen_vision import QwenVision
+from encoders.qwen25_vision import Qwen25Vision
 from encoders.vit import ViT
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vision" / "pruners.safetensors"
@@ -185,8 +185,8 @@ def test_towers_of_timm_record_without_their_class_token():
 
 def test_towers_without_it_say_what_else_to_use():
     with (
-        pytest.raises(ValueError, match="QwenVision records no attention.*divprune"),
-        recorded(QwenVision.tiny()),
+        pytest.raises(ValueError, match="Qwen25Vision records no attention.*divprune"),
+        recorded(Qwen25Vision(16, depth=2, heads=2, inner=24, window=56, full=())),
     ):
         pass
 

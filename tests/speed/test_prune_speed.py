@@ -1,4 +1,4 @@
-"""A quarter of the image tokens: how much faster a decode with 768 prompt tokens becomes.
+"""A quarter of the image tokens: how much faster a decode, or the tower itself, becomes.
 
     python -m pytest -m slow -s tests/speed/test_prune_speed.py
 
@@ -6,11 +6,14 @@ Processor time, one thread, AMD EPYC: see the README.
 """
 
 import time
+from functools import partial
 from statistics import median
 
 import pytest
 import torch
 
+from adapters.prune_tome_tower import ToMeTower
+from encoders.vit import ViT
 from mmdlm.decoding.caches.prefix_lm import PrefixLM
 from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.decode import decode
@@ -61,3 +64,26 @@ def test_a_quarter_of_the_image_is_faster(caches, least):
     print({n: (round(median(times[n]), 3), round(r, 2)) for n, r in ratios.items()})
     assert ratios["before"] > least
     assert ratios["inside"] > least
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_merging_inside_a_tower_makes_it_faster():
+    vit = ViT(size=384, patch=16, dim=384, depth=12, heads=6, stem="patch").eval()
+    item = vit.prepare(vit.example())
+    calls = {"all": lambda: vit([item])}
+    for keep in (0.5, 0.25):
+        calls[keep] = partial(vit.merged, [item], ToMeTower(keep))
+    times = {name: [] for name in calls}
+    for turn in range(6):
+        for name, call in calls.items():
+            begin = time.process_time()
+            call()
+            if turn:
+                times[name].append(time.process_time() - begin)
+    ratios = {
+        name: median(a / b for a, b in zip(times["all"], each, strict=True))
+        for name, each in times.items()
+    }
+    print({n: (round(median(times[n]), 3), round(r, 2)) for n, r in ratios.items()})
+    assert ratios[0.25] > ratios[0.5] > 1.15

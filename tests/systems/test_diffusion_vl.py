@@ -28,7 +28,8 @@ from mmdlm.decoding import preset
 from mmdlm.decoding.caches.block_cache import BlockCache
 from mmdlm.decoding.commits.dynamic import Dynamic
 from mmdlm.decoding.lengths.end_of_text import EndOfText
-from mmdlm.layout import Row, Turn
+from mmdlm.decoding.pruning import option
+from mmdlm.layout import Row, Sparse, Turn
 from mmdlm.model import MultimodalDLM
 from mmdlm.objectives.objective import Batch
 from mmdlm.systems.diffusion_vl import DiffusionVL
@@ -221,6 +222,64 @@ def test_features_and_logits_equal_transformers(layout: str, tmp_path: Path) -> 
     sequence = model.arrange([Row(row)])
     got = model.backbone.head(model.hidden(sequence))[0]
     torch.testing.assert_close(got, scored(embedded(row)), atol=1e-4, rtol=0)
+
+
+def most_attended(item: Any, keep: int, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """Row-major places of the tokens that get most attention in transformers' last full layer."""
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as published
+
+    inner, weights = published.eager_attention_forward, []
+
+    def noted(*given: Any, **options: Any) -> Any:
+        found = inner(*given, **options)
+        weights.append(found[1])  # [1 heads n n]
+        return found
+
+    monkeypatch.setattr(published, "eager_attention_forward", noted)
+    monkeypatch.setattr(VISION_MODEL.config, "_attn_implementation", "eager")
+    VISION_MODEL(item.tensor, grid_thw=torch.tensor([item.grid]))
+    paid = weights[-1].mean((0, 1, 2)).view(-1, 4).sum(1)  # per token, window by window
+    # Windows of 56 pixels hold 2 x 2 tokens; the image has 4 x 4.
+    assert item.grid == (1, 8, 8)
+    order = torch.arange(16).view(2, 2, 2, 2).transpose(1, 2).flatten()
+    return paid[order.argsort()].argsort(descending=True)[:keep].sort().values
+
+
+@torch.inference_mode()
+def test_pruned_images_equal_transformers_attention(
+    model: MultimodalDLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item = model.processor.prepare("image", IMAGES[2])
+    whole = parts(model, [2])
+    count = len(whole[1])
+    places = most_attended(item, count // 4, monkeypatch)
+    sparse = Sparse(whole[1][places], places, count)
+    found = {}
+    for method in ("received@1.0", "received@0.25", "visionzip@0.25"):
+        option.apply(model, method)
+        found[method] = parts(model, [2])
+    option.apply(model, None)
+    assert torch.equal(found["received@1.0"][1], whole[1])
+    assert found["received@0.25"][1].places.tolist() == places.tolist()
+    assert len(found["visionzip@0.25"][1]) == count // 4
+    length = whole_blocks((HEAD, whole[1], TAIL), 2)
+    rows = [(HEAD, sparse, TAIL), found["received@0.25"]]
+    oracle, pruned = (decoded(model, [row], length, BlockCache()) for row in rows)
+    assert torch.equal(oracle.tokens, pruned.tokens)
+    # The text after the image is as far from that before it as without pruning.
+    positions = [model.arrange([Row(row)]).positions[0, -1] for row in (whole, rows[1])]
+    assert positions[0] == positions[1]
+
+
+def test_a_tower_without_full_attention_in_use_is_refused(tmp_path: Path) -> None:
+    vision = {**VISION, "fullatt_block_indexes": []}
+    folder = converted(tmp_path, vision_config=vision)
+    (folder / "vision_config.json").write_text(json.dumps(vision))
+    model = mmdlm.load(folder, device="cpu")
+    with pytest.raises(ValueError, match="Qwen25Vision records no attention.*use divprune"):
+        option.apply(model, "received@0.5")
+    option.apply(model, "divprune@0.5")
+    assert model.pruner.keep == 0.5
 
 
 def whole_blocks(row: tuple[Tensor, ...], blocks: int) -> int:

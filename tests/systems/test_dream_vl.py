@@ -22,6 +22,7 @@ from tokenizers.models import BPE
 from torch import Tensor
 
 import mmdlm
+from encoders.attention import recorded
 from encoders.qwen_vision import PatchInput
 from mmdlm import checkpoint
 from mmdlm.blueprint import Blueprint, build, describe
@@ -34,10 +35,11 @@ from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.guidance.eos_penalty import EosPenalty
 from mmdlm.decoding.guidance.nucleus import Nucleus
 from mmdlm.decoding.plans.blocks import Blocks
+from mmdlm.decoding.pruning import option
 from mmdlm.decoding.scores.entropy import Entropy
 from mmdlm.decoding.scores.margin import Margin
 from mmdlm.decoding.strategy import Strategy
-from mmdlm.layout import Row, Sequence
+from mmdlm.layout import Row, Sequence, Sparse
 from mmdlm.loading.keymap import locate, shapes
 from mmdlm.messages import Example, Slot, assistant, conversation
 from mmdlm.model import MultimodalDLM
@@ -185,6 +187,47 @@ def test_the_checkpoint_decodes_as_its_evaluation_did(model: MultimodalDLM) -> N
     for number in range(3):
         decoded = mmdlm.decode(model, laid_out(model, [number]), LENGTH, [*chosen, Entropy()])
         assert torch.equal(decoded.tokens[0, -LENGTH:], TENSORS[f"img{number}.plain.gen.entropy"])
+
+
+# -- pruning
+
+
+@torch.inference_mode()
+def test_half_of_an_image_is_what_gets_most_attention_in_the_tower(model: MultimodalDLM) -> None:
+    head, tail = torch.tensor(CONFIG["head"]), torch.tensor(CONFIG["tail"])
+    plain = laid_out(model, [0], [1, 2])
+    chosen = [Blocks(4), PrefixCache(), TopK(6)]
+    rows = []
+    for images in ([0], [1, 2]):
+        parts = [head]
+        for i in images:
+            item = model.processor.prepare("image", IMAGES[i])
+            with recorded(model.encoders["image"]) as attended:
+                model.encoders["image"]([item])
+            (tokens,) = model.encode("image", [item])
+            half = round(len(tokens) / 2)
+            places = attended.received[0].argsort(descending=True)[:half].sort().values
+            parts.append(Sparse(tokens[places], places, len(tokens)))
+        rows.append(Row((*parts, tail)))
+    expected = model.arrange(rows)
+    found = {}
+    for method in ("received@1.0", "received@0.5", "visionzip@0.5"):
+        option.apply(model, method)
+        found[method] = laid_out(model, [0], [1, 2])
+    option.apply(model, None)
+    assert torch.equal(found["received@1.0"].media, plain.media)
+    assert torch.equal(found["received@1.0"].positions, plain.positions)
+    assert torch.allclose(found["received@0.5"].media, expected.media, atol=1e-5)
+    assert torch.equal(found["received@0.5"].positions, expected.positions)
+    assert len(found["visionzip@0.5"].media) == len(expected.media)
+    decoded = [
+        mmdlm.decode(model, one, LENGTH, chosen).tokens[:, -LENGTH:]
+        for one in (plain, found["received@1.0"], expected, found["received@0.5"])
+    ]
+    assert torch.equal(decoded[0], decoded[1])
+    assert torch.equal(decoded[2], decoded[3])
+    # The text after the image is as far from the text before it as with all tokens.
+    assert int(found["received@0.5"].positions[0, -1]) == int(plain.positions[0, -1])
 
 
 # -- pixels

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import yaml
 
 from adapters.pruner import Pruner
+from encoders.attention import require_attention
 from mmdlm import discover, recipe
 from mmdlm.decoding import preset
 from mmdlm.decoding.pruning.prune_media import PruneMedia
@@ -26,10 +28,11 @@ def read(given: Prune) -> Pruner | Strategy | None:
     Args:
         given: "METHOD@KEEP" with a share ("divprune@0.25", "divprune@25%") or a number of tokens
             ("visionzip@64"); methods are the pruners of `adapters`, which act before the language
-            model, and the ranks of `PruneMedia`, which acts inside it ("attention@0.35"). Or the
-            arguments of `PruneMedia` as a table, {"rank": "attention", "layer": 16, "step": 1,
-            "keep": 0.35}, or a recipe `{class_path, init_args}` of either kind; a table may be
-            YAML text. Or an instance. None: nothing is dropped.
+            model, and the ranks of `PruneMedia`, which acts inside it ("attention@0.35"). Another
+            number is given by its name ("tome-tower@r=8"). Or the arguments of `PruneMedia` as a
+            table, {"rank": "attention", "layer": 16, "step": 1, "keep": 0.35}, or a recipe
+            `{class_path, init_args}` of either kind; a table may be YAML text. Or an instance.
+            None: nothing is dropped.
 
     Raises:
         ValueError: there is no such method, or it does not take these arguments.
@@ -47,17 +50,7 @@ def read(given: Prune) -> Pruner | Strategy | None:
         if str(given["class_path"]).startswith("adapters."):
             return recipe.build(given, ["adapters"], Pruner)
         return preset.strategy(given)
-    name, at, keep = str(given).partition("@")
-    options = {"keep": _number(given, keep)} if at else {}
-    if name in RANKS:
-        return PruneMedia(rank=name, **options)
-    try:
-        return discover.find("adapters", name, Pruner)(**options)
-    except ValueError as error:
-        if not str(error).startswith("adapters has no"):
-            raise
-        known = ", ".join(methods())
-        raise ValueError(f"prune is {given!r}; expected METHOD@KEEP with one of {known}") from error
+    return _of_text(str(given))
 
 
 def methods() -> list[str]:
@@ -74,7 +67,8 @@ def apply(model: MultimodalDLM, given: Prune) -> None:
         given: see `read`.
 
     Raises:
-        ValueError: see `read`, or the model takes no images, or reads them as token ids.
+        ValueError: see `read`; or the model takes no images, reads them as token ids, or has an
+            encoder or adapter that the method does not support.
     """
     method = read(given)
     if method is not None:
@@ -84,8 +78,55 @@ def apply(model: MultimodalDLM, given: Prune) -> None:
                 f"prune is {given!r}, but this model reads images as the token ids of an image "
                 "tokenizer, not as embeddings, and cannot prune them"
             )
+        if isinstance(method, Pruner) and method.needs_attention:
+            require_attention(model.encoders["image"])
+        if isinstance(method, Pruner) and method.in_tower:
+            _check_tower(model, method)
     model.pruner = method if isinstance(method, Pruner) else None
     model.strategies = (method,) if isinstance(method, Strategy) else ()
+
+
+def _check_tower(model: MultimodalDLM, method: Pruner) -> None:
+    """Raises ValueError unless tokens of images can be merged inside the tower."""
+    name, encoder, adapter = (
+        type(method).__name__,
+        *(parts["image"] for parts in (model.encoders, model.adapters)),
+    )
+    if not encoder.can_merge:
+        raise ValueError(
+            f"prune: {name} needs a vision transformer without class token, such as SigLIP; "
+            f"{type(encoder).__name__} cannot merge tokens between its blocks; use tome, which "
+            "merges them after the adapter"
+        )
+    if adapter.needs_grid:
+        raise ValueError(
+            f"prune: with {name} the tokens of an image are not a grid any more, which "
+            f"{type(adapter).__name__} needs; use tome, which merges them after the adapter"
+        )
+
+
+def _of_text(given: str) -> Pruner | Strategy:
+    """The method of "METHOD@KEEP" or "METHOD@NAME=NUMBER"."""
+    name, at, rest = given.partition("@")
+    option, equals, value = rest.rpartition("=")
+    option = option if equals else "keep"
+    options = {option: _number(given, value)} if at else {}
+    if name in RANKS:
+        kind, options = PruneMedia, {"rank": name, **options}
+    else:
+        try:
+            kind = discover.find("adapters", name, Pruner)
+        except ValueError as error:
+            known = ", ".join(methods())
+            raise ValueError(
+                f"prune is {given!r}; expected METHOD@KEEP with one of {known}"
+            ) from error
+    numbers = [field.name for field in fields(kind)]
+    if option not in numbers:
+        raise ValueError(
+            f"prune is {given!r}, but {kind.__name__} has no {option!r}, only {', '.join(numbers)}"
+        )
+    return kind(**options)
 
 
 def _made(kind: type, given: Mapping[str, Any]) -> Any:
@@ -95,7 +136,7 @@ def _made(kind: type, given: Mapping[str, Any]) -> Any:
 
 
 def _number(given: str, keep: str) -> float | int:
-    """What follows the "@": a share or a number of tokens."""
+    """What follows the "@" or "=": a share or a number of tokens."""
     try:
         if keep.endswith("%"):
             return float(keep[:-1]) / 100
