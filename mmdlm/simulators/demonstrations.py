@@ -13,11 +13,11 @@ from PIL import Image
 
 from mmdlm.atomic import write_text
 from mmdlm.simulators.highway import Future, Highway, Motion
-from mmdlm.tasks.drive import CAMERAS, LATERAL, OBJECTS, SCHEMA, prompt
+from mmdlm.tasks.drive import CAMERAS, FASTER, LATERAL, OBJECTS, REASONS, SCHEMA, prompt
 
 FIRST_SEED = 1000  # evaluation uses seeds from 0
 EVERY = 3  # every third step is recorded, and all with a lane change
-SOME = 0.5  # m/s2; below, the speed is kept
+SOME, HARD = 0.5, 2.5  # m/s2, from which the speed is not kept, and from which the car brakes
 SIGHT, BESIDE, BEHIND = 40.0, 20.0, 20.0  # m
 CONFLICT = 5.0  # s until a collision at the current speeds
 LENGTH = 5.0  # m, of a vehicle
@@ -37,6 +37,7 @@ def make(
     count: int,
     seed: int = FIRST_SEED,
     size: int = 64,
+    horizon: int = 60,
     on_rows: Callable[[int], None] | None = None,
 ) -> str:
     """Writes scenes with the plans of the rule-based driver, and returns what was written.
@@ -49,6 +50,7 @@ def make(
         count: rows at least, mirrored ones included; the last episode is written as a whole.
         seed: seed of the first episode. Evaluation uses seeds from 0, so stay at 1000 or above.
         size: side of the images in pixels.
+        horizon: steps of 0.5 s of an episode.
         on_rows: called after each episode with the number of rows so far.
     Raises:
         ValueError: the folder has files, or the count is not positive.
@@ -60,7 +62,7 @@ def make(
     (out / "images").mkdir(parents=True)
     parts: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
     total = 0
-    with Highway(size) as simulator:
+    with Highway(size, horizon) as simulator:
         while total < count or not parts["val"]:
             part = parts["train" if len(parts["val"]) > total / 20 or not total else "val"]
             for scene in scenes(simulator, seed):
@@ -114,20 +116,11 @@ def plan(simulator: Highway, future: Future) -> dict[str, Any]:
         future: what the rule-based driver would do.
     """
     objects = critical_objects(simulator)
-    gained = float(future.speeds[0]) - simulator.speed
-    longitudinal = "accelerate" if gained > SOME else "decelerate" if gained < -SOME else "cruise"
+    longitudinal = behavior(float(future.speeds[0]) - simulator.speed)
     lateral = next(name for name, change in LATERAL.items() if change == future.lane)
-    is_free = not objects["front_vehicle"]
-    reason = {
-        ("accelerate", True): "the lane is free, speed up",
-        ("accelerate", False): "close up to the vehicle ahead",
-        ("cruise", True): "the lane is free, keep the speed",
-        ("cruise", False): "follow the vehicle ahead",
-        ("decelerate", True): "slow down early for the vehicle ahead",
-        ("decelerate", False): "slow down for the vehicle ahead",
-    }[longitudinal, is_free]
+    reason = REASONS[longitudinal, not objects["front_vehicle"]]
     if future.lane:
-        reason += f"; the {lateral} lane is faster"
+        reason += FASTER.format(lateral)
     return {
         "critical_objects": {
             name: "yes" if is_there else "no" for name, is_there in objects.items()
@@ -136,6 +129,13 @@ def plan(simulator: Highway, future: Future) -> dict[str, Any]:
         "future_meta_behavior": {"longitudinal": longitudinal, "lateral": lateral},
         "trajectory": [[round(v, 1) + 0.0 for v in point] for point in future.waypoints.tolist()],
     }
+
+
+def behavior(gained: float) -> str:
+    """Longitudinal behavior of a car that gains so many m/s within a second."""
+    if abs(gained) <= SOME:
+        return "cruise"
+    return "accelerate" if gained > 0 else "brake" if gained < -HARD else "decelerate"
 
 
 def critical_objects(simulator: Highway) -> dict[str, bool]:
@@ -161,11 +161,11 @@ def mirrored(scene: Scene) -> Scene:
     """The scene with left and right exchanged."""
     old = scene.plan
     objects = old["critical_objects"]
-    behavior = old["future_meta_behavior"]
+    behaviors = old["future_meta_behavior"]
     new = {
         "critical_objects": {name: objects[_swapped(name)] for name in objects},
         "explanation": _swapped(old["explanation"]),
-        "future_meta_behavior": behavior | {"lateral": _swapped(behavior["lateral"])},
+        "future_meta_behavior": behaviors | {"lateral": _swapped(behaviors["lateral"])},
         "trajectory": [[x, 0.0 - y] for x, y in old["trajectory"]],
     }
     images = tuple(np.ascontiguousarray(image[:, ::-1]) for image in scene.images[::-1])

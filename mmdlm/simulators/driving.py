@@ -13,12 +13,13 @@ import numpy as np
 from tqdm import tqdm
 
 from mmdlm.atomic import write_text
+from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.preset import Choice
 from mmdlm.model import MultimodalDLM
 from mmdlm.simulators import video as films
 from mmdlm.simulators.highway import Highway
 from mmdlm.simulators.rollout import versions, wilson
-from mmdlm.tasks.drive import CAMERAS, plan, prompt
+from mmdlm.tasks.drive import CAMERAS, Follow, plan, prompt
 
 POLICY, RULES, CONSTANT = "policy", "rule-based", "constant speed"
 STEPS = 16
@@ -77,16 +78,19 @@ class Planner:
         model: see `mmdlm.tasks.drive.plan`.
         strategies: see `mmdlm.decode`; None: the most confident tokens first, in `STEPS` forwards.
         seed: see `mmdlm.infill`.
+        follow: see `mmdlm.tasks.drive.Plan.action`.
     """
 
     name = POLICY
 
     def __init__(
-        self, model: MultimodalDLM, strategies: Choice = None, seed: int | None = 0
+        self,
+        model: MultimodalDLM,
+        strategies: Choice = None,
+        seed: int | None = 0,
+        follow: Follow = "behavior",
     ) -> None:
-        from mmdlm.decoding.commits.top_k import TopK
-
-        self.model, self.seed = model, seed
+        self.model, self.seed, self.follow = model, seed, follow
         self.strategies = [TopK(steps=STEPS)] if strategies is None else strategies
         self.seconds: list[float] = []
         """Wall time of each batch of plans."""
@@ -115,7 +119,7 @@ class Planner:
         self.seconds.append(time.perf_counter() - begin)
         self.plans += len(plans)
         return [
-            (one.action(car.speed), one.value["explanation"])
+            (one.action(car.speed, self.follow), one.value["explanation"])
             for one, car in zip(plans, cars, strict=True)
         ]
 
@@ -240,6 +244,7 @@ def drive(
     episodes: int = 20,
     seed: int = 0,
     decoding: str | None = None,
+    follow: Follow = "behavior",
     horizon: int = 60,
     video: Path | None = None,
     out: Path | None = None,
@@ -258,6 +263,8 @@ def drive(
         episodes: episodes of each driver.
         seed: seed of the first episode; the following ones count up.
         decoding: decoding preset; by default the most confident tokens first, in 16 forwards.
+        follow: "behavior" accelerates as the longitudinal behavior says, "trajectory" as the
+            waypoints do; the lateral behavior decides about the lane.
         horizon: steps of 0.5 s of an episode.
         video: folder for an mp4 of each driver's first episode.
         out: JSON file for the results, with every setting.
@@ -274,7 +281,7 @@ def drive(
     loaded.processor.require("image")
     size = getattr(loaded.encoders["image"], "size", None) or 64
     results = []
-    for driver in (Planner(loaded, decoding), Rules(), Constant()):
+    for driver in (Planner(loaded, decoding, follow=follow), Rules(), Constant()):
         seeds, filmed = range(seed, seed + episodes), int(video is not None)
         results.append(run(driver, seeds, size, horizon, filmed, progress=True))
         print(results[-1], flush=True)
@@ -282,8 +289,13 @@ def drive(
             file = video / f"{driver.name.replace(' ', '-')}-seed{seed}.mp4"
             print(f"  {films.write(file, results[-1].drives[0].frames, fps=4)}")
     if out is not None:
-        settings = {"model": model, "adapter": adapter, "decoding": decoding, "horizon": horizon}
-        settings |= {"seed": seed, "device": str(loaded.device), "versions": versions()}
+        settings = {"model": model, "adapter": adapter, "decoding": decoding, "follow": follow}
+        settings |= {
+            "horizon": horizon,
+            "seed": seed,
+            "device": str(loaded.device),
+            "versions": versions(),
+        }
         found = {"settings": settings, "results": [result.to_dict() for result in results]}
         write_text(out, json.dumps(found, indent=2) + "\n")
     return 0

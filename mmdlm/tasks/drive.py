@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,9 +25,29 @@ from mmdlm.tasks.scaffold import scaffold
 
 CAMERAS = ("left", "image", "right")
 OBJECTS = ("front_vehicle", "left_vehicle", "right_vehicle", "rear_vehicle", "conflicting_vehicle")
-LONGITUDINAL = ("accelerate", "cruise", "decelerate")
+LONGITUDINAL = {"accelerate": 1.5, "cruise": 0.0, "decelerate": -1.5, "brake": -4.5}
+"""Behaviors, and the acceleration in m/s2 that stands for each when a car follows them."""
 LATERAL = {"left": -1, "straight": 0, "right": 1}
+Follow = Literal["behavior", "trajectory"]
 SECONDS = 5  # waypoints of the trajectory, one per second
+REASONS = {
+    ("accelerate", True): "the lane is free, speed up",
+    ("accelerate", False): "close up to the vehicle ahead",
+    ("cruise", True): "the lane is free, keep the speed",
+    ("cruise", False): "follow the vehicle ahead",
+    ("decelerate", True): "slow down early for the vehicle ahead",
+    ("decelerate", False): "slow down for the vehicle ahead",
+    ("brake", True): "brake early for the vehicle ahead",
+    ("brake", False): "brake for the vehicle ahead",
+}
+"""Explanations in training data, by behavior and whether no vehicle is in front."""
+FASTER = "; the {} lane is faster"
+"""What is added for a change to the left or right lane."""
+_EXAMPLES = [
+    reason + more
+    for reason in REASONS.values()
+    for more in ("", FASTER.format("left"), FASTER.format("right"))
+]
 _NUMBER = {"type": "number", "x-tokens": 5}
 _WAYPOINT = {"type": "array", "items": _NUMBER, "minItems": 2, "maxItems": 2}
 SCHEMA: dict[str, Any] = {
@@ -37,7 +57,7 @@ SCHEMA: dict[str, Any] = {
             "type": "object",
             "properties": {name: {"enum": ["yes", "no"]} for name in OBJECTS},
         },
-        "explanation": {"type": "string", "x-tokens": 16},
+        "explanation": {"type": "string", "x-tokens": 16, "examples": _EXAMPLES},
         "future_meta_behavior": {
             "type": "object",
             "properties": {
@@ -87,13 +107,17 @@ class Plan:
         each = [2 * (x - speed * t) / t**2 for t, x in enumerate(ahead, 1)]
         return float(np.median(each))
 
-    def action(self, speed: float) -> np.ndarray:
+    def action(self, speed: float, follow: Follow = "behavior") -> np.ndarray:
         """Action of `mmdlm.simulators.highway.Highway`, float32 [2].
 
         Args:
             speed: current speed in m/s.
+            follow: "behavior": the acceleration of the longitudinal behavior. "trajectory": that of
+                the waypoints.
         """
-        return np.array([self.acceleration(speed), self.lane], np.float32)
+        longitudinal = LONGITUDINAL[self.value["future_meta_behavior"]["longitudinal"]]
+        chosen = longitudinal if follow == "behavior" else self.acceleration(speed)
+        return np.array([chosen, self.lane], np.float32)
 
 
 def prompt(history: Iterable[tuple[float, float, float, float]], step: float = 0.5) -> str:

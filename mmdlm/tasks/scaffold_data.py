@@ -102,9 +102,13 @@ class Scaffolds(Dataset):
         return self.dataset.vocabulary()
 
     def texts(self, index: int) -> list[str]:
-        """Prompts, and the texts of the scaffold with their values, as they are tokenized."""
+        """Prompts, and the texts of the scaffold with their values, as they are tokenized.
+
+        The "examples" of strings in the schema are included, so that a vocabulary trained on few
+        rows has their words.
+        """
         found = self.dataset.sample(index, np.random.default_rng(index))
-        texts = []
+        texts = list(_examples(self.schema))
         for turn in found.turns:
             texts += [turn.prompt, *_strings(json.loads(turn.answer))]
             texts += [text for piece in pieces(self.root, self.fence) for text in _texts(piece)]
@@ -122,6 +126,14 @@ def _texts(piece: str | Leaf) -> list[str]:
     quote = '"' * piece.is_quoted
     options = piece.options if isinstance(piece.node, Pick) else ()
     return [piece.before + quote, *(text.strip('"') for text in options), quote + piece.after]
+
+
+def _examples(schema: Any) -> Iterator[str]:
+    """Every string that a schema gives as an example."""
+    if isinstance(schema, Mapping):
+        yield from _strings(schema.get("examples", []))
+        for part in schema.values():
+            yield from _examples(part)
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -9,7 +9,6 @@ from PIL import Image
 pytestmark = pytest.mark.sim
 pytest.importorskip("highway_env", reason='pip install "mmdlm[sim]"')
 
-from mmdlm.commands.data import make_driving  # noqa: E402
 from mmdlm.data.formats import open_data  # noqa: E402
 from mmdlm.simulators.demonstrations import (  # noqa: E402
     critical_objects,
@@ -65,7 +64,8 @@ def test_critical_objects_are_those_nearby(other, found):
     [
         (26.0, 0, ("accelerate", "straight"), "the lane is free, speed up"),
         (25.2, -1, ("cruise", "left"), "the lane is free, keep the speed; the left lane is faster"),
-        (22.0, 1, ("decelerate", "right"), "slow down early for the vehicle ahead; the right"),
+        (23.0, 1, ("decelerate", "right"), "slow down early for the vehicle ahead; the right"),
+        (22.0, 0, ("brake", "straight"), "brake early for the vehicle ahead"),
     ],
 )
 def test_behavior_is_what_the_driver_will_do(speed, lane, behavior, said):
@@ -100,10 +100,15 @@ def test_scenes_depend_on_the_seed_only(recorded):
     assert len(recorded) > 4
 
 
-def test_rows_are_read_by_training(tmp_path, capsys):
-    out = tmp_path / "driving"
-    assert make_driving(out, count=4, size=16) == 0
-    assert "held out" in capsys.readouterr().out
+def test_rows_are_read_by_training(tmp_path):
+    out, counts = tmp_path / "driving", []
+    said = make(out, 5, size=16, horizon=8, on_rows=counts.append)
+    assert len(counts) > 1  # an episode to train on, one held out
+    assert counts[-1] >= 5
+    assert counts == sorted(counts)
+    sizes = [len(json.loads((out / f"{name}.json").read_text())) for name in ("train", "val")]
+    assert said == f"{out}: {sizes[0]} rows to train on, {sizes[1]} held out"
+    assert sum(sizes) == counts[-1]
     for name in ("train", "val"):
         data = open_data(out / f"{name}.json")
         example = data.sample(0, np.random.default_rng(0))

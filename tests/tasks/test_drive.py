@@ -89,7 +89,7 @@ def test_plans_of_random_weights_are_complete(build, seed, strategies) -> None:
         assert value["future_meta_behavior"]["longitudinal"] in LONGITUDINAL
         assert value["future_meta_behavior"]["lateral"] in LATERAL
         assert np.array(value["trajectory"]).shape == (5, 2)
-        assert np.isfinite(one.action(20.0)).all()
+        assert np.isfinite(one.action(20.0, "trajectory")).all()
         assert all(0 <= p <= 1 for p in one.yes.values())
         assert all(
             (p >= 0.5) == (value["critical_objects"][n] == "yes") for n, p in one.yes.items()
@@ -213,7 +213,9 @@ def test_acceleration_follows_the_waypoints_and_ignores_one_wrong_digit() -> Non
     assert planned(*points).acceleration(speed) == pytest.approx(brake)
     points[0] += 30
     assert planned(*points).acceleration(speed) == pytest.approx(brake)
-    assert planned(*points).action(speed).tolist() == [pytest.approx(brake), 1.0]
+    followed = planned(*points).action(speed, "trajectory")
+    assert followed.tolist() == [pytest.approx(brake), 1.0]
+    assert planned(*points).action(speed).tolist() == [LONGITUDINAL["decelerate"], 1.0]
 
 
 def test_prompt_has_a_line_per_half_second() -> None:
