@@ -122,10 +122,10 @@ def _recorded(
         return collect(simulator, folder, episodes, seed, noise, on_episode=show)
 
 
-def make_driving(out: Path, count: int = 6000, seed: int = 1000, size: int = 64) -> int:
+def make_driving(out: Path, count: int = 3000, seed: int = 1000, size: int = 64) -> int:
     """Records highway-env's rule-based driver: three images, its history and its plan.
 
-    mmdlm data make driving data/driving --count 6000
+    mmdlm data make driving data/driving --count 3000
 
     Writes train.json and val.json in LLaVA's format, images and the schema of the plans.
 

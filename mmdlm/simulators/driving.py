@@ -22,7 +22,7 @@ from mmdlm.simulators.rollout import versions, wilson
 from mmdlm.tasks.drive import CAMERAS, Follow, plan, prompt
 
 POLICY, RULES, CONSTANT = "policy", "rule-based", "constant speed"
-STEPS = 16
+STEPS = 8
 """Forwards of a plan by default: one forward mixes digits of different numbers."""
 
 
@@ -262,7 +262,7 @@ def drive(
         model: folder or hub id of a model trained by configs/train/driving.yaml.
         episodes: episodes of each driver.
         seed: seed of the first episode; the following ones count up.
-        decoding: decoding preset; by default the most confident tokens first, in 16 forwards.
+        decoding: decoding preset; by default the most confident tokens first, in 8 forwards.
         follow: "behavior" accelerates as the longitudinal behavior says, "trajectory" as the
             waypoints do; the lateral behavior decides about the lane.
         horizon: steps of 0.5 s of an episode.

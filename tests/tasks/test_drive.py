@@ -15,6 +15,7 @@ from mmdlm.backbones.config import TransformerConfig
 from mmdlm.backbones.family import Spec
 from mmdlm.data.chat import Chat
 from mmdlm.data.collate import batch, collate
+from mmdlm.messages import Example, Media, Slot, assistant, user
 from mmdlm.model import MultimodalDLM
 from mmdlm.objectives.masked import Masked
 from mmdlm.tasks.drive import LATERAL, LONGITUDINAL, OBJECTS, SCHEMA, Plan, plan, prompt
@@ -103,6 +104,24 @@ def test_images_order_and_history_change_the_plan(build) -> None:
     assert len({json.dumps(one.yes) for one in turned}) == 3
     alone = plan(model, [(images[::-1], text)])[0]
     assert alone.value == turned[1].value
+
+
+def test_probability_of_yes_is_its_share_of_yes_and_no(build) -> None:
+    model, (images, text) = build(1), scenes(1)[0]
+    found = plan(model, [(images, text)], strategies="one_step")[0]
+    made = scaffold(model, SCHEMA, fence=False)
+    media = [Media("image", image) for image in images]
+    example = Example((user(*media, text), assistant(Slot(value=made.tokens))))
+    sequence = model.embed(model.processor.pack([example]).rows)
+    at = torch.zeros_like(sequence.mask)
+    start = sequence.tokens.shape[1] - len(made.tokens)
+    slots = made.slots[: len(OBJECTS)]
+    at[0, [start + slot.start for slot in slots]] = True
+    with torch.inference_mode():
+        logits = model.logits_at(sequence, at)
+    yes, no = (option[0] for option in slots[0].options)
+    shares = logits[:, [yes, no]].softmax(-1)[:, 0]
+    assert list(found.yes.values()) == pytest.approx(shares.tolist(), abs=1e-5)
 
 
 def test_yes_and_no_have_slots_of_one_token(build) -> None:
@@ -201,6 +220,14 @@ def test_training_masks_and_learns_the_slots_only(build, data, row_tokens) -> No
     assert sequence.level[:, -size:].unique().tolist() == [1]
     losses = Masked(full=1.0, weight="one", normaliser="masked").step(model, made)
     assert int(losses.count) == 2 * slots
+
+
+def test_vocabulary_is_trained_on_what_scaffolds_tokenize(data) -> None:
+    texts = Scaffolds(Chat(data), SCHEMA).texts(0)
+    assert prompt(HISTORY) in texts
+    assert '    "left_vehicle": "' in texts  # the text up to the slot, and its options
+    assert {"yes", "no", "decelerate", PLAN["explanation"].replace('"', '\\"')} <= set(texts)
+    assert "brake for the vehicle ahead; the left lane is faster" in texts  # an example
 
 
 def test_acceleration_follows_the_waypoints_and_ignores_one_wrong_digit() -> None:
