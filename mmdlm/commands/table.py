@@ -76,6 +76,12 @@ COMMANDS = {
         TRAIN,
         ("files",),
     ),
+    "bench plans": Command(
+        "mmdlm.benchmarks.plans:bench_plans",
+        "driving plans against recorded ones",
+        TRAIN,
+        ("data",),
+    ),
     "export": Command(
         "export:export",
         "a model folder from a training checkpoint",

@@ -13,7 +13,6 @@ import numpy as np
 from tqdm import tqdm
 
 from mmdlm.atomic import write_text
-from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.preset import Choice
 from mmdlm.model import MultimodalDLM
 from mmdlm.simulators import video as films
@@ -22,8 +21,6 @@ from mmdlm.simulators.rollout import versions, wilson
 from mmdlm.tasks.drive import CAMERAS, Follow, plan, prompt
 
 POLICY, RULES, CONSTANT = "policy", "rule-based", "constant speed"
-STEPS = 8
-"""Forwards of a plan by default: one forward mixes digits of different numbers."""
 
 
 class Driver(Protocol):
@@ -76,7 +73,7 @@ class Planner:
 
     Args:
         model: see `mmdlm.tasks.drive.plan`.
-        strategies: see `mmdlm.decode`; None: the most confident tokens first, in `STEPS` forwards.
+        strategies: see `mmdlm.tasks.drive.plan`.
         seed: see `mmdlm.infill`.
         follow: see `mmdlm.tasks.drive.Plan.action`.
     """
@@ -91,7 +88,7 @@ class Planner:
         follow: Follow = "behavior",
     ) -> None:
         self.model, self.seed, self.follow = model, seed, follow
-        self.strategies = [TopK(steps=STEPS)] if strategies is None else strategies
+        self.strategies = strategies
         self.seconds: list[float] = []
         """Wall time of each batch of plans."""
         self.plans = 0

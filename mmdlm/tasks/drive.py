@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.preset import Choice
 from mmdlm.model import MultimodalDLM
 from mmdlm.tasks.generate import Answer
@@ -29,6 +30,7 @@ LONGITUDINAL = {"accelerate": 1.5, "cruise": 0.0, "decelerate": -1.5, "brake": -
 """Behaviors, and the acceleration in m/s2 that stands for each when a car follows them."""
 LATERAL = {"left": -1, "straight": 0, "right": 1}
 Follow = Literal["behavior", "trajectory"]
+STEPS = 8  # forwards of a plan; a single one mixes digits of different numbers
 SECONDS = 5  # waypoints of the trajectory, one per second
 REASONS = {
     ("accelerate", True): "the lane is free, speed up",
@@ -153,7 +155,8 @@ def plan(
     Args:
         model: trained by `configs/train/driving.yaml`, or any model with a text vocabulary.
         scenes: (images from left to right, text of `prompt`) of each scene.
-        strategies: preset name or list, see `mmdlm.decode`.
+        strategies: preset name or list, see `mmdlm.decode`; None: the most confident tokens first,
+            in `STEPS` forwards.
         batch_size: scenes per batch.
         seed: see `mmdlm.infill`.
     """
@@ -162,7 +165,7 @@ def plan(
         SCHEMA,
         images=[list(images) for images, _ in scenes],
         prompt=[text for _, text in scenes],
-        strategies=strategies,
+        strategies=[TopK(steps=STEPS)] if strategies is None else strategies,
         batch_size=batch_size,
         details=True,
         seed=seed,
