@@ -62,7 +62,7 @@ def make(
     (out / "images").mkdir(parents=True)
     parts: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
     total = 0
-    with Highway(size, horizon) as simulator:
+    with Highway(size, horizon, cameras=CAMERAS) as simulator:
         while total < count or not parts["val"]:
             part = parts["train" if len(parts["val"]) > total / 20 or not total else "val"]
             for scene in scenes(simulator, seed):
@@ -86,7 +86,7 @@ def scenes(simulator: Highway, seed: int) -> Iterator[Scene]:
     Plans are always those of the undisturbed driver; those that end in a collision are left out.
 
     Args:
-        simulator: an open simulator.
+        simulator: an open simulator with all cameras.
         seed: seed of the episode and of its disturbances.
     """
     rng = np.random.default_rng([seed, 7919])  # differs from the simulator's stream

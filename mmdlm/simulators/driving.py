@@ -201,7 +201,7 @@ def run(
     """
     if not len(seeds):
         raise ValueError("run: no seeds; give at least one")
-    cars = [Highway(size, horizon) for _ in seeds]
+    cars = [Highway(size, horizon, cameras=CAMERAS) for _ in seeds]
     seen = [car.reset(int(seed)) for car, seed in zip(cars, seeds, strict=True)]
     drives = [Drive(int(seed)) for seed in seeds]
     driver.start(cars)

@@ -6,6 +6,7 @@ import copy
 import os
 import warnings
 from collections import deque
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ class Highway(Simulator):
 
     Each camera shows a strip of the road from above, 28 m behind to 100 m ahead of the ego vehicle
     (up), 8 m wide. Colours tell the speed relative to the ego vehicle (yellow): red is slower, blue
-    is faster. Observations have the keys "left", "image" (centre) and "right". State is the speed
+    is faster. Observations have the keys of `cameras`, "state" and "prompt". State is the speed
     in m/s, the distance to the middle of the lane in m (positive: to the right) and the heading in
     rad.
 
@@ -80,20 +81,30 @@ class Highway(Simulator):
         horizon: steps of 0.5 s of an episode.
         lanes: lanes of the road.
         vehicles: other vehicles, all ahead at the start.
+        cameras: views of an observation: "left", "image" (centre), "right".
     """
 
     action_size, state_size, fps = 2, 3, 2
     instruction = "drive fast and do not collide"
 
     def __init__(
-        self, size: int = 64, horizon: int = 60, lanes: int = 3, vehicles: int = 15
+        self,
+        size: int = 64,
+        horizon: int = 60,
+        lanes: int = 3,
+        vehicles: int = 15,
+        cameras: Items[str] = ("image",),
     ) -> None:
         if size < 16 or min(horizon, lanes, vehicles) < 1:
             raise ValueError(
                 f"Highway: size is {size}, horizon {horizon}, lanes {lanes} and vehicles "
                 f"{vehicles}, expected at least 16, 1, 1 and 1"
             )
-        self.size, self.horizon = size, horizon
+        if unknown := set(cameras) - set(VIEWS):
+            raise ValueError(
+                f"Highway: cameras are {list(cameras)}, {unknown} not in {list(VIEWS)}"
+            )
+        self.size, self.horizon, self.cameras = size, horizon, tuple(cameras)
         self.autopilot = False
         """The rule-based driver drives the ego vehicle at every simulation step."""
         self.low = np.array([-6, -1], np.float32)
@@ -235,7 +246,7 @@ class Highway(Simulator):
         ego = self._ego
         offset = float(ego.lane_offset[1])
         return {
-            **{name: self._view(middle) for name, middle in VIEWS.items()},
+            **{name: self._view(VIEWS[name]) for name in self.cameras},
             "state": np.array([ego.speed, offset, ego.heading], np.float32),
             "prompt": self.instruction,
         }

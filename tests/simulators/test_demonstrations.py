@@ -18,7 +18,7 @@ from mmdlm.simulators.demonstrations import (  # noqa: E402
     scenes,
 )
 from mmdlm.simulators.highway import Future, Highway, Neighbour  # noqa: E402
-from mmdlm.tasks.drive import SCHEMA, prompt  # noqa: E402
+from mmdlm.tasks.drive import CAMERAS, SCHEMA, prompt  # noqa: E402
 
 
 class Seen:
@@ -36,7 +36,7 @@ class Seen:
 @pytest.fixture(scope="module")
 def recorded():
     """Scenes of one episode."""
-    with Highway(size=32, vehicles=8, horizon=24) as road:
+    with Highway(size=32, vehicles=8, horizon=24, cameras=CAMERAS) as road:
         yield list(scenes(road, 1003))
 
 
@@ -93,7 +93,7 @@ def test_mirrored_scene_exchanges_left_and_right(recorded):
 
 
 def test_scenes_depend_on_the_seed_only(recorded):
-    with Highway(size=32, vehicles=8, horizon=24) as road:
+    with Highway(size=32, vehicles=8, horizon=24, cameras=CAMERAS) as road:
         list(scenes(road, 1001))
         again = list(scenes(road, 1003))
     assert [one.plan for one in again] == [one.plan for one in recorded]

@@ -6,7 +6,8 @@ import pytest
 pytestmark = pytest.mark.sim
 pytest.importorskip("highway_env", reason='pip install "mmdlm[sim]"')
 
-from mmdlm.simulators.highway import PAST, Highway  # noqa: E402
+from mmdlm.data.episodes import record  # noqa: E402
+from mmdlm.simulators.highway import PAST, VIEWS, Highway  # noqa: E402
 from mmdlm.simulators.simulator import open_simulator  # noqa: E402
 
 KEEP = np.zeros(2)
@@ -14,7 +15,7 @@ KEEP = np.zeros(2)
 
 @pytest.fixture(scope="module")
 def road() -> Highway:
-    with open_simulator("highway", size=32, vehicles=6) as simulator:
+    with open_simulator("highway", size=32, vehicles=6, cameras=VIEWS) as simulator:
         yield simulator
 
 
@@ -142,3 +143,15 @@ def test_invalid_settings_are_rejected():
         Highway(size=8)
     with pytest.raises(ValueError, match="lanes 0"):
         Highway(lanes=0)
+    with pytest.raises(ValueError, match="'rear'. not in"):
+        Highway(cameras=["image", "rear"])
+
+
+def test_episodes_are_recorded_like_those_of_a_robot():
+    with open_simulator("highway", size=16, horizon=6) as road:
+        assert set(road.reset(0)) == {"image", "state", "prompt"}
+        frames = record(road, 1000, noise=0.0, scale=0.0)
+    assert frames["observation.image"].shape == (6, 16, 16, 3)
+    assert frames["observation.state"].shape == (6, 3)
+    assert frames["action"].shape == (6, 2)
+    assert np.abs(frames["action"][:, 1]).max() <= 1
