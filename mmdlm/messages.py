@@ -53,11 +53,14 @@ class Slot:
         output: kind of answer, "text" or "actions".
         length: number of positions; None for the default of the output.
         value: the answer, in training; or int64 ids [length] in which only masks are filled in.
+        known: bool [length], tokens of the answer that are given in use: training neither masks nor
+            learns them. None: none of them. Only with ids as `value`.
     """
 
     output: str = "text"
     length: int | None = None
     value: Any = None
+    known: Tensor | None = None
 
 
 Part = Text | Media | Slot

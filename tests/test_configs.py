@@ -25,7 +25,7 @@ STAGES = {
     "tiny_ar": ("train/tiny", "train/tiny_ar"),
 }
 RECIPES = {
-    *("scratch", "retrieval"),  # below, and in tests/benchmarks/test_retrieval.py
+    *("scratch", "driving", "retrieval"),  # below, and in tests/benchmarks/test_retrieval.py
     *("lavida_stage1", "lavida_stage2", "lavida_infill", "llada_v", "sdar_vl"),
     *("diffusionvl", "dream_vl", "mmada"),
 }
@@ -74,6 +74,25 @@ def test_a_model_from_scratch_writes_any_language(tmp_path, monkeypatch):
     assert (tmp_path / "runs/scratch/version_0/model/tokenizer.json").is_file()
     assert all(model.tokenizer.decode(model.tokenizer.encode(text)) == text for text in texts)
     assert isinstance(mmdlm.caption(model, tmp_path / "photos" / "0.png"), str)
+
+
+def test_a_driving_model_plans_after_two_steps(tmp_path, monkeypatch):
+    pytest.importorskip("highway_env", reason='pip install "mmdlm[sim]"')
+    from mmdlm.commands.export import export
+    from mmdlm.simulators import demonstrations
+    from mmdlm.tasks.drive import CAMERAS, SCHEMA, plan
+
+    monkeypatch.chdir(tmp_path)
+    demonstrations.make(Path("data/driving"), 2, horizon=5)
+    options = ["--trainer.max_steps=2", "--trainer.val_check_interval=2"]
+    options += ["--trainer.accelerator=cpu", "--data.batch_size={driving: 2}", "--data.val_rows=2"]
+    run(["fit", "-c", "train/driving", *options])
+    export("runs/driving/version_0/checkpoints/last.ckpt", Path("my-driver"))
+    model = mmdlm.load("./my-driver")
+    images = [np.full((64, 64, 3), 60 * i, np.uint8) for i in range(len(CAMERAS))]
+    (found,) = plan(model, [(images, "Drive.")], strategies="one_step")
+    assert list(json.loads(found.answer.text)) == list(SCHEMA["properties"])
+    assert model.preset["infill"]["length"] == len(found.answer.tokens)
 
 
 @pytest.mark.parametrize("stage", STAGES)

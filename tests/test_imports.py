@@ -51,6 +51,7 @@ IMPORT_NAMES = {
     "scikit-image": "skimage",
     "scikit-learn": "sklearn",
     "gym-pusht": "gym_pusht",
+    "highway-env": "highway_env",
     "imageio-ffmpeg": "imageio_ffmpeg",
     "espeakng-loader": "espeakng_loader",
     "pillow-heif": "pillow_heif",

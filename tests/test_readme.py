@@ -19,7 +19,7 @@ COMMANDS = [
     if line.startswith("mmdlm ")
 ]
 # These take minutes or need a simulator; only their options are checked.
-LONG = ("fit", "act", "bench", "export")
+LONG = ("fit", "act", "drive", "bench", "export")
 
 
 def test_readme_has_commands():
@@ -41,7 +41,9 @@ def test_short_commands_run_as_written(tmp_path, monkeypatch, capsys):
     assert len((tmp_path / "captions.jsonl").read_text().splitlines()) == 100
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] in ("act", "bench", "export")])
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c[0] in ("act", "drive", "bench", "export")]
+)
 def test_options_of_long_commands_exist(command, capsys):
     name = next(" ".join(command[:n]) for n in (2, 1) if " ".join(command[:n]) in KNOWN)
     with pytest.raises(SystemExit) as end:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 TESTED = ROOT / "configs" / "tested-versions.txt"
 UPPER = {"<", "<=", "==", "~=", "==="}
 # gym-pusht calls functions that pymunk 7 removed.
-CAPPED = {"pymunk"}
+CAPPED = {"pymunk", "highway-env"}
 
 
 def canonical(name: str) -> str:

@@ -48,7 +48,7 @@ CORE = (
 EXTRAS = {
     "sim": (
         "robot simulators and videos of episodes",
-        ("gymnasium", "metaworld", "gym-pusht", "pymunk", "imageio-ffmpeg"),
+        ("gymnasium", "metaworld", "gym-pusht", "pymunk", "highway-env", "imageio-ffmpeg"),
     ),
     "data": (
         "LeRobot episodes, handwritten digits, HEIC, and sound from M4A, WebM and videos",

@@ -47,6 +47,7 @@ COMMANDS = {
         ("image", "audio"),
     ),
     "act": Command("mmdlm.simulators.rollout:act", "drive a simulated robot", ASK),
+    "drive": Command("mmdlm.simulators.driving:drive", "drive a simulated car", ASK),
     "demo": Command("demo:demo", "all of it at once, with the bundled model", ASK),
     "fit": Command(TRAINING, "train: mmdlm fit -c train/tiny", TRAIN),
     "validate": Command(TRAINING, "losses on held-out data", TRAIN),
@@ -81,6 +82,12 @@ COMMANDS = {
         "image tokens that models from scratch and from AR models need",
         TRAIN,
     ),
+    "bench plans": Command(
+        "mmdlm.benchmarks.plans:bench_plans",
+        "driving plans against recorded ones",
+        TRAIN,
+        ("data",),
+    ),
     "export": Command(
         "export:export",
         "a model folder from a training checkpoint",
@@ -112,6 +119,9 @@ COMMANDS = {
     ),
     "data make episodes": Command(
         "data:make_episodes", "robot episodes of a scripted expert", TRAIN, ("out",)
+    ),
+    "data make driving": Command(
+        "data:make_driving", "plans of a rule-based driver, with three images", TRAIN, ("out",)
     ),
     "list": Command("about:list_names", "what there is to choose from", LOOK, ("what",)),
     "info": Command("about:info", "what a checkpoint is and can do", LOOK, ("checkpoint",)),

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mmdlm.layout import Row, Sequence, Turn
-from mmdlm.messages import Example
+from mmdlm.layout import ANSWER, PROMPT, Row, Sequence, Turn
+from mmdlm.messages import Example, Slot
 from mmdlm.objectives.draw import GOLDEN
 from mmdlm.objectives.objective import Batch
 from mmdlm.objectives.packing import Packing, bins
@@ -34,6 +34,8 @@ class Collated:
         names: per example, token ids of what its media show: int64 [words] for audio, a list of
             such per token for an image; empty where the data do not tell.
         row_tokens: tokens of a row into which conversations are packed; None: one per row.
+        known: bool per row, answer tokens that are not learned, see `mmdlm.messages.Slot`; empty if
+            all are.
     """
 
     def __init__(
@@ -44,9 +46,10 @@ class Collated:
         groups: tuple[str, ...],
         names: Items[Tensor | list[Tensor]] = (),
         row_tokens: int | None = None,
+        known: Items[Tensor] = (),
     ) -> None:
         self.packed, self.seeds, self.phase, self.groups = packed, seeds, phase, groups
-        self.names, self.row_tokens = list(names), row_tokens
+        self.names, self.row_tokens, self.known = list(names), row_tokens, list(known)
 
 
 def collate(
@@ -75,7 +78,28 @@ def collate(
             f"{len(names)} of {len(examples)} examples name their media; all or none must"
         )
     groups = tuple(one.group for one in examples)
-    return Collated(processor.pack(examples), seeds, phase, groups, names, row_tokens)
+    packed = processor.pack(examples)
+    return Collated(packed, seeds, phase, groups, names, row_tokens, _known(packed, examples))
+
+
+def _known(packed: Packed, examples: Items[Example]) -> list[Tensor]:
+    """Of each row, which tokens of its answers are not learned; empty if all are."""
+    slots = [
+        next((part for part in messages[-1].parts if isinstance(part, Slot)), None)
+        for one in examples
+        for messages in one.conversations
+        if messages
+    ]
+    if all(slot is None or slot.known is None for slot in slots):
+        return []
+    turns, found = iter(slots), []
+    for row in packed.rows:
+        parts = []
+        for turn, slot in zip(row.turns, turns, strict=False):
+            is_given = slot is not None and slot.known is not None
+            parts.append(slot.known if is_given else torch.zeros(len(turn.answer)).bool())
+        found.append(torch.cat(parts))
+    return found
 
 
 def _names(processor: Processor, names: Any) -> Tensor | list[Tensor]:
@@ -93,7 +117,7 @@ def batch(model: MultimodalDLM, collated: Collated) -> Batch:
     """
     packed = collated.packed
     held: dict[Any, Tensor] = {}
-    sequence = model.embed(packed.rows, held)
+    sequence = _given(model.embed(packed.rows, held), collated.known)
     media: dict[str, list[Tensor]] = {}
     for row, branch in zip(packed.rows, packed.branch, strict=True):
         for item in row.items if branch == 0 else ():
@@ -106,6 +130,21 @@ def batch(model: MultimodalDLM, collated: Collated) -> Batch:
         sequence, packing = together(model, packed.rows, sequence, held, collated.row_tokens)
     seeds, phase = seeds.to(model.device), (phase % 1).to(model.device)
     return Batch(sequence, seeds, phase, collated.groups, media, collated.names, packing)
+
+
+def _given(sequence: Sequence, known: Items[Tensor]) -> Sequence:
+    """The layout in which known tokens of answers have the role of the prompt, at their level.
+
+    Args:
+        sequence: [B L].
+        known: see `Collated`.
+    """
+    if not known:
+        return sequence
+    role = sequence.role.clone()
+    is_known = torch.cat(list(known)).to(role.device)
+    role[sequence.is_answer] = torch.where(is_known, PROMPT, ANSWER)
+    return replace(sequence, role=role)
 
 
 def together(
@@ -140,7 +179,9 @@ def together(
         found = [torch.arange((i + 1) * width - sizes[i], (i + 1) * width) for i in own]
         joined = torch.cat(found)
         place[number, place.shape[1] - len(joined) :] = joined
-    return sequence, Packing(replace(apart, media=None), place.to(apart.mask.device))
+    place = place.to(apart.mask.device)
+    role = torch.where(place < 0, sequence.role, apart.role.flatten()[place.clamp(min=0)])
+    return replace(sequence, role=role), Packing(replace(apart, media=None), place)
 
 
 def _merged(rows: Items[Row]) -> Row:

@@ -25,7 +25,7 @@ from mmdlm.simulators.simulator import Simulator, full_name, open_simulator, sim
 from mmdlm.tasks.act import Policy, load_policy
 
 TRAINED = "trained"  # all tasks listed in the checkpoint
-DISTRIBUTIONS = ("torch", "numpy", "mujoco", "metaworld", "gymnasium", "gym-pusht")
+DISTRIBUTIONS = ("torch", "numpy", "mujoco", "metaworld", "gymnasium", "gym-pusht", "highway-env")
 
 
 class Acts(Protocol):
@@ -263,12 +263,13 @@ def _settings(
         "device": str(policy.model.device),
         "dtype": str(policy.model.dtype).removeprefix("torch."),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), "mmdlm": mmdlm.__version__} | _versions(),
+        "versions": {"python": platform.python_version(), "mmdlm": mmdlm.__version__} | versions(),
         **simulator.settings(),
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of the installed libraries that a result may depend on."""
     found = {}
     for name in DISTRIBUTIONS:
         try:

@@ -37,6 +37,8 @@ class Simulator:
         high: float32 [A], largest action in robot units.
         fps: control steps per second of simulated time.
         clipped: actions of this episode that were outside the limits and were clipped.
+        failed: the episode ended without success before the horizon, as by a collision; `_step`
+            sets it.
     """
 
     TASKS: ClassVar[tuple[str, ...]] = ()
@@ -49,6 +51,7 @@ class Simulator:
     high: np.ndarray
     fps: int = 10
     clipped: int = 0
+    failed: bool = False
     _steps: int | None = None  # None until the first reset
     _succeeded: bool = False
 
@@ -60,7 +63,7 @@ class Simulator:
         """
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
             raise ValueError(f"reset: seed is {seed!r}, expected an integer of 0 or more")
-        self.clipped, self._steps, self._succeeded = 0, 0, False
+        self.clipped, self._steps, self._succeeded, self.failed = 0, 0, False, False
         self._reset(int(seed))
         return self._observe()
 
@@ -75,8 +78,8 @@ class Simulator:
                 that executes several actions of a chunk needs an image only after the last one.
         Returns:
             observation, empty without `observe`; reward of this step; whether the task has been
-            solved at this or any earlier step; whether the episode is over (solved, or horizon
-            reached). Steps after success are allowed up to the horizon.
+            solved at this or any earlier step; whether the episode is over (solved, failed, or
+            horizon reached). Steps after that are allowed up to the horizon.
         Raises:
             ValueError: the action is not finite or not of shape [A].
             RuntimeError: no episode is running, or the horizon has been reached.
@@ -91,7 +94,8 @@ class Simulator:
         self._steps += 1
         self._succeeded = self._succeeded or bool(success)
         obs = self._observe() if observe else {}
-        return obs, float(reward), self._succeeded, self._succeeded or self._steps >= self.horizon
+        done = self._succeeded or self.failed or self._steps >= self.horizon
+        return obs, float(reward), self._succeeded, done
 
     def expert(self) -> np.ndarray:
         """Action of the scripted expert in the current state, float32 [A] within the limits.

@@ -21,7 +21,7 @@ from mmdlm.decoding.start import check_length
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.messages import Example, Media, Slot, assistant, user
 from mmdlm.model import MultimodalDLM, require_model
-from mmdlm.processor import MediaCache
+from mmdlm.processor import MediaCache, Processor
 from mmdlm.tasks.watch import WATCHER, Watched
 
 LENGTH = 32  # default canvas length in tokens
@@ -340,7 +340,7 @@ def words(
     )
 
 
-def masked_canvas(model: MultimodalDLM, length: int) -> Tensor:
+def masked_canvas(model: MultimodalDLM | Processor, length: int) -> Tensor:
     """Canvas of mask tokens, int64 [length]."""
     if model.spec.mask_id is None:
         raise model.spec.unknown_mask()

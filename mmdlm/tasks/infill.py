@@ -62,6 +62,7 @@ def infill(
     template: str | Mapping[str, Any] | list[str] | list[Mapping[str, Any]],
     image: Any = None,
     *,
+    images: list[Any] | None = None,
     prompt: str | list[str] | None = None,
     length: int | None = None,
     strategies: Choice = None,
@@ -86,6 +87,7 @@ def infill(
         template: text with slots, or a JSON schema; or a list of either.
         image: context of the text, see `mmdlm.caption`. Lists of templates, images and prompts
             need equal lengths; a single value is repeated.
+        images: several images of one template, in the order of training; or a list of such lists.
         prompt: instruction before the text; None: the checkpoint's default. Without prompt and
             image, the text before the first slot is the prompt, and may be empty. For a schema, see
             `mmdlm.tasks.scaffold.instruction`.
@@ -104,6 +106,7 @@ def infill(
             unsupported keyword.
     """
     require_model(model, "infill")
+    image = _several(image, images)
     if image is not None:
         model.processor.require("image")
     rows = _rows(template, image, prompt)
@@ -115,7 +118,9 @@ def infill(
         (
             template,
             settings.prompt if instruction is None else instruction,
-            () if image is None else (Media("image", item),),
+            tuple(Media("image", one) for one in (item if isinstance(item, tuple) else (item,)))
+            if image is not None
+            else (),
         )
         for template, item, instruction in rows
     ]
@@ -127,6 +132,19 @@ def infill(
     else:
         answers = _fill_texts(model, requests, **run)
     return unwrap(answers, any(isinstance(x, list) for x in (template, image, prompt)), details)
+
+
+def _several(image: Any, images: list[Any] | None) -> Any:
+    """Value of `image`, in which several images of one template are a tuple."""
+    if images is None:
+        return image
+    if image is not None:
+        raise ValueError("give image= or images=, not both")
+    if not images:
+        raise ValueError("images is empty, expected at least one image")
+    if all(isinstance(each, list | tuple) for each in images):
+        return [tuple(each) for each in images]
+    return tuple(images)
 
 
 def _are_schemas(rows: list[tuple]) -> bool:

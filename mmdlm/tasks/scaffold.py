@@ -26,7 +26,9 @@ from mmdlm.decoding.strategy import Strategy
 from mmdlm.messages import Example, Media, assistant, user
 from mmdlm.messages import Slot as Place
 from mmdlm.model import MultimodalDLM
+from mmdlm.processor import Processor
 from mmdlm.tasks.generate import Answer, end_ids, fill, masked_canvas
+from mmdlm.tasks.scaffold_values import read, write
 from mmdlm.tasks.schema import NONE, STRING, Array, Fixed, Node, Number, Object, Pick, Text, parse
 from mmdlm.text import Tokenizer
 
@@ -62,7 +64,30 @@ class Scaffold:
         """
         notes: list[str] = []
         filled = iter([(slot, list(tokens[slot.start : slot.stop])) for slot in self.slots])
-        return _value(self.root, filled, tokenizer, "", notes), notes
+        return read(self.root, filled, tokenizer, "", notes), notes
+
+    @property
+    def is_known(self) -> Tensor:
+        """[G] bool, False in the slots."""
+        known = torch.ones_like(self.tokens, dtype=torch.bool)
+        for slot in self.slots:
+            known[slot.start : slot.stop] = False
+        return known
+
+    def filled(self, tokenizer: Tokenizer, value: Mapping[str, Any]) -> Tensor:
+        """The canvas that holds a value, int64 [G]; `read` returns the value.
+
+        Args:
+            tokenizer: tokenizer of the model.
+            value: conforms to the schema.
+        Raises:
+            ValueError: it does not conform, or a text or number is longer than its slot.
+        """
+        tokens = self.tokens.clone()
+        slots = iter(self.slots)
+        for slot, ids in write(self.root, value, slots, tokenizer):
+            tokens[slot.start : slot.stop] = torch.tensor(ids)
+        return tokens
 
 
 @dataclass(frozen=True)
@@ -151,12 +176,15 @@ def _pad(model: MultimodalDLM, tokens: Tensor, length: int | None, default: int 
 
 
 def scaffold(
-    model: MultimodalDLM, schema: Mapping[str, Any], slot: int = STRING, fence: bool = True
+    model: MultimodalDLM | Processor,
+    schema: Mapping[str, Any],
+    slot: int = STRING,
+    fence: bool = True,
 ) -> Scaffold:
     """Canvas of a JSON schema; the lines of an object are tokenized separately.
 
     Args:
-        model: model with a tokenizer.
+        model: model with a tokenizer, or its processor.
         schema: see `mmdlm.tasks.schema.parse`.
         slot: number of tokens of a string whose schema gives no size.
         fence: write the object in a Markdown code fence, as chat models do.
@@ -164,12 +192,10 @@ def scaffold(
         ValueError: see `parse`; or a text of the schema contains the mask token, or the vocabulary
             cannot represent JSON.
     """
-    root, builder = parse(schema, slot), _Builder(model)
-    if fence:
-        builder.text("```json\n")
-    builder.write(root, "", "", "")
-    if fence:
-        builder.text("\n```")
+    root = parse(schema, slot)
+    builder = _Builder(model if isinstance(model, Processor) else model.processor)
+    for piece in pieces(root, fence):
+        builder.add(piece)
     return Scaffold(root, torch.cat(builder.parts), tuple(builder.slots))
 
 
@@ -191,24 +217,99 @@ def instruction(schema: Mapping[str, Any], text: str = "") -> str:
     return f"{prompt}\n\n{text}" if text else prompt
 
 
+@dataclass(frozen=True)
+class Leaf:
+    """A value with a slot.
+
+    Args:
+        node: its schema.
+        before: text before it, on its line.
+        after: text after it.
+        optional: it may be null.
+    """
+
+    node: Text | Number | Pick
+    before: str
+    after: str
+    optional: bool
+
+    @property
+    def is_quoted(self) -> bool:
+        """The value is a string in any case, so its opening quote is known."""
+        if isinstance(self.node, Text):
+            return True
+        return isinstance(self.node, Pick) and all(o.startswith('"') for o in self.options)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Literals of a choice."""
+        literals = self.node.literals
+        return literals if not self.optional or "null" in literals else (*literals, "null")
+
+
+def pieces(root: Object, fence: bool) -> Iterator[str | Leaf]:
+    """Texts and values of a scaffold in order; each text is tokenized separately.
+
+    Args:
+        root: parsed schema.
+        fence: see `scaffold`.
+    """
+    if fence:
+        yield "```json\n"
+    yield from _pieces(root, "", "", "", False)
+    if fence:
+        yield "\n```"
+
+
+def _pieces(
+    node: Node, indent: str, before: str, after: str, optional: bool
+) -> Iterator[str | Leaf]:
+    """Pieces of one value.
+
+    Args:
+        node: parsed schema of the value.
+        indent: indentation of its line.
+        before: text before it, on its line.
+        after: text after it.
+        optional: the value may be null.
+    """
+    if isinstance(node, Fixed):
+        yield before + node.literal + after
+    elif isinstance(node, Array):
+        for i in range(node.most):
+            head, last = (before + "[") if i == 0 else "", i == node.most - 1
+            tail = f"]{after}" if last else ", "
+            yield from _pieces(node.item, indent, head, tail, i >= node.least)
+    elif isinstance(node, Object):
+        yield before + "{\n"
+        inner = indent + INDENT
+        for i, (name, part) in enumerate(node.properties, 1):
+            head = f"{inner}{json.dumps(name, ensure_ascii=False)}: "
+            tail = "\n" if i == len(node.properties) else ",\n"
+            yield from _pieces(part, inner, head, tail, False)
+        yield f"{indent}}}{after}"
+    else:
+        yield Leaf(node, before, after, optional)
+
+
 class _Builder:
     """Builds a canvas from texts and slots.
 
     Args:
-        model: model with a tokenizer.
+        processor: of a model with a tokenizer.
     """
 
-    def __init__(self, model: MultimodalDLM) -> None:
-        tokenizer = model.tokenizer
+    def __init__(self, processor: Processor) -> None:
+        tokenizer = processor.tokenizer
         if tokenizer is not None and tokenizer.words is not None:
             raise ValueError(
                 f"the vocabulary of this model has only {len(tokenizer.words)} words and cannot "
                 "represent JSON; use a text model (--model), or a text with [MASK]"
             )
-        self.model = model
+        self.processor = processor
         self.parts: list[Tensor] = []
         self.slots: list[Slot | Choice] = []
-        self.rest = _space(model)
+        self.rest = _space(processor)
 
     @property
     def size(self) -> int:
@@ -217,58 +318,35 @@ class _Builder:
 
     def text(self, text: str) -> None:
         """Appends a known text."""
-        self.parts.append(_encode(self.model, text))
+        self.parts.append(_encode(self.processor, text))
 
     def slot(self, slot: Slot | Choice) -> None:
         """Appends a slot."""
         self.slots.append(slot)
-        self.parts.append(masked_canvas(self.model, slot.stop - slot.start))
+        self.parts.append(masked_canvas(self.processor, slot.stop - slot.start))
 
-    def write(
-        self, node: Node, indent: str, before: str, after: str, optional: bool = False
-    ) -> None:
-        """Appends a value with the text around it.
-
-        Args:
-            node: parsed schema of the value.
-            indent: indentation of its line.
-            before: text before it, on its line.
-            after: text after it.
-            optional: the value may be null.
-        """
-        tokenizer = self.model.tokenizer
-        if isinstance(node, Fixed):
-            self.text(before + node.literal + after)
-        elif isinstance(node, Text):
-            self.text(before + '"')
+    def add(self, piece: str | Leaf) -> None:
+        """Appends a text, or a value with the text around it."""
+        if isinstance(piece, str):
+            self.text(piece)
+            return
+        node, tokenizer = piece.node, self.processor.tokenizer
+        quote = piece.is_quoted
+        self.text(piece.before + '"' * quote)
+        if isinstance(node, Text):
             ends = _quotes(tokenizer)
             self.slot(Slot(self.size, self.size + node.size, rest=self.rest, ends=ends))
-            self.text('"' + after)
         elif isinstance(node, Number):
-            self.text(before)
-            optional = optional or node.nullable
+            optional = piece.optional or node.nullable
             self.slot(_number(node, tokenizer, self.size, self.rest, optional))
-            self.text(after)
-        elif isinstance(node, Pick):
-            literals = node.literals
-            if optional and "null" not in literals:
-                literals = (*literals, "null")
-            quote = all(literal.startswith('"') for literal in literals)
-            self.text(before + '"' * quote)
-            options = [_encode(self.model, text[quote:]).tolist() for text in literals]
-            self.slot(Choice(self.size, options, self.rest))
-            self.text(after)
-        elif isinstance(node, Array):
-            for i in range(node.most):
-                head, last = (before + "[") if i == 0 else "", i == node.most - 1
-                self.write(node.item, indent, head, f"]{after}" if last else ", ", i >= node.least)
         else:
-            self.text(before + "{\n")
-            inner = indent + INDENT
-            for i, (name, part) in enumerate(node.properties, 1):
-                head = f"{inner}{json.dumps(name, ensure_ascii=False)}: "
-                self.write(part, inner, head, "\n" if i == len(node.properties) else ",\n")
-            self.text(f"{indent}}}{after}")
+            texts = [literal[quote:] for literal in piece.options]
+            options = [_encode(self.processor, text).tolist() for text in texts]
+            bare = [_encode(self.processor, text.removesuffix('"')).tolist() for text in texts]
+            # Where all options have the same number of tokens, the closing quote is known too.
+            quote = quote and len(set(map(len, bare))) == 1 and len(bare[0]) > 0
+            self.slot(Choice(self.size, bare if quote else options, self.rest))
+        self.text('"' * quote + piece.after)
 
 
 def _number(node: Number, tokenizer: Tokenizer, start: int, rest: int, optional: bool) -> Slot:
@@ -294,83 +372,19 @@ def _quotes(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(sorted(i for text, i in vocab.items() if '"' in text.replace('\\"', "")))
 
 
-def _space(model: MultimodalDLM) -> int:
+def _space(processor: Processor) -> int:
     """Id of a white-space token, which JSON allows around values."""
-    encoded = [model.processor.encode(text).tolist() for text in SPACES]
+    encoded = [processor.encode(text).tolist() for text in SPACES]
     ids = next((ids for ids in encoded if len(ids) == 1), None)
     if ids is None:
         raise ValueError("the tokenizer has no token for a space or a line break; JSON needs one")
     return ids[0]
 
 
-def _encode(model: MultimodalDLM, text: str) -> Tensor:
+def _encode(processor: Processor, text: str) -> Tensor:
     """Token ids [n] of a text of the schema; special tokens in it are encoded as plain text."""
-    model.processor.encode(text)  # raises ValueError if the text contains the mask token
-    ids = torch.tensor(model.tokenizer.encode(text, special=False), dtype=torch.long)
-    if (ids == model.spec.mask_id).any():
+    processor.encode(text)  # raises ValueError if the text contains the mask token
+    ids = torch.tensor(processor.tokenizer.encode(text, special=False), dtype=torch.long)
+    if (ids == processor.spec.mask_id).any():
         raise ValueError(f"text {text!r} of the schema contains the mask token; rename it")
     return ids
-
-
-def _value(
-    node: Node,
-    filled: Iterator[tuple[Slot | Choice, list[int]]],
-    tokenizer: Tokenizer,
-    path: str,
-    notes: list[str],
-) -> Any:
-    """Parsed value of a schema node; appends to `notes` if it was changed."""
-    if isinstance(node, Fixed):
-        return json.loads(node.literal)
-    if isinstance(node, Object):
-        return {
-            name: _value(part, filled, tokenizer, f"{path}.{name}".lstrip("."), notes)
-            for name, part in node.properties
-        }
-    if isinstance(node, Array):
-        return _items(node, filled, tokenizer, path, notes)
-    slot, tokens = next(filled)
-    if isinstance(node, Text):
-        return node.read(tokenizer.decode(tokens))
-    if isinstance(node, Pick):
-        options = [[*o, *[slot.rest] * (len(tokens) - len(o))] for o in slot.options]
-        matches = [sum(a == b for a, b in zip(o, tokens, strict=True)) for o in options]
-        best = max(range(len(matches)), key=matches.__getitem__)
-        if matches[best] < len(tokens):
-            written = tokenizer.decode(tokens)
-            notes.append(f"{path} {written!r} to the nearest choice")
-        return json.loads(node.literals[best]) if best < len(node.literals) else None
-    size = next((i for i, token in enumerate(tokens) if token == slot.rest), len(tokens))
-    if slot.optional and not size:
-        return None
-    # `decode` may put spaces between tokens.
-    written = "".join(tokenizer.backend.id_to_token(token) or "" for token in tokens[:size])
-    value = node.read(written)
-    unbounded = Number(node.size, node.is_whole, nullable=True).read(written)
-    if unbounded is None or value != unbounded:
-        notes.append(f"{path} {written!r} to {value}")
-    return value
-
-
-def _items(
-    node: Array,
-    filled: Iterator[tuple[Slot | Choice, list[int]]],
-    tokenizer: Tokenizer,
-    path: str,
-    notes: list[str],
-) -> list[Any]:
-    """Parsed items of a list; empty items beyond `minItems` are dropped."""
-    values = [_value(node.item, filled, tokenizer, f"{path}[{i}]", notes) for i in range(node.most)]
-    allows_null = isinstance(node.item, Pick | Fixed) and "null" in (
-        node.item.literals if isinstance(node.item, Pick) else (node.item.literal,)
-    )
-    if allows_null:
-        return values
-    spare = len(values) - node.least
-    kept = []
-    for value in reversed(values):
-        if value in (None, "") and spare > 0:
-            spare -= 1
-        else:
-            kept.append(value)
-    return kept[::-1]

@@ -114,7 +114,7 @@ class Fixed:
 class Array:
     """A list with slots for `most` items, of which at least `least` are kept."""
 
-    item: Text | Number | Pick | Fixed
+    item: Text | Number | Pick | Fixed | Array
     least: int
     most: int
 
@@ -133,9 +133,9 @@ def parse(schema: Mapping[str, Any], slot: int = STRING) -> Object:
     """Parse a JSON schema.
 
     Supported are objects of strings, numbers, integers, booleans, enum, const, objects, and arrays
-    of scalars with `maxItems`. Each may be nullable (`anyOf` or a list of types), and `$ref` may
-    point into `$defs`. The number of tokens of a value is `x-tokens`, else `maxLength` or the
-    number of digits of an integer's bounds, else `slot` (8 for numbers). All properties are
+    of scalars or arrays with `maxItems`. Each may be nullable (`anyOf` or a list of types), and
+    `$ref` may point into `$defs`. The number of tokens of a value is `x-tokens`, else `maxLength`
+    or the number of digits of an integer's bounds, else `slot` (8 for numbers). All properties are
     generated, required or not.
 
     Args:
@@ -266,9 +266,9 @@ class _Parser:
         if least > most:
             raise ValueError(f"{path} has minItems {least}, expected at most maxItems ({most})")
         item = self.node(given.get("items"), f"{path}.items", refs)
-        if isinstance(item, Array | Object):
+        if isinstance(item, Object):
             raise ValueError(
-                f"{path}.items is a list or object, expected strings, numbers or choices"
+                f"{path}.items is an object, expected strings, numbers, choices or lists"
             )
         return Array(item, least, most) if most else Fixed("[]")
 

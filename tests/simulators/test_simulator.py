@@ -166,8 +166,10 @@ def test_import_of_simulators_is_light_and_sets_no_environment():
     code = (
         "import os, sys; before = dict(os.environ)\n"
         "import mmdlm.simulators.metaworld, mmdlm.simulators.pusht, mmdlm.simulators.toy\n"
+        "import mmdlm.simulators.highway\n"
         "assert dict(os.environ) == before\n"
-        "heavy = {'mujoco', 'metaworld', 'pygame', 'OpenGL', 'gymnasium'} & set(sys.modules)\n"
+        "heavy = {'mujoco', 'metaworld', 'pygame', 'OpenGL', 'gymnasium', 'highway_env'}\n"
+        "heavy &= set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))
