@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
+import torch
 
 import mmdlm
 from adapters.image_codes import CodeTokens
 from adapters.prune_divprune import DivPrune
 from adapters.prune_visionzip import VisionZip
 from mmdlm.data.scenes import draw, random_scene
+from mmdlm.decoding.decode import decode
+from mmdlm.decoding.guidance.cfg import CFG
 from mmdlm.decoding.pruning.option import RANKS, apply, methods, read
 from mmdlm.decoding.pruning.prune_media import PruneMedia
 from mmdlm.messages import Example, Media, user
@@ -105,3 +108,28 @@ def test_models_that_read_images_as_codes_refuse_it(build):
 def test_models_without_images_refuse_it(speller):
     with pytest.raises(ValueError, match="takes text only, not image"):
         apply(speller(), "divprune@0.5")
+
+
+def test_guided_answers_about_images_are_pruned_alike_alone_and_in_a_batch():
+    model, pictures = mmdlm.load("tiny"), [picture(i) for i in range(3)]
+    chosen = [CFG(1.0, image=1.0), PruneMedia(0.5, layer=2)]
+
+    def laid(parts):
+        return model.embed(model.processor.pack([Example((user(*one),)) for one in parts]).prompts)
+
+    def answers(images, strategies):
+        media = [Media("image", one) for one in images]
+        prompts = {"": [(one, "what colour is the circle ?") for one in media]}
+        prompts |= {"text": [(one, "?") for one in media], "image": [("what ?",)] * len(media)}
+        prompt, *others = (laid(parts) for parts in prompts.values())
+        given = dict(zip(("text", "image"), others, strict=True))
+        found = decode(model, prompt, 8, strategies, alternatives=given)
+        return found.tokens[:, -8:].tolist(), found.history.confidence
+
+    together, confidence = answers(pictures, chosen)
+    assert together == [answers([one], chosen)[0][0] for one in pictures]
+    plain, sure = answers(pictures, chosen[:1])
+    assert not torch.allclose(confidence, sure, atol=1e-3)
+    whole, all_of_it = answers(pictures, [chosen[0], PruneMedia(1.0, layer=2)])
+    assert whole == plain
+    assert torch.allclose(all_of_it, sure, atol=1e-5)
