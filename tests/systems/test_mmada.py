@@ -16,7 +16,10 @@ import mmdlm
 from encoders.magvit_v2 import MagvitV2
 from mmdlm import checkpoint
 from mmdlm.blueprint import Blueprint, build, describe
+from mmdlm.decoding.commits.top_k import TopK
+from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.loading.keymap import locate, shapes
+from mmdlm.messages import Message, Text
 from mmdlm.model import MultimodalDLM
 from mmdlm.systems.mmada import MMaDA
 from tests.systems import letters
@@ -215,6 +218,25 @@ def test_answers_and_captions_in_batches_equal_those_alone(model) -> None:
         mmdlm.answer(model, both, length=6),
         mmdlm.answer(model, "why", length=6),
     ]
+
+
+def test_answers_equal_those_of_the_reference(model) -> None:
+    """The reference fills masks of the prompt too, but commits only as many as the answer has.
+
+    So two of its four masks in the prompt stay, and two in the answer. Here all twelve positions
+    are the canvas, and its four steps of two tokens are the first four of six.
+    """
+    given, expected = TENSORS["mmu.in"][0], TENSORS["mmu.out"][0]
+    text, count = given[given != 60], len(expected) - 8
+    assert torch.equal(expected[:8], text)
+    raw = [Message("raw", (Text(text),))]
+    chosen = [Blocks(count), TopK(6)]
+    found = mmdlm.answer(model, raw, length=count, strategies=chosen, details=True)
+    committed = [
+        token if step < 4 else 60 for token, step in zip(found.tokens, found.step, strict=True)
+    ]
+    assert committed == expected[8:].tolist()
+    assert found.forwards == 6
 
 
 def test_only_the_codes_under_the_mask_are_drawn_again(model) -> None:
