@@ -90,6 +90,8 @@ def answer(
     settings = resolve_settings(model, "answer", prompt, length, strategies, needs_prompt=False)
     is_many, conversations = _conversations(model, question, image, settings.prompt or "{question}")
     if choices is not None:
+        if stop:
+            raise ValueError("choices= and stop= exclude each other: a choice is not decoded")
         default = (model.preset.get("answer") or {}).get("length")
         options = encode_choices(model, choices, length, default)
         slot = assistant(Slot(length=options.shape[1]))
