@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mmdlm.data.form import extended
 from mmdlm.layout import Row, Sequence, Turn
 from mmdlm.messages import Example
 from mmdlm.objectives.draw import GOLDEN
@@ -34,6 +35,8 @@ class Collated:
         names: per example, token ids of what its media show: int64 [words] for audio, a list of
             such per token for an image; empty where the data do not tell.
         row_tokens: tokens of a row into which conversations are packed; None: one per row.
+        extra: padding tokens after the longest row, to which all are extended, see
+            `mmdlm.data.form.extended`; None: rows keep their lengths.
     """
 
     def __init__(
@@ -44,9 +47,10 @@ class Collated:
         groups: tuple[str, ...],
         names: Items[Tensor | list[Tensor]] = (),
         row_tokens: int | None = None,
+        extra: int | None = None,
     ) -> None:
         self.packed, self.seeds, self.phase, self.groups = packed, seeds, phase, groups
-        self.names, self.row_tokens = list(names), row_tokens
+        self.names, self.row_tokens, self.extra = list(names), row_tokens, extra
 
 
 def collate(
@@ -55,6 +59,7 @@ def collate(
     seeds: Tensor,
     phase: Tensor,
     row_tokens: int | None = None,
+    extra: int | None = None,
 ) -> Collated:
     """One batch of examples; needs no weights, so worker processes can make it.
 
@@ -64,6 +69,7 @@ def collate(
         seeds: see `Collated`.
         phase: see `Collated`.
         row_tokens: see `Collated`.
+        extra: see `Collated`.
 
     Raises:
         ValueError: only some of the examples name what their media show, an answer does not fit
@@ -75,7 +81,7 @@ def collate(
             f"{len(names)} of {len(examples)} examples name their media; all or none must"
         )
     groups = tuple(one.group for one in examples)
-    return Collated(processor.pack(examples), seeds, phase, groups, names, row_tokens)
+    return Collated(processor.pack(examples), seeds, phase, groups, names, row_tokens, extra)
 
 
 def _names(processor: Processor, names: Any) -> Tensor | list[Tensor]:
@@ -94,6 +100,9 @@ def batch(model: MultimodalDLM, collated: Collated) -> Batch:
     packed = collated.packed
     held: dict[Any, Tensor] = {}
     sequence = model.embed(packed.rows, held)
+    if collated.extra is not None:
+        rows = [row.map(lambda item: held[item.digest]) for row in packed.rows]
+        sequence = model.arrange(extended(rows, collated.extra, model.spec.pad_id))
     media: dict[str, list[Tensor]] = {}
     for row, branch in zip(packed.rows, packed.branch, strict=True):
         for item in row.items if branch == 0 else ():
