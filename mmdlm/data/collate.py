@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmdlm.data.form import extended
-from mmdlm.layout import Row, Sequence, Turn
+from mmdlm.layout import ANSWER, TOKEN, Row, Sequence, Turn
 from mmdlm.messages import Example
 from mmdlm.objectives.draw import GOLDEN
 from mmdlm.objectives.objective import Batch
@@ -37,6 +37,7 @@ class Collated:
         row_tokens: tokens of a row into which conversations are packed; None: one per row.
         extra: padding tokens after the longest row, to which all are extended, see
             `mmdlm.data.form.extended`; None: rows keep their lengths.
+        also: token ids that are learnt wherever they occur, as if they were answers.
     """
 
     def __init__(
@@ -48,9 +49,11 @@ class Collated:
         names: Items[Tensor | list[Tensor]] = (),
         row_tokens: int | None = None,
         extra: int | None = None,
+        also: tuple[int, ...] = (),
     ) -> None:
         self.packed, self.seeds, self.phase, self.groups = packed, seeds, phase, groups
-        self.names, self.row_tokens, self.extra = list(names), row_tokens, extra
+        self.names, self.row_tokens = list(names), row_tokens
+        self.extra, self.also = extra, also
 
 
 def collate(
@@ -60,6 +63,7 @@ def collate(
     phase: Tensor,
     row_tokens: int | None = None,
     extra: int | None = None,
+    also: tuple[int, ...] = (),
 ) -> Collated:
     """One batch of examples; needs no weights, so worker processes can make it.
 
@@ -70,6 +74,7 @@ def collate(
         phase: see `Collated`.
         row_tokens: see `Collated`.
         extra: see `Collated`.
+        also: see `Collated`.
 
     Raises:
         ValueError: only some of the examples name what their media show, an answer does not fit
@@ -81,7 +86,8 @@ def collate(
             f"{len(names)} of {len(examples)} examples name their media; all or none must"
         )
     groups = tuple(one.group for one in examples)
-    return Collated(processor.pack(examples), seeds, phase, groups, names, row_tokens, extra)
+    packed = processor.pack(examples)
+    return Collated(packed, seeds, phase, groups, names, row_tokens, extra, also)
 
 
 def _names(processor: Processor, names: Any) -> Tensor | list[Tensor]:
@@ -103,6 +109,8 @@ def batch(model: MultimodalDLM, collated: Collated) -> Batch:
     if collated.extra is not None:
         rows = [row.map(lambda item: held[item.digest]) for row in packed.rows]
         sequence = model.arrange(extended(rows, collated.extra, model.spec.pad_id))
+    if collated.also:
+        sequence = _learnt(sequence, collated.also, model.spec.attention)
     media: dict[str, list[Tensor]] = {}
     for row, branch in zip(packed.rows, packed.branch, strict=True):
         for item in row.items if branch == 0 else ():
@@ -115,6 +123,15 @@ def batch(model: MultimodalDLM, collated: Collated) -> Batch:
         sequence, packing = together(model, packed.rows, sequence, held, collated.row_tokens)
     seeds, phase = seeds.to(model.device), (phase % 1).to(model.device)
     return Batch(sequence, seeds, phase, collated.groups, media, collated.names, packing)
+
+
+def _learnt(sequence: Sequence, ids: tuple[int, ...], attention: str) -> Sequence:
+    """The sequence, whose tokens with these ids count as tokens of an answer."""
+    if attention != "full":
+        raise ValueError(f"also needs a model with full attention, not {attention}; leave it out")
+    found = torch.isin(sequence.tokens, torch.tensor(ids, device=sequence.tokens.device))
+    found &= sequence.mask & (sequence.source == TOKEN)
+    return replace(sequence, role=sequence.role.masked_fill(found, ANSWER))
 
 
 def together(

@@ -25,6 +25,7 @@ class Form(Checked):
         end_of_turn: see `mmdlm.training.data.Data`.
         tail: see `mmdlm.training.data.Data`.
         pad: see `mmdlm.training.data.Data`.
+        also: see `mmdlm.training.data.Data`.
     Raises:
         ValueError: `tail` and `pad` are both given.
     """
@@ -33,6 +34,7 @@ class Form(Checked):
     end_of_turn: bool = False
     tail: PositiveInt | None = None
     pad: NonNegativeInt | None = None
+    also: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,6 +85,18 @@ class Form(Checked):
             )
         rest = torch.full((size - len(ids),), spec.pad_id if self.end_of_turn else spec.eos_id)
         return replace(part, value=torch.cat([ids, rest]), length=size)
+
+    def ids(self, processor: Processor) -> tuple[int, ...]:
+        """Token ids of `also`.
+
+        Raises:
+            ValueError: one of the texts is not a single token.
+        """
+        found = {text: processor.encode(text).tolist() for text in self.also}
+        for text, ids in found.items():
+            if len(ids) != 1:
+                raise ValueError(f"also holds {text!r}, which has {len(ids)} tokens, expected one")
+        return tuple(ids[0] for ids in found.values())
 
     def extra(self, rng: np.random.Generator) -> int | None:
         """Padding tokens after the longest row of a batch; None: rows are not extended."""

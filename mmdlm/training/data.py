@@ -77,11 +77,14 @@ class Data(lightning.LightningDataModule):
             in each pass one of them, drawn at random, with its question and all media before it,
             without the turns before (LaViDa). "plain": an answer and a line break follow its media,
             without question and template (first stage of LLaVA).
+        also: texts of one token each, such as control tokens of the chat template, that are learnt
+            wherever they occur; full attention only. Choose `draw.per: row` in the objective, so
+            that they share the noise level of the answer.
 
     Raises:
         ValueError: data sets and batch sizes have different names, a number is below 1, there
             are no workers to start with `start_method`, no lengths for `buckets`, or `pad` is given
-            with `tail` or `pack`.
+            with `tail`, or one of `pad` and `also` with `pack`.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class Data(lightning.LightningDataModule):
         pad: int | None = None,
         end_of_turn: bool = False,
         turns: Literal["all", "one", "plain"] = "all",
+        also: list[str] = (),
     ) -> None:
         super().__init__()
         if isinstance(batch_size, int):
@@ -109,8 +113,8 @@ class Data(lightning.LightningDataModule):
                 f"data sets {sorted(train)} and batch sizes {sorted(batch_size)} differ; "
                 "give every data set a batch size"
             )
-        if pad is not None and pack is not None:
-            raise ValueError("pad and pack exclude each other; packed rows are not extended")
+        if pack is not None and (pad is not None or also):
+            raise ValueError("pack excludes pad and also, which change rows")
         for key, value in (("val_rows", val_rows), ("pack", pack)):
             if value is not None and value < 1:
                 raise ValueError(f"{key} is {value}, expected at least 1")
@@ -122,7 +126,7 @@ class Data(lightning.LightningDataModule):
         self.val_rows, self.seed = val_rows, given_or_global(seed)
         self.workers, self.start_method = workers, start_method
         self.buckets, self.pack, self.tail, self.pad = buckets, pack, tail, pad
-        self.form = Form(turns, end_of_turn, tail, pad)
+        self.form = Form(turns, end_of_turn, tail, pad, tuple(also))
         self.lengths: dict[str, np.ndarray] = {}
         """Tokens of each row of the data sets that have buckets, after `setup`."""
         self.tasks: list[str] = []

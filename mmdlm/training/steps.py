@@ -88,7 +88,8 @@ class Steps(TorchDataset):
         phase = (shared + (part + places / total) / self.accumulate) % 1
         noise = torch.tensor(seeds), torch.from_numpy(phase)
         extra = self.form.extra(np.random.default_rng([self.seed, key, step, self.rank, 3]))
-        return collate(self.processor, samples, *noise, self.pack, extra)
+        also = self.form.ids(self.processor)
+        return collate(self.processor, samples, *noise, self.pack, extra, also)
 
     def _order(self, name: str, epoch: int) -> np.ndarray:
         """The order of a data set's rows in one pass; the latest eight orders are kept."""

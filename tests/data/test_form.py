@@ -16,12 +16,12 @@ from mmdlm.data.collate import batch
 from mmdlm.data.llava import LLaVA
 from mmdlm.model import MultimodalDLM
 from mmdlm.training.data import Data
-from tests.systems import test_lavida
+from tests.systems import test_lavida, test_lavida_dream, test_llada_v
 from tests.systems.letters import spelled
 from tests.systems.llava_golden import WRITTEN
-from tests.systems.llava_layouts import lavida
+from tests.systems.llava_layouts import lavida, lavida_dream, llada_v
 
-CONTROL = test_lavida.CONTROL
+CONTROL, CHATML, HEADERS = (m.CONTROL for m in (test_lavida, test_lavida_dream, test_llada_v))
 NAMES = {number: text for text, number in CONTROL.items()}
 PAIRS = [("What?", "Red."), ("And the size of it?", "Small!"), ("Where?", "Here it is.")]
 HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
@@ -138,7 +138,8 @@ def test_end_tokens_follow_the_end_of_a_turn(model: MultimodalDLM, tmp_path: Pat
     ("options", "message"),
     [
         ({"pad": 1, "tail": 1}, "tail and pad both decide what follows an answer"),
-        ({"pad": 1, "pack": 64}, "pad and pack exclude each other"),
+        ({"pad": 1, "pack": 64}, "pack excludes pad and also"),
+        ({"also": ["a"], "pack": 64}, "pack excludes pad and also"),
         ({"turns": "two"}, "turns is 'two'"),
         ({"pad": -1}, "pad is -1"),
     ],
@@ -148,6 +149,33 @@ def test_options_that_contradict_are_rejected(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         data_of(tmp_path, model, 2, **options)
+
+
+@pytest.mark.parametrize("make", [llada_v, lavida_dream])
+def test_control_tokens_are_learnt_wherever_they_occur(make: Any, tmp_path: Path) -> None:
+    """The targets of LLaDA-V's and Dream-VL's trainers, where a row has one turn."""
+    model = mmdlm.load(make(tmp_path / "source"), device="cpu")
+    control = {"lavida_dream": CHATML, "llada_v": HEADERS}[model.system]
+    also = [text for text in control if text not in ("<|mask|>", "<|mdm_mask|>", "<|endoftext|>")]
+    more = {"end_of_turn": True, "pad": 0, "also": [*also, "\n"]}
+    (collated,) = (
+        data_of(tmp_path, model, 2, turns="one", **more).steps(model.processor)[0].values()
+    )
+    sequence = batch(model, collated).sequence
+    ids = {control[text] for text in also} | {WRITTEN.index("\n")}
+    for row, packed in enumerate(collated.packed.rows):
+        (turn,) = packed.turns
+        wanted = []
+        for part in turn.parts:
+            if isinstance(part, torch.Tensor):
+                wanted += [token in ids for token in part.tolist()]
+            else:
+                wanted += [False] * len(model.encode("image", [part])[0])
+        wanted += [True] * (sequence.tokens.shape[1] - len(wanted))
+        assert sequence.is_answer[row].tolist() == wanted
+        assert sum(wanted) > len(turn.answer) + 5
+    with pytest.raises(ValueError, match="also holds 'ab', which has 2 tokens, expected one"):
+        data_of(tmp_path, model, 2, also=["ab"]).steps(model.processor)[0]
 
 
 def test_an_answer_must_leave_room_for_the_end_of_its_turn(
