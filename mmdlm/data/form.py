@@ -69,20 +69,25 @@ class Form(Checked):
 
     def _ended(self, part: Any, processor: Processor, rng: np.random.Generator) -> Any:
         """A slot of a text with its end of a turn and end tokens; other parts are unchanged."""
-        if not isinstance(part, Slot) or not isinstance(part.value, str):
+        if not isinstance(part, Slot) or part.output != "text" or part.value is None:
             return part
-        spec, ids = processor.spec, processor.encode(part.value)
+        spec, length = processor.spec, part.length
+        if isinstance(part.value, str):
+            ids = processor.encode(part.value)
+        else:  # ids that are followed by end tokens already
+            length, kept = len(part.value), (part.value != spec.eos_id).nonzero()
+            ids = part.value[: int(kept.max()) + 1 if len(kept) else 0]
         if self.end_of_turn:
             ids = torch.cat([ids, torch.tensor([end_of_turn(processor)])])
-        size = len(ids) if self.pad is not None or part.length is None else part.length
+        if length is not None and len(ids) > length:
+            end = " with the end of its turn" if self.end_of_turn else ""
+            raise ValueError(
+                f"answer {part.value!r} has {len(ids)} tokens{end}, but its slot only {length}"
+            )
+        size = len(ids) if self.pad is not None or length is None else length
         if self.tail is not None:
             own = len(ids) + int(rng.integers(1, self.tail + 1))
-            size = own if part.length is None else min(part.length, own)
-        if len(ids) > (part.length or len(ids)):
-            raise ValueError(
-                f"answer {part.value!r} has {len(ids)} tokens with the end of its turn, but its "
-                f"slot only {part.length}"
-            )
+            size = own if length is None else min(length, own)
         rest = torch.full((size - len(ids),), spec.pad_id if self.end_of_turn else spec.eos_id)
         return replace(part, value=torch.cat([ids, rest]), length=size)
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 import mmdlm
 from mmdlm.data.collate import batch
+from mmdlm.data.gaps import Gaps
 from mmdlm.data.llava import LLaVA
 from mmdlm.model import MultimodalDLM
 from mmdlm.training.data import Data
@@ -23,7 +24,7 @@ from tests.systems.llava_layouts import lavida, lavida_dream, llada_v
 
 CONTROL, CHATML, HEADERS = (m.CONTROL for m in (test_lavida, test_lavida_dream, test_llada_v))
 NAMES = {number: text for text, number in CONTROL.items()}
-PAIRS = [("What?", "Red."), ("And the size of it?", "Small!"), ("Where?", "Here it is.")]
+PAIRS = [("What?", "Red."), ("And the size of it?", "It is so small!"), ("Where?", "Here it is.")]
 HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
 VIEW = {"image_aspect_ratio": "square", "mm_patch_merge_type": "flat"}
 
@@ -121,6 +122,22 @@ def test_rows_are_extended_by_end_tokens_that_are_learnt(
         assert 10 < max(extras) < pad
 
 
+def test_answers_with_gaps_end_their_turn_too(model: MultimodalDLM, tmp_path: Path) -> None:
+    data = data_of(tmp_path, model, 2, turns="one", end_of_turn=True, pad=0)
+    tokens = {"end": "<|start_header_id|>", "filler": "<|end_header_id|>"}  # in no answer
+    data.train["rows"] = Gaps(data.train["rows"], **tokens, share=1.0).connect(model.processor)
+    gaps = 0
+    for step in range(6):
+        (collated,) = data.steps(model.processor)[step].values()
+        for row in collated.packed.rows:
+            canvas = texts(row)[1]
+            gaps += canvas.count(tokens["end"])
+            for token in tokens.values():
+                canvas = canvas.replace(token, "")
+            assert canvas in {f"{answer}<|eot_id|>" for _, answer in PAIRS}
+    assert gaps > 0
+
+
 def test_end_tokens_follow_the_end_of_a_turn(model: MultimodalDLM, tmp_path: Path) -> None:
     data = data_of(tmp_path, model, 2, end_of_turn=True, tail=3, buckets=False)
     endings = set()
@@ -182,6 +199,6 @@ def test_an_answer_must_leave_room_for_the_end_of_its_turn(
     model: MultimodalDLM, tmp_path: Path
 ) -> None:
     data = data_of(tmp_path, model, 2, end_of_turn=True)
-    data.train["rows"].length = len(PAIRS[2][1])
-    with pytest.raises(ValueError, match="has 12 tokens with the end of its turn, but its slot"):
+    data.train["rows"].length = len(PAIRS[1][1])
+    with pytest.raises(ValueError, match="has 16 tokens with the end of its turn, but its slot"):
         data.steps(model.processor)[0]
