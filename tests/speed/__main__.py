@@ -60,7 +60,8 @@ tokens are equal.
 
 Shapes: lavida-tiny; lavida, a language model of 8 blocks of width 512 and 32,768 ids with a tower
 of 6 blocks of width 384; lavidav126, the same with LLaDA's 126,464 ids. With -x2 or -x3 that many
-questions about the image are answered in one call; the published inference answers one by one."""
+questions about the image are answered in one call, with -again a question about an image whose
+features were kept; the published inference answers one by one and keeps nothing."""
 ENCODE = """Time encoders of published sizes with random weights.
 
   python -m tests.speed encode --shape siglip-384x5,whisper-s-30s --threads 8
@@ -135,7 +136,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--shape", **cap256)
     one.add_argument("--mode", **modes, help="what is recomputed, separated by commas")
     one = command("lavida", lavida, LAVIDA, parents=[timing])
-    one.add_argument("--shape", **cap256 | {"default": ["lavidav126", "lavidav126-x3"]})
+    one.add_argument("--shape", **cap256 | {"default": ["lavidav126", "lavidav126-again"]})
     one.add_argument("--mode", **modes | {"default": ["prefix-lm"]}, help="prefix-lm or none")
     one = command("encode", encode, ENCODE, parents=[timing])
     one.add_argument("--shape", **cap256 | {"default": ["whisper-s-30s"]})

@@ -38,6 +38,7 @@ class AnswerShape:
         image: (width, height) of the image in pixels.
         length: positions G of an answer, in one block; half as many steps.
         batch: number of questions about the image.
+        again: ours keeps the features of the image from one round to the next.
     """
 
     name: str
@@ -51,6 +52,7 @@ class AnswerShape:
     image: tuple[int, int] = (640, 480)
     length: int = 32
     batch: int = 1
+    again: bool = False
 
     @property
     def block(self) -> int:
@@ -107,9 +109,12 @@ _SMALL = {"patch": 8, "side": 56, "image": (120, 90), "length": 16}
 _SHAPES = (
     AnswerShape("lavida-tiny", 64, 2, 512, 48, 2, **_SMALL),
     AnswerShape("lavida-tiny-x2", 64, 2, 512, 48, 2, **_SMALL, batch=2),
+    AnswerShape("lavida-tiny-again", 64, 2, 512, 48, 2, **_SMALL, again=True),
     AnswerShape("lavida", vocab=32_768),
+    AnswerShape("lavida-again", vocab=32_768, again=True),
     AnswerShape("lavida-x3", vocab=32_768, batch=3),
     AnswerShape("lavidav126"),
+    AnswerShape("lavidav126-again", again=True),
     AnswerShape("lavidav126-x3", batch=3),
 )
 SHAPES = {shape.name: shape for shape in _SHAPES}

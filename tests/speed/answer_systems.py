@@ -55,6 +55,7 @@ def runner(system: str, model: MultimodalDLM, folder: Path, shape: AnswerShape, 
         return run_plain
     # The checkpoint's own strategies are those of prefix-lm.
     chosen = None if mode == "prefix-lm" else [TimeShift(shape.steps, SHIFT)]
+    features = {} if shape.again else None
 
     def run_ours() -> Answer:
         with warnings.catch_warnings():
@@ -66,6 +67,7 @@ def runner(system: str, model: MultimodalDLM, folder: Path, shape: AnswerShape, 
                 length=shape.length,
                 strategies=chosen,
                 details=True,
+                features=features,
             )
         return Answer([list(one.tokens) for one in found], sum(one.forwards for one in found))
 

@@ -39,6 +39,20 @@ def test_answers_about_an_image_are_those_of_the_published_inference(inline, tmp
     assert "lavida-tiny-x2" in capsys.readouterr().out
 
 
+def test_kept_features_give_the_same_answer(inline, monkeypatch, tmp_path):
+    encoded = []
+    method = mmdlm.model.MultimodalDLM.encode
+    monkeypatch.setattr(
+        mmdlm.model.MultimodalDLM, "encode", lambda *a: encoded.append(a) or method(*a)
+    )
+    out = tmp_path / "a.jsonl"
+    given = ["--shape", "lavida-tiny-again", "--rounds", "2", "--json", str(out)]
+    assert main(["lavida", *given]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["gate"] for r in rows if r["system"] == "mmdlm"] == [True] * 3
+    assert len(encoded) == 1
+
+
 def test_gate_fails_for_other_tokens(inline, monkeypatch, capsys):
     def wrong(system, *args):
         run = runner(system, *args)
