@@ -27,7 +27,7 @@ STAGES = {
 RECIPES = {
     *("scratch", "driving", "retrieval"),  # below, and in tests/benchmarks/test_retrieval.py
     *("lavida_stage1", "lavida_stage2", "lavida_infill", "llada_v", "sdar_vl"),
-    *("diffusionvl", "dream_vl", "mmada"),
+    *("diffusionvl", "dream_vl", "lumina", "mmada"),
 }
 """They have tests of their own; those of published systems are in tests/systems."""
 

@@ -19,6 +19,7 @@ from mmdlm.benchmarks.speed import threads as torch_threads
 from mmdlm.checkpoint import load
 from mmdlm.data.collate import batch, collate
 from mmdlm.data.dataset import Dataset, Extent
+from mmdlm.data.form import Form
 from mmdlm.data.formats import open_data
 from mmdlm.messages import RAW, Example, Message, Slot, Text
 from mmdlm.model import MultimodalDLM
@@ -26,7 +27,6 @@ from mmdlm.objectives.masked import Masked
 from mmdlm.training import tune
 from mmdlm.training.buckets import BATCHES, lengths
 from mmdlm.training.optimizer import AdamW
-from mmdlm.training.steps import shortened
 from mmdlm.training.vocabulary import grow
 
 PARTS = ("data", "forward", "backward", "optimizer")
@@ -184,7 +184,7 @@ def _pass(
         times = [clock()]
         samples = [dataset.sample(int(i), np.random.default_rng(int(i))) for i in rows]
         rng = np.random.default_rng(rows)
-        samples = [shortened(one, model.processor, tail, rng) for one in samples]
+        samples = [Form(tail=tail).of(one, model.processor, rng) for one in samples]
         phase = torch.arange(len(rows)).double() / len(rows)
         collated = collate(model.processor, samples, torch.from_numpy(rows), phase, way.pack)
         times.append(clock())

@@ -39,23 +39,26 @@ def answer(
     files: list[str] = (),
     image: list[str] | None = None,
     choices: list[str] | None = None,
+    stop: list[str] | None = None,
 ) -> int:
     """Answers a question about each image, about several images at once, or about none.
 
     mmdlm answer scene.png --question "what colour is the circle ?"
     mmdlm answer scenes/ --question "is there a square ?" --choices yes,no --out answers.jsonl
     mmdlm answer --image a.png --image b.png --question "what has changed ?" --model my-model
+    mmdlm answer chart.png --question "what is the title ?" --stop "." --model my-model
 
     Args:
         question: the question.
         files: images, and folders that are searched for images; one answer each.
         image: an image of the question; given several times, the question is about all of them.
         choices: possible answers, separated by commas; the most probable one is given.
+        stop: a text before which an answer ends; may be given several times.
         run: which model runs, and where.
         ask: how the answer is decoded.
         output: where the results are kept.
     """
-    options = ask.options() | {"choices": choices}
+    options = ask.options() | {"choices": choices} | ({"stop": stop} if stop else {})
     if files and image:
         raise ValueError("--image is for one question; leave out either it or the files")
     if files:

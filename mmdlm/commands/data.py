@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from mmdlm.data.episodes import Collected
@@ -15,21 +15,31 @@ TASKS = (
 )
 
 
-def make_scenes(out: Path, count: int = 1000, seed: int = 0, size: int = 64, asked: int = 4) -> int:
-    """Draws pictures with their captions and questions, in the layout of imagefolder.
+def make_scenes(
+    out: Path,
+    count: int = 1000,
+    seed: int = 0,
+    size: int = 64,
+    asked: int = 4,
+    format: Literal["imagefolder", "llava"] = "imagefolder",
+) -> int:
+    """Draws images with their captions and questions.
 
     mmdlm data make scenes data/scenes --count 5000
+    mmdlm data make scenes data/scenes --format llava
 
     Args:
         out: folder to write; must be empty.
-        count: pictures.
-        seed: stream of pictures.
-        size: side of a picture in pixels.
-        asked: questions per picture.
+        count: number of images.
+        seed: of the images.
+        size: side of an image in pixels.
+        asked: questions per image.
+        format: imagefolder (metadata.jsonl), or llava (conversations.json, as the recipes of
+            LaViDa, LLaDA-V and Dream-VL read it).
     """
-    from mmdlm.data.scenes import make
+    from mmdlm.data.scene_files import make
 
-    print(make(out, count, seed, size, asked))
+    print(make(out, count, seed, size, asked, format))
     return 0
 
 

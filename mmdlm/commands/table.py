@@ -29,7 +29,7 @@ ASK, TRAIN, LOOK = "Ask a model", "Train and measure", "Look around"
 TRAINING = "train:run"
 COMMANDS = {
     "caption": Command("ask:caption", "what pictures show", ASK, ("files",)),
-    "answer": Command("ask:answer", "a question about images", ASK, ("files",), ("image",)),
+    "answer": Command("ask:answer", "a question about images", ASK, ("files",), ("image", "stop")),
     "describe": Command("ask:describe", "what sounds are", ASK, ("files",)),
     "transcribe": Command("ask:transcribe", "what is said", ASK, ("files",)),
     "generate": Command("text:generate", "what follows a text", ASK, ("texts",)),

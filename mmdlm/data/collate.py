@@ -7,9 +7,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mmdlm.layout import ANSWER, PROMPT, Row, Sequence, Turn
+from mmdlm.data.form import extended
+from mmdlm.layout import ANSWER, PROMPT, TOKEN, Row, Sequence, Turn
 from mmdlm.messages import Example, Slot
 from mmdlm.objectives.draw import GOLDEN
 from mmdlm.objectives.objective import Batch
@@ -34,8 +36,11 @@ class Collated:
         names: per example, token ids of what its media show: int64 [words] for audio, a list of
             such per token for an image; empty where the data do not tell.
         row_tokens: tokens of a row into which conversations are packed; None: one per row.
-        known: bool per row, answer tokens that are not learned, see `mmdlm.messages.Slot`; empty if
+        known: bool per row, answer tokens that are not learnt, see `mmdlm.messages.Slot`; empty if
             all are.
+        extra: padding tokens after the longest row, to which all are extended, see
+            `mmdlm.data.form.extended`; None: rows keep their lengths.
+        also: token ids that are learnt wherever they occur, as if they were answers.
     """
 
     def __init__(
@@ -47,9 +52,12 @@ class Collated:
         names: Items[Tensor | list[Tensor]] = (),
         row_tokens: int | None = None,
         known: Items[Tensor] = (),
+        extra: int | None = None,
+        also: tuple[int, ...] = (),
     ) -> None:
         self.packed, self.seeds, self.phase, self.groups = packed, seeds, phase, groups
         self.names, self.row_tokens, self.known = list(names), row_tokens, list(known)
+        self.extra, self.also = extra, also
 
 
 def collate(
@@ -58,6 +66,8 @@ def collate(
     seeds: Tensor,
     phase: Tensor,
     row_tokens: int | None = None,
+    extra: int | None = None,
+    also: tuple[int, ...] = (),
 ) -> Collated:
     """One batch of examples; needs no weights, so worker processes can make it.
 
@@ -67,6 +77,8 @@ def collate(
         seeds: see `Collated`.
         phase: see `Collated`.
         row_tokens: see `Collated`.
+        extra: see `Collated`.
+        also: see `Collated`.
 
     Raises:
         ValueError: only some of the examples name what their media show, an answer does not fit
@@ -79,11 +91,12 @@ def collate(
         )
     groups = tuple(one.group for one in examples)
     packed = processor.pack(examples)
-    return Collated(packed, seeds, phase, groups, names, row_tokens, _known(packed, examples))
+    known = _known(packed, examples)
+    return Collated(packed, seeds, phase, groups, names, row_tokens, known, extra, also)
 
 
 def _known(packed: Packed, examples: Items[Example]) -> list[Tensor]:
-    """Of each row, which tokens of its answers are not learned; empty if all are."""
+    """Of each row, which tokens of its answers are not learnt; empty if all are."""
     slots = [
         next((part for part in messages[-1].parts if isinstance(part, Slot)), None)
         for one in examples
@@ -117,7 +130,12 @@ def batch(model: MultimodalDLM, collated: Collated) -> Batch:
     """
     packed = collated.packed
     held: dict[Any, Tensor] = {}
-    sequence = _given(model.embed(packed.rows, held), collated.known)
+    sequence = model.embed(packed.rows, held)
+    if collated.extra is not None:
+        rows = [row.map(lambda item: held[item.digest]) for row in packed.rows]
+        sequence = model.arrange(extended(rows, collated.extra, model.spec.pad_id))
+    if collated.known or collated.also:
+        sequence = _learnt(sequence, collated.known, collated.also, model.spec.attention)
     media: dict[str, list[Tensor]] = {}
     for row, branch in zip(packed.rows, packed.branch, strict=True):
         for item in row.items if branch == 0 else ():
@@ -132,18 +150,30 @@ def batch(model: MultimodalDLM, collated: Collated) -> Batch:
     return Batch(sequence, seeds, phase, collated.groups, media, collated.names, packing)
 
 
-def _given(sequence: Sequence, known: Items[Tensor]) -> Sequence:
-    """The layout in which known tokens of answers have the role of the prompt, at their level.
+def _learnt(
+    sequence: Sequence, known: Items[Tensor], also: tuple[int, ...], attention: str
+) -> Sequence:
+    """The layout in which the tokens to learn, and no others, have the role of an answer.
 
     Args:
         sequence: [B L].
-        known: see `Collated`.
+        known: see `Collated`; these tokens get the role of the prompt, at their level.
+        also: see `Collated`.
+        attention: of the model.
+    Raises:
+        ValueError: `also` with attention in which a prompt does not see the answer.
     """
-    if not known:
-        return sequence
+    if also and attention != "full":
+        raise ValueError(f"also needs a model with full attention, not {attention}; leave it out")
     role = sequence.role.clone()
-    is_known = torch.cat(list(known)).to(role.device)
-    role[sequence.is_answer] = torch.where(is_known, PROMPT, ANSWER)
+    if known:
+        sizes = sequence.is_answer.sum(1).tolist()
+        each = [F.pad(one, (0, n - len(one))) for one, n in zip(known, sizes, strict=True)]
+        is_known = torch.cat(each).to(role.device)
+        role[sequence.is_answer] = torch.where(is_known, PROMPT, ANSWER)
+    if also:
+        found = torch.isin(sequence.tokens, torch.tensor(also, device=sequence.tokens.device))
+        role.masked_fill_(found & sequence.mask & (sequence.source == TOKEN), ANSWER)
     return replace(sequence, role=role)
 
 

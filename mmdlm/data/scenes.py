@@ -7,12 +7,10 @@ Positions and radii are pixels of a 64 x 64 image (`GRID`), y downwards; `draw` 
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, pairwise, permutations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -366,35 +364,3 @@ class Scenes(Dataset):
             texts += [NUMBERS[n] for n in self.objects]
             texts += [words for numbers, words in _ASKED.values() if {*numbers} & {*self.objects}]
         return sorted(set(" ".join(texts).split()))
-
-
-def make(out: Path, count: int = 1000, seed: int = 0, size: int = GRID, asked: int = 4) -> Path:
-    """Writes PNG images and their `metadata.jsonl`, and returns the path of the latter.
-
-    One line per image, as in Hugging Face's `imagefolder`: `file_name`, `text`, `questions`.
-
-    Args:
-        out: folder to write; created if missing, must be empty.
-        count: number of images.
-        seed: seed of the scenes, as in `Scenes`, and of the questions.
-        size: side of the images in pixels.
-        asked: number of questions per image.
-    """
-    from PIL import Image
-    from tqdm import tqdm
-
-    scenes = Scenes(size=size, count=count, seed=seed, questions=asked)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()):
-        raise FileExistsError(f"make: {out} is not empty; give a new folder or remove it first")
-    path = out / "metadata.jsonl"
-    with path.open("w", encoding="utf-8") as lines:
-        for index in tqdm(range(count), desc="drawing scenes", unit="image"):
-            sample = scenes.sample(index, np.random.default_rng((seed, index)))
-            pairs = [{"prompt": turn.prompt, "answer": turn.answer} for turn in sample.turns]
-            name = f"{index:07d}.png"
-            entry = {"file_name": name, "text": pairs[0]["answer"], "questions": pairs[1:]}
-            Image.fromarray(sample.media("image")[0]).save(out / name)
-            lines.write(json.dumps(entry) + "\n")
-    return path

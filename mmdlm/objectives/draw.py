@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from encoders.checks import Checked, NonNegativeFloat, UnitFloat
+from encoders.checks import Checked, NonNegativeFloat, NonNegativeInt, UnitFloat
 from mmdlm.objectives.noise import Noise, stratified, uniform, uniform_at
 from mmdlm.objectives.schedule import Schedule
 
@@ -24,6 +24,7 @@ SILVER = 0.4142135623730951
 """Fractional part of the square root of 2, whose multiples are evenly spread like `GOLDEN`'s."""
 BLOCK = 1 << 20
 """More turns than a row has."""
+ROUNDING = {"exact": Tensor.ceil, "rounded": Tensor.round, "floored": Tensor.floor}
 
 
 @dataclass(frozen=True)
@@ -40,32 +41,38 @@ class Draw(Checked):
         mode_scale: s of "mode".
         per: tokens that share a level. "turn": a dialogue turn, or a packed document (SDAR).
             "row": all turns of a batch row (LLaDA-V). "block": a block of the model's block-wise
-            attention (BD3-LM).
+            attention (BD3-LM). "padding": the padding of an answer, which is the last token of the
+            row as often as it is repeated, apart from what is before it (Lumina-DiMOO).
         spread: "antithetic": levels are evenly spread over the global batch, and each is uniform.
             "independent": LLaDA, d1, LaViDa. "stratified": u = (u_i + i) / n mod 1 over the n
             levels that this process draws (MDLM, BD3-LM), which depends on the batch.
         count: "bernoulli": each token for itself. "exact": p n of the n tokens, rounded up, so that
             all numbers are equally probable with uniform levels (LLaDA's likelihood). "rounded":
-            p n to the nearest number, at least 1 (MMaDA's image tokens). With both, p becomes the
-            share that is masked.
+            p n to the nearest number, at least 1 (MMaDA's image tokens). "floored": p n rounded
+            down, at least 1 (Lumina-DiMOO). With these, p becomes the share that is masked.
         at_least_one: where no token would be masked, the one with the lowest random number is
             (LaViDa, SDAR).
         clip: low and high (BD3-LM's clipped schedule); None for eps of the objective and 1.
+        whole: groups of at most this number of tokens are masked entirely, unless they are padding
+            (5 in Lumina-DiMOO); needs a `count` other than "bernoulli".
     """
 
     level: Literal["uniform", "logit_normal", "mode"] = "uniform"
     mode_scale: NonNegativeFloat = 1.29
-    per: Literal["turn", "row", "block"] = "turn"
+    per: Literal["turn", "row", "block", "padding"] = "turn"
     spread: Literal["antithetic", "independent", "stratified"] = "antithetic"
-    count: Literal["bernoulli", "exact", "rounded"] = "bernoulli"
+    count: Literal["bernoulli", "exact", "rounded", "floored"] = "bernoulli"
     at_least_one: bool = False
     clip: tuple[UnitFloat, UnitFloat] | None = None
+    whole: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
         """Checks the fields, and that the clipped levels are a range."""
         super().__post_init__()
         if self.clip is not None and self.clip[0] > self.clip[1]:
             raise ValueError(f"Draw.clip is {self.clip}, expected the lower level first")
+        if self.whole and self.count == "bernoulli":
+            raise ValueError("Draw.whole needs a number of masked tokens; set count")
 
     def __call__(self, batch: Batch, schedule: Schedule, eps: float, full: float) -> Noise:
         """The noise of a batch.
@@ -91,7 +98,9 @@ class Draw(Checked):
             if self.count == "bernoulli":
                 masked |= rank == 0
             else:
-                number = (p * size).ceil() if self.count == "exact" else (p * size).round()
+                number = ROUNDING[self.count](p * size)
+                is_padding = (group >= BLOCK) & (self.per == "padding")
+                number = number.where((size > self.whole) | is_padding, size.to(number))
                 masked, p = rank < number.clamp(min=1), number.clamp(min=1) / size.clamp(min=1)
         return Noise(maskable & masked, maskable, sequence.mask, p.float(), slope.float())
 
@@ -103,6 +112,10 @@ class Draw(Checked):
         if self.per == "row":
             return torch.zeros_like(sequence.role)
         turn = turns(sequence)
+        if self.per == "padding":
+            repeated = (sequence.tokens == sequence.tokens[:, -1:]) & sequence.is_answer
+            run = repeated.flip(1).cumprod(1).flip(1)
+            return turn + BLOCK * (run * (run.sum(1, keepdim=True) > 1))
         return turn if self.per == "turn" else turn + BLOCK * sequence.level
 
     def levels(self, batch: Batch, group: Tensor, eps: float) -> Tensor:

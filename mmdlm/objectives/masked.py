@@ -79,7 +79,8 @@ class Masked(Checked, Denoising, Objective):
         """Whether levels are uniform, so that slope / p is the weight of the likelihood's bound."""
         draw = self.draw
         is_uniform = draw.level == "uniform" and draw.clip is None and self.full == 0
-        return is_uniform and draw.count != "rounded" and not draw.at_least_one
+        is_drawn = draw.count in ("bernoulli", "exact") and not draw.at_least_one and not draw.whole
+        return is_uniform and is_drawn
 
     def prepare(self, model: MultimodalDLM, batch: Batch) -> Batch:
         """The batch with the end tokens that `ends` asks for.

@@ -31,6 +31,7 @@ IDS = {
     "boi": 126349,
     "eoi": 126350,
     "uncondition": 126351,
+    "padding": 126339,  # train/train.py: what follows an answer
 }
 # Of the published vqvae/config.json, for keys that it leaves out.
 MODEL: dict[str, Any] = {
@@ -223,6 +224,7 @@ def _spec(config: dict[str, Any], names: set[str], ids: dict[str, int]) -> Spec:
     end = (ids["answer_end"],) if ids["answer_end"] < rows else ()
     return replace(
         spec,
+        pad_id=ids["padding"] if ids["padding"] < rows else spec.pad_id,
         stop_ids=tuple(dict.fromkeys((*spec.stop_ids, *end))),
         context=max(spec.context or 0, CONTEXT),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Hashable
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from typing import Any
@@ -53,6 +54,7 @@ def answer(
     details: bool = False,
     seed: int | None = None,
     stop: Items[str] = (),
+    features: dict[Hashable, Any] | None = None,
 ) -> Any:
     """Answer a question, with or without an image, or continue a conversation.
 
@@ -77,6 +79,8 @@ def answer(
         seed: random seed, the same for every question; None: torch's default generator.
         stop: texts that end an answer: only what stands before the first is filled, and the answer
             is cut there (`mmdlm.decoding.plans.stop_sequences.StopSequences`).
+        features: a dict, empty at first, that keeps what encoders make of images and clips from
+            one call to the next; the weights must not change meanwhile.
     Returns:
         str, or list[str] for a list; `Answer` instead of str if details=True.
     Raises:
@@ -90,17 +94,20 @@ def answer(
     settings = resolve_settings(model, "answer", prompt, length, strategies, needs_prompt=False)
     is_many, conversations = _conversations(model, question, image, settings.prompt or "{question}")
     if choices is not None:
+        if stop:
+            raise ValueError("choices= and stop= exclude each other: a choice is not decoded")
         default = (model.preset.get("answer") or {}).get("length")
         options = encode_choices(model, choices, length, default)
         slot = assistant(Slot(length=options.shape[1]))
         examples = [Example((*messages, slot)) for messages in conversations]
-        answers = choose(model, examples, choices, options, batch_size)
+        answers = choose(model, examples, choices, options, batch_size, features)
     else:
         slot = assistant(Slot(length=settings.length))
         examples = [Example((*messages, slot)) for messages in conversations]
         stops = _stops(model, stop)
         strategies = [*settings.strategies, *([StopSequences(stops)] if stops else [])]
-        filled = fill(model, examples, strategies, batch_size=batch_size, seed=seed)
+        run = {"batch_size": batch_size, "seed": seed, "features": features}
+        filled = fill(model, examples, strategies, **run)
         answers = to_answers(model, [_cut(model, each, stops) for each in filled])
     return unwrap(answers, is_many, details)
 
@@ -196,6 +203,7 @@ def choose(
     choices: Items[str],
     options: Tensor,
     batch_size: int,
+    features: dict[Hashable, Any] | None = None,
 ) -> list[Answer]:
     """Most probable choice of each example, from one forward per batch.
 
@@ -208,15 +216,17 @@ def choose(
         choices: O texts.
         options: [O G] int64, see `encode_choices`.
         batch_size: examples per batch.
+        features: see `answer`.
     """
-    media = MediaCache(examples)
+    media = MediaCache(examples, embeddings={} if features is None else features)
     table, answers = options.to(model.device), []
     for batch in batches([0] * len(examples), batch_size):
         media.numbers = batch
         packed = model.processor.pack([examples[i] for i in batch], media)
         begin = time.perf_counter()
         sequence = model.embed(packed.rows, media.embeddings)
-        media.forget()
+        if features is None:
+            media.forget()
         scored = _log_probabilities(model, sequence, table)  # [B O G]
         probabilities = scored.sum(2).softmax(1)  # [B O]
         seconds = time.perf_counter() - begin

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
 from mmdlm.data.dataset import Dataset
+from mmdlm.data.form import Form
 from mmdlm.data.transfer import Transfer
 from mmdlm.messages import Example
 from mmdlm.model import MultimodalDLM
@@ -66,10 +67,24 @@ class Data(lightning.LightningDataModule):
             many as fill its canvas. Real answers differ in length, and few tokens are then spent on
             end tokens; but a model that fills a whole canvas at once needs to learn these (LLaDA),
             so keep None for it, and set `tail` where decoding ends at the first end token.
+        pad: instead, the rows of a batch are extended by padding tokens (`Spec.pad_id`) to the
+            length of the longest, and of it by u, a random integer from -pad to pad - 1, if that is
+            positive; all of them are learnt. As the trainers of LaViDa (128), LLaDA-V and Dream-VL
+            (0) do.
+        end_of_turn: whether a text answer ends with the token that ends a turn in the chat
+            template, and padding tokens fill its canvas, instead of end tokens alone.
+        turns: "all": every answer of a conversation is learnt, given the turns before it. "one":
+            in each pass one of them, drawn at random, with its question and all media before it,
+            without the turns before (LaViDa). "plain": an answer and a line break follow its media,
+            without question and template (first stage of LLaVA).
+        also: texts of one token each, such as control tokens of the chat template, that are learnt
+            wherever they occur; full attention only. Choose `draw.per: row` in the objective, so
+            that they share the noise level of the answer.
 
     Raises:
         ValueError: data sets and batch sizes have different names, a number is below 1, there
-            are no workers to start with `start_method`, or no lengths for `buckets`.
+            are no workers to start with `start_method`, no lengths for `buckets`, or `pad` is given
+            with `tail`, or one of `pad` and `also` with `pack`.
     """
 
     def __init__(
@@ -85,6 +100,10 @@ class Data(lightning.LightningDataModule):
         buckets: bool | None = None,
         pack: int | None = None,
         tail: int | None = None,
+        pad: int | None = None,
+        end_of_turn: bool = False,
+        turns: Literal["all", "one", "plain"] = "all",
+        also: list[str] = (),
     ) -> None:
         super().__init__()
         if isinstance(batch_size, int):
@@ -94,7 +113,9 @@ class Data(lightning.LightningDataModule):
                 f"data sets {sorted(train)} and batch sizes {sorted(batch_size)} differ; "
                 "give every data set a batch size"
             )
-        for key, value in (("val_rows", val_rows), ("pack", pack), ("tail", tail)):
+        if pack is not None and (pad is not None or also):
+            raise ValueError("pack excludes pad and also, which change rows")
+        for key, value in (("val_rows", val_rows), ("pack", pack)):
             if value is not None and value < 1:
                 raise ValueError(f"{key} is {value}, expected at least 1")
         if start_method is not None and workers == 0:
@@ -104,7 +125,8 @@ class Data(lightning.LightningDataModule):
         self.train, self.val, self.test, self.batch_size = train, val or {}, test or {}, batch_size
         self.val_rows, self.seed = val_rows, given_or_global(seed)
         self.workers, self.start_method = workers, start_method
-        self.buckets, self.pack, self.tail = buckets, pack, tail
+        self.buckets, self.pack, self.tail, self.pad = buckets, pack, tail, pad
+        self.form = Form(turns, end_of_turn, tail, pad, tuple(also))
         self.lengths: dict[str, np.ndarray] = {}
         """Tokens of each row of the data sets that have buckets, after `setup`."""
         self.tasks: list[str] = []
@@ -146,7 +168,7 @@ class Data(lightning.LightningDataModule):
         if self.buckets is False or (self.buckets is None and self.pack is not None):
             return
         for name, dataset in self.train.items():
-            found = lengths(dataset, model, self.tail)
+            found = lengths(dataset, model, self.tail if self.pad is None else 1)
             gain = 0.0 if found is None else saved(found, self.batch_size[name] * world)
             if found is not None and (self.buckets or gain >= LEAST_SAVED):
                 self.lengths[name] = found
@@ -168,7 +190,7 @@ class Data(lightning.LightningDataModule):
             accumulate=accumulate,
             lengths=self.lengths,
             pack=self.pack,
-            tail=self.tail,
+            form=self.form,
         )
 
     def train_dataloader(self) -> DataLoader:
@@ -227,7 +249,7 @@ class Data(lightning.LightningDataModule):
             return []
         processor = self.trainer.lightning_module.model.processor
         size = {name: min(32, len(d), self.val_rows) for name, d in datasets.items()}
-        steps = Steps(processor, datasets, size, seed=0, shuffle=False, tail=self.tail)
+        steps = Steps(processor, datasets, size, seed=0, shuffle=False, form=self.form)
         return self._loader(steps, list(range(max(1, self.val_rows // max(size.values())))))
 
     def _loader(self, steps: Steps, order: RemainingSteps | list[int]) -> DataLoader:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from mmdlm.data.collate import Collated, collate
 from mmdlm.data.dataset import Dataset
+from mmdlm.data.form import Form
 from mmdlm.data.transfer import Transfer
-from mmdlm.messages import Example, Message, Slot
 from mmdlm.processor import Processor
 from mmdlm.training.buckets import grouped
 
@@ -34,7 +33,7 @@ class Steps(TorchDataset):
         lengths: by data set, tokens of each row; a batch of these data sets has rows of like
             length, see `mmdlm.training.buckets`.
         pack: see `mmdlm.training.data.Data`.
-        tail: see `mmdlm.training.data.Data`.
+        form: which answers are learnt, and what follows them.
     """
 
     def __init__(
@@ -49,10 +48,10 @@ class Steps(TorchDataset):
         accumulate: int = 1,
         lengths: Mapping[str, np.ndarray] | None = None,
         pack: int | None = None,
-        tail: int | None = None,
+        form: Form | None = None,
     ) -> None:
         self.accumulate, self.lengths = accumulate, lengths or {}
-        self.pack, self.tail = pack, tail
+        self.pack, self.form = pack, form or Form()
         self.processor, self.datasets, self.batch_size = processor, datasets, batch_size
         self.seed, self.rank, self.world, self.shuffle = seed, rank, world, shuffle
         self.orders: dict[tuple[str, int], np.ndarray] = {}
@@ -83,13 +82,14 @@ class Steps(TorchDataset):
             index = int(self._order(name, epoch)[at]) if self.shuffle else at
             rng = np.random.default_rng([self.seed, key, int(place)])
             seeds.append(int(rng.integers(1 << 62)))
-            sample = dataset.sample(index, rng)
-            samples.append(shortened(sample, self.processor, self.tail, rng))
+            samples.append(self.form.of(dataset.sample(index, rng), self.processor, rng))
         window, part = divmod(step, self.accumulate)
         shared = np.random.default_rng([self.seed, key, window, 1]).random()
         phase = (shared + (part + places / total) / self.accumulate) % 1
         noise = torch.tensor(seeds), torch.from_numpy(phase)
-        return collate(self.processor, samples, *noise, self.pack)
+        extra = self.form.extra(np.random.default_rng([self.seed, key, step, self.rank, 3]))
+        also = self.form.ids(self.processor)
+        return collate(self.processor, samples, *noise, self.pack, extra, also)
 
     def _order(self, name: str, epoch: int) -> np.ndarray:
         """The order of a data set's rows in one pass; the latest eight orders are kept."""
@@ -104,33 +104,6 @@ class Steps(TorchDataset):
                 order = grouped(order, self.lengths[name], size, first, rng)
             self.orders[name, epoch] = order
         return self.orders[name, epoch]
-
-
-def shortened(
-    sample: Example, processor: Processor, tail: int | None, rng: np.random.Generator
-) -> Example:
-    """An example whose text answers are followed by 1 to `tail` end tokens; None: as many as fit.
-
-    Args:
-        sample: with answers.
-        processor: of the model.
-        tail: see `mmdlm.training.data.Data`.
-        rng: of the number of end tokens.
-    """
-
-    def shorter(message: Message) -> Message:
-        return replace(message, parts=tuple(map(slot, message.parts)))
-
-    def slot(part: Any) -> Any:
-        if not isinstance(part, Slot) or not isinstance(part.value, str):
-            return part
-        own = len(processor.encode(part.value)) + int(rng.integers(1, tail + 1))
-        return replace(part, length=own if part.length is None else min(part.length, own))
-
-    if tail is None:
-        return sample
-    branches = tuple(tuple(map(shorter, branch)) for branch in sample.branches)
-    return replace(sample, messages=tuple(map(shorter, sample.messages)), branches=branches)
 
 
 def name_key(name: str) -> int:

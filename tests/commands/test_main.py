@@ -287,6 +287,21 @@ def test_one_question_about_several_images(loaded, photos, capsys):
     assert "--image is for one question" in capsys.readouterr().err
 
 
+def test_stop_texts_end_answers(loaded, photos, capsys):
+    image, question = str(photos / "0.png"), "is it red ?"
+    whole = mmdlm.answer(loaded, question, image, length=6).split()
+    stops = [whole[3], whole[4]]
+    wanted = " ".join(whole[: min(map(whole.index, stops))])
+    given = ["--question", question, "--length", "6"]
+    ends = [word for stop in stops for word in ("--stop", stop)]
+    assert main(["answer", image, *given, *ends]) == 0
+    assert capsys.readouterr().out == f"{image}: {wanted}\n"
+    assert main(["answer", "--image", image, *given, *ends]) == 0
+    assert capsys.readouterr().out == f"{question}: {wanted}\n"
+    assert main(["answer", "--image", image, *given, *ends, "--choices", "yes,no"]) == 2
+    assert "choices= and stop= exclude each other" in capsys.readouterr().err
+
+
 def test_infill_and_embed(loaded, photos, capsys):
     image = str(photos / "0.png")
     assert main(["infill", "a [MASK] circle", "[MASK:2] circle", "--image", image]) == 0

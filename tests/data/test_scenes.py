@@ -1,10 +1,8 @@
-import json
 import re
 from collections import Counter
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from mmdlm.data.scenes import (
     COLOURS,
@@ -17,7 +15,6 @@ from mmdlm.data.scenes import (
     Shape,
     describe,
     draw,
-    make,
     questions,
     random_scene,
 )
@@ -326,27 +323,3 @@ def test_invalid_calls_are_rejected():
 
 def test_opposites_are_mutual():
     assert all(OPPOSITE[OPPOSITE[relation]] == relation for relation in OPPOSITE)
-
-
-def test_make_writes_a_folder_that_reads_back(tmp_path):
-    path = make(tmp_path / "new" / "scenes", count=6, seed=3, asked=2)
-    entries = [json.loads(line) for line in path.read_text().splitlines()]
-    assert path.name == "metadata.jsonl"
-    assert len(entries) == 6
-    scenes = Scenes(seed=3)
-    for index, entry in enumerate(entries):
-        scene = scenes.scene(index)
-        with Image.open(path.parent / entry["file_name"]) as image:
-            assert np.array_equal(np.asarray(image), draw(scene))
-        assert entry["text"] == describe(scene)
-        assert len(entry["questions"]) == 2
-        assert all(truth(scene, q["prompt"]) == q["answer"] for q in entry["questions"])
-    again = make(tmp_path / "again", count=6, seed=3, asked=2)
-    assert again.read_text() == path.read_text()
-
-
-def test_make_rejects_a_folder_that_is_not_empty(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="not empty"):
-        make(tmp_path, count=1)
-    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]

@@ -29,7 +29,10 @@ ALL_ROWS = ("dream", "sdar")  # compared with rows alone; of each of the many ot
 IN_BLOCKS = ("fast_dllm_v2", "llada2_moe", "sdar")
 FULL = "requires full attention, but this model has {} attention; leave"
 ORDER = "requires an answer that can be filled in any order, .* block_causal attention in blocks of"
-NOT_FULL = {"daedal": "DAEDAL", "dystruct": "Dystruct", "lavida": "PrefixLM", "learn2pd": "EndCut"}
+NOT_FULL = {
+    **{"daedal": "DAEDAL", "dllm_cache": "DLLMCache", "dystruct": "Dystruct"},
+    **{"lavida": "PrefixLM", "learn2pd": "EndCut"},
+}
 REASONS = {
     **{preset: f"{name} {FULL.format('block_causal')}" for preset, name in NOT_FULL.items()},
     "elastic": f"ElasticCache {ORDER}",

@@ -13,6 +13,8 @@ from rich.table import Table
 
 from mmdlm.benchmarks.report import machine, terminal
 from tests.speed import (
+    answer_shapes,
+    answer_systems,
     compare,
     decode_speed,
     encode_speed,
@@ -46,6 +48,20 @@ one). Chunks of 8 robot actions, 56 tokens, with the latency of a query: act178 
 tokens and 50 of text) and act562 (256 tokens per image); -1 and -4 are denoising steps, and with
 -ids256 the head scores the 256 action ids only. A name without its end means all its variants.
 For GPUs: llada8b-499, -793, -3709 and -3709-keep25, dream7b-178 and -562, also with -b8 or -b16."""
+LAVIDA = """Time whole answers about an image against LaViDa's published inference.
+
+  python -m tests.speed lavida --shape lavida-tiny              a few seconds, to try it
+  python -m tests.speed lavida --shape lavidav126,lavidav126-x3
+
+Both systems read one checkpoint folder in LaViDa's layout with random weights, an image file of
+640x480 pixels (five views of 384) and a question, and fill 32 tokens in 16 steps (shift 0.33).
+Modes: prefix-lm computes the prompt once, none in every step. As above, a speed counts only if the
+tokens are equal.
+
+Shapes: lavida-tiny; lavida, a language model of 8 blocks of width 512 and 32,768 ids with a tower
+of 6 blocks of width 384; lavidav126, the same with LLaDA's 126,464 ids. With -x2 or -x3 that many
+questions about the image are answered in one call, with -again a question about an image whose
+features were kept; the published inference answers one by one and keeps nothing."""
 ENCODE = """Time encoders of published sizes with random weights.
 
   python -m tests.speed encode --shape siglip-384x5,whisper-s-30s --threads 8
@@ -119,6 +135,9 @@ def parser() -> argparse.ArgumentParser:
     one = command("decode", decode, DECODE, parents=[timing])
     one.add_argument("--shape", **cap256)
     one.add_argument("--mode", **modes, help="what is recomputed, separated by commas")
+    one = command("lavida", lavida, LAVIDA, parents=[timing])
+    one.add_argument("--shape", **cap256 | {"default": ["lavidav126", "lavidav126-again"]})
+    one.add_argument("--mode", **modes | {"default": ["prefix-lm"]}, help="prefix-lm or none")
     one = command("encode", encode, ENCODE, parents=[timing])
     one.add_argument("--shape", **cap256 | {"default": ["whisper-s-30s"]})
     one = command("train", train, TRAIN, parents=[timing])
@@ -141,6 +160,16 @@ def decode(given: argparse.Namespace) -> int:
     tables = [decode_speed.table(records)]
     queries = [record for record in records if "queries_per_s" in record]
     return _finish(given, records, *tables, *([decode_speed.latencies(queries)] if queries else []))
+
+
+def lavida(given: argparse.Namespace) -> int:
+    """See `LAVIDA`."""
+    if given.compile:
+        raise ValueError("--compile is not supported here; leave it out")
+    chosen, modes = answer_shapes.find(given.shape), answer_systems.check_modes(given.mode)
+    setting = _setting(given)
+    records = decode_speed.race(chosen, modes, setting, "answer", on_record=_progress, do="ask")
+    return _finish(given, records, decode_speed.table(records))
 
 
 def encode(given: argparse.Namespace) -> int:

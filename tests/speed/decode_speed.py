@@ -17,6 +17,7 @@ import mmdlm
 from encoders.checks import Checked, NonNegativeInt, PositiveInt
 from mmdlm.benchmarks.report import machine
 from mmdlm.loading.weights import devices
+from tests.speed.answer_shapes import AnswerShape
 from tests.speed.shapes import CHUNK, Shape
 from tests.speed.systems import APPROXIMATE, MODES, OURS, PLAIN, Answer, agreement, passes
 from tests.speed.worker import Worker
@@ -73,22 +74,24 @@ class Setting(Checked):
 
 
 def race(
-    shapes: Items[Shape],
+    shapes: Items[Shape | AnswerShape],
     modes: Items[str],
     setting: Setting,
     kind: str = "decode",
     systems: Items[str] = SYSTEMS,
     on_record: Callable[[Record], None] | None = None,
+    do: Literal["decode", "ask"] = "decode",
 ) -> list[Record]:
     """Runs the systems alternately within each round; one record per run.
 
     Args:
-        shapes: the shapes to decode.
+        shapes: the shapes to decode, or to ask about.
         modes: see `systems.MODES`.
         setting: settings of the measurement.
         kind: kind of the records.
         systems: the systems; with both, the gate compares them within a round.
         on_record: called with each new record.
+        do: what the processes do.
     Raises:
         RuntimeError: a process failed.
     """
@@ -102,7 +105,7 @@ def race(
                     turn = {}
                     for system, worker in workers.items():
                         turn[system] = worker.request(
-                            do="decode",
+                            do=do,
                             **{"system": system, "shape": shape.name, "mode": mode},
                             **{"device": setting.device, "dtype": setting.dtype},
                             **{"seed": setting.seed, "compiled": setting.compile},
@@ -115,7 +118,7 @@ def race(
 
 
 def _records(
-    shape: Shape,
+    shape: Shape | AnswerShape,
     mode: str,
     number: int,
     is_warmup: bool,
@@ -134,7 +137,9 @@ def _records(
             "ms_per_forward": 1e3 * seconds / one["forwards"],
             **one,
         }
-        if shape.block == shape.length:  # a chunk of actions in one block
+        if (
+            isinstance(shape, Shape) and shape.block == shape.length
+        ):  # a chunk of actions in one block
             record["queries_per_s"] = shape.batch / seconds
             record["actions_per_s"] = CHUNK * shape.batch / seconds
         if system == OURS and PLAIN in answers:

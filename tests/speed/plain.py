@@ -186,8 +186,15 @@ class Plain:
             before: what is cached of the positions before them.
             after: what is cached of the positions after them.
         """
+        return self.compute(
+            F.embedding(ids, self.embed) * self.config.embed_scale, first, before, after
+        )
+
+    def compute(
+        self, x: Tensor, first: int, before: Past | None = None, after: Past | None = None
+    ) -> tuple[Tensor, Past]:
+        """The same of embeddings [1 M D]."""
         self.forwards += 1
-        x = F.embedding(ids, self.embed) * self.config.embed_scale
         kept: Past = []
         for index, layer in enumerate(self.layers):
             h = _norm(x, layer["attn_norm"])
@@ -201,7 +208,7 @@ class Plain:
             if group > 1:
                 k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
             y = F.scaled_dot_product_attention(q, k, v)
-            y = y.transpose(1, 2).reshape(*ids.shape, -1)  # [1 M D]
+            y = y.transpose(1, 2).flatten(2)  # [1 M D]
             x = x + F.linear(y, *layer["o"])
             h = _norm(x, layer["mlp_norm"])
             h = F.silu(F.linear(h, *layer["gate"])) * F.linear(h, *layer["up"])

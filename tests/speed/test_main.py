@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.speed import (
+    answer_shapes,
     decode_speed,
     encode_speed,
     floors,
@@ -130,7 +131,7 @@ def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     printed = capsys.readouterr().out
-    for name in ("decode", "encode", "train", "roofline", "compare"):
+    for name in ("decode", "lavida", "encode", "train", "roofline", "compare"):
         assert f"    {name} " in printed
 
 
@@ -140,8 +141,9 @@ def test_commands_of_the_readme_are_valid():
     assert len(commands) >= 3
     for command in commands:
         given = parser().parse_args(shlex.split(command))
-        if command.startswith("train"):
-            assert train_shapes.find(given.shape)
+        if command.startswith(("train", "lavida")):
+            found = train_shapes if command.startswith("train") else answer_shapes
+            assert found.find(given.shape)
             continue
         assert shapes.find(given.shape)
         assert systems.check_modes(given.mode)

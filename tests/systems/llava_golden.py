@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import mmdlm
 from mmdlm.layout import ANSWER, Row, Sequence, Turn, arrange
 from mmdlm.model import MultimodalDLM
 from mmdlm.objectives.noise import Noise
-from mmdlm.objectives.objective import Batch
+from mmdlm.objectives.objective import Batch, Objective
 
 ROOT = Path(__file__).parents[1] / "golden" / "vision"
 WRITTEN = "".join(map(chr, range(32, 127))) + "\n"
@@ -123,6 +124,35 @@ class Golden:
         )
         zeros = torch.zeros(len(ids))
         return Batch(sequence, zeros.long(), zeros.double())
+
+    def trained(
+        self, model: MultimodalDLM, kind: str, objective: Objective
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of the golden's training rows, and the logits [N V] of its masked targets.
+
+        Args:
+            model: the loaded golden.
+            kind: "train", "train.full" or "train.prefix" (the prompt does not see the answer).
+            objective: the objective of its recipe.
+        """
+        masked, p = self.tensors[f"{kind}.masked"], self.tensors[f"{kind}.p_mask"]
+        copies = masked.split(len(p))  # two with complementary masks, or one
+        targets = self.tensors[f"{kind}.labels" if len(copies) == 2 else "train.spliced_labels"]
+        batch = self.training(model, torch.stack(targets.split(len(p))).amax(0))
+        sequence = batch.sequence
+        assert len(copies) == 1 or torch.equal(copies[0] | copies[1], sequence.is_answer)
+        if kind == "train.prefix":
+            first = sequence.is_answer.int().argmax(1, keepdim=True)
+            level = (torch.arange(masked.shape[1]) >= first).long()
+            sequence = replace(sequence, level=level)
+        with torch.no_grad():
+            noise = noise_of(batch, copies[0], p)
+            loss = objective.loss(model, replace(batch, sequence=sequence), noise).mean()
+            logits = [
+                model.logits_at(replace(sequence, tokens=sequence.tokens.where(~at, self.mask)), at)
+                for at in copies
+            ]
+        return loss, torch.cat(logits)
 
     def canvases(self, decoded: mmdlm.Decoded, row: int) -> Tensor:
         """[steps G] the answer after every step."""

@@ -37,7 +37,6 @@ from tests.systems.llava_golden import (
     Golden,
     asked,
     is_answer,
-    noise_of,
     with_tokenizer,
 )
 
@@ -153,18 +152,9 @@ def test_answers_to_conversation_token_ids_equal_reference(model: MultimodalDLM,
 
 @pytest.mark.parametrize("kind", ["full", "prefix"])
 def test_losses_of_its_objective_equal_reference(model: MultimodalDLM, kind: str) -> None:
-    masked, labels = TENSORS[f"train.{kind}.masked"], TENSORS[f"train.{kind}.labels"]
-    rows = len(masked) // 2
-    batch = GOLDEN.training(model, torch.maximum(labels[:rows], labels[rows:]))
-    assert torch.equal(masked[:rows] | masked[rows:], batch.sequence.is_answer)
-    if kind == "prefix":
-        first = batch.sequence.is_answer.int().argmax(1, keepdim=True)
-        level = (torch.arange(labels.shape[1]) >= first).long()
-        batch = replace(batch, sequence=replace(batch.sequence, level=level))
-    noise = noise_of(batch, masked[:rows], TENSORS[f"train.{kind}.p_mask"])
-    with torch.no_grad():
-        loss = objective("lavida").loss(model, batch, noise).mean()
+    loss, logits = GOLDEN.trained(model, f"train.{kind}", objective("lavida"))
     torch.testing.assert_close(loss, TENSORS[f"train.{kind}.loss"][0], atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(logits, TENSORS[f"train.{kind}.logits_at_masked"], atol=2e-4, rtol=0)
 
 
 def test_the_checkpoint_decodes_as_its_evaluation_did(model: MultimodalDLM) -> None:

@@ -25,15 +25,14 @@ from mmdlm.decoding.plans.first_token import FirstToken
 from mmdlm.decoding.scores.entropy import Entropy
 from mmdlm.decoding.scores.margin import Margin
 from mmdlm.decoding.strategy import Strategy
-from mmdlm.messages import Media
 from mmdlm.model import MultimodalDLM
 from tests.objectives.recorded import preset as objective
+from tests.systems.letters import spelled
 from tests.systems.llava_golden import (
     WRITTEN,
     Golden,
     asked,
     is_answer,
-    noise_of,
     with_tokenizer,
 )
 
@@ -139,20 +138,10 @@ def test_prompts_of_one_and_two_images_agree_alone_and_in_a_batch(model: Multimo
         assert torch.equal(GOLDEN.canvases(both, 1), GOLDEN.canvases(alone, 0))
 
 
-@pytest.mark.parametrize("kind", ["full"])
-def test_losses_of_its_objective_equal_reference(model: MultimodalDLM, kind: str) -> None:
-    masked, labels = TENSORS[f"train.{kind}.masked"], TENSORS[f"train.{kind}.labels"]
-    rows = len(masked) // 2
-    batch = GOLDEN.training(model, torch.maximum(labels[:rows], labels[rows:]))
-    assert torch.equal(masked[:rows] | masked[rows:], batch.sequence.is_answer)
-    if kind == "prefix":
-        first = batch.sequence.is_answer.int().argmax(1, keepdim=True)
-        level = (torch.arange(labels.shape[1]) >= first).long()
-        batch = replace(batch, sequence=replace(batch.sequence, level=level))
-    noise = noise_of(batch, masked[:rows], TENSORS[f"train.{kind}.p_mask"])
-    with torch.no_grad():
-        loss = objective("lavida").loss(model, batch, noise).mean()
-    torch.testing.assert_close(loss, TENSORS[f"train.{kind}.loss"][0], atol=2e-4, rtol=1e-4)
+def test_losses_of_its_objective_equal_reference(model: MultimodalDLM) -> None:
+    loss, logits = GOLDEN.trained(model, "train.full", objective("lavida"))
+    torch.testing.assert_close(loss, TENSORS["train.full.loss"][0], atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(logits, TENSORS["train.full.logits_at_masked"], atol=2e-4, rtol=0)
 
 
 def test_the_checkpoint_decodes_as_the_released_evaluation(model: MultimodalDLM) -> None:
@@ -182,13 +171,8 @@ CONTROL = {
 
 def test_prompts_are_chatml_with_the_newline_after_an_image(tmp_path: Path) -> None:
     model = mmdlm.load(with_tokenizer(GOLDEN.published(tmp_path), CONTROL), device="meta")
-    names = {number: text for text, number in CONTROL.items()}
-    written = "".join(
-        "<image>"
-        if isinstance(part, Media)
-        else "".join(names.get(i) or WRITTEN[i] for i in part.tolist())
-        for part in model.processor.prompt(asked(IMAGES[0], "What is it?"))
-    )
+    parts = model.processor.prompt(asked(IMAGES[0], "What is it?"))
+    written = spelled(parts, CONTROL, WRITTEN)
     system, _, rest = written.partition("<|im_end|>")
     assert system.startswith("<|im_start|>system\nYou are a helpful language and vision assistant.")
     assert rest == ("\n<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant\n")

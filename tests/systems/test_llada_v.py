@@ -27,16 +27,15 @@ from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.decoding.plans.stop_sequences import StopSequences
 from mmdlm.decoding.strategy import Strategy
 from mmdlm.layout import Sequence
-from mmdlm.messages import Media
 from mmdlm.model import MultimodalDLM
 from mmdlm.systems.llada_v import LLaDAV
 from tests.objectives.recorded import preset as objective
+from tests.systems.letters import spelled
 from tests.systems.llava_golden import (
     WRITTEN,
     Golden,
     asked,
     is_answer,
-    noise_of,
     with_tokenizer,
 )
 
@@ -68,9 +67,16 @@ def test_images_and_prompts_equal_reference(model: MultimodalDLM, prompts: list[
         length = sequence.tokens.shape[1]
         assert length == TENSORS[f"{name}.embeds_len"].item()
         with torch.no_grad():
+            features = model.encoders["image"]([item])
+            projected = model.adapters["image"].project(features).tokens[:, ::64]
             embedded = model.spliced(sequence, torch.arange(length)[None])[0]
         ends = torch.cat([embedded[:40], embedded[-40:]])
-        for got, part in ((embedded[::5], "inputs_embeds"), (ends, "inputs_embeds_head_tail")):
+        for got, part in (
+            (features.tokens[:, ::64], "tower_features"),
+            (projected, "projected"),
+            (embedded[::5], "inputs_embeds"),
+            (ends, "inputs_embeds_head_tail"),
+        ):
             torch.testing.assert_close(got, TENSORS[f"{name}.{part}"], atol=5e-5, rtol=0)
 
 
@@ -141,11 +147,9 @@ def test_caches_that_recompute_everything_equal_no_cache(
 
 
 def test_loss_of_its_objective_equals_reference(model: MultimodalDLM) -> None:
-    batch = GOLDEN.training(model, TENSORS["train.spliced_labels"])
-    noise = noise_of(batch, TENSORS["train.masked"], TENSORS["train.p_mask"])
-    with torch.no_grad():
-        loss = objective("llada_v").loss(model, batch, noise).mean()
+    loss, logits = GOLDEN.trained(model, "train", objective("llada_v"))
     torch.testing.assert_close(loss, TENSORS["train.loss"][0], atol=3e-4, rtol=1e-4)
+    torch.testing.assert_close(logits, TENSORS["train.logits_at_masked"], atol=3e-4, rtol=0)
 
 
 def test_export_to_the_published_layout_is_bit_equal(model: MultimodalDLM, tmp_path: Path) -> None:
@@ -174,13 +178,8 @@ def test_only_the_end_of_a_turn_ends_an_answer(tmp_path: Path) -> None:
     found = preset.strategies(model.preset["answer"]["strategies"])
     assert found == [Suppress(BANNED), EndOfText()]
     assert CONFIG["ids"]["eot"] in model.spec.stop_ids
-    names = {number: text for text, number in CONTROL.items()}
-    written = "".join(
-        "<image>"
-        if isinstance(part, Media)
-        else "".join(names.get(i) or WRITTEN[i] for i in part.tolist())
-        for part in model.processor.prompt(asked(GOLDEN.images[0], "What is it?"))
-    )
+    parts = model.processor.prompt(asked(GOLDEN.images[0], "What is it?"))
+    written = spelled(parts, CONTROL, WRITTEN)
     assert written.endswith(
         "user<|end_header_id|>\n\n<image>What is it?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"

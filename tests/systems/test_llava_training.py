@@ -62,6 +62,19 @@ def test_a_recipe_trains_two_steps(name: str, data: Path, tmp_path: Path) -> Non
     assert all(weight.isfinite().all() for weight in after.values())
 
 
+def test_a_recipe_trains_on_scenes_that_the_toolkit_makes(tmp_path: Path) -> None:
+    made = ["data", "make", "scenes", str(tmp_path / "scenes"), "--count", "3", "--asked", "1"]
+    assert main([*made, "--size", "32", "--format", "llava"]) == 0
+    source = lavida(tmp_path / "source", **ONE_VIEW)
+    data = tmp_path / "scenes" / "conversations.json"
+    words = ["fit", "-c", "train/lavida_stage2", "--source", str(source), "--data", str(data)]
+    fast = ["accelerator=cpu", "precision=32", "accumulate_grad_batches=1"]
+    words += ["--steps", "2", "--batch-size", "2", "--out", str(tmp_path), "--check", "none"]
+    assert main([*words, *(f"--trainer.{word}" for word in fast)]) == 0
+    saved = tmp_path / "lavida_stage2" / "version_0" / "checkpoints" / "last.ckpt"
+    assert torch.load(saved, weights_only=True)["global_step"] == 2
+
+
 def test_the_infilling_recipe_trains_two_steps(data: Path, tmp_path: Path) -> None:
     source = lavida(tmp_path / "source", **ONE_VIEW)
     tokens = {"end": "<|eot_id|>", "filler": "<|start_header_id|>"}  # not used by the answers

@@ -16,7 +16,9 @@ import mmdlm
 from encoders.magvit_v2 import MagvitV2
 from mmdlm import checkpoint
 from mmdlm.blueprint import Blueprint, build, describe
+from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.loading.keymap import locate, shapes
+from mmdlm.messages import Message, Text
 from mmdlm.model import MultimodalDLM
 from mmdlm.systems.mmada import MMaDA
 from tests.systems import letters
@@ -215,6 +217,37 @@ def test_answers_and_captions_in_batches_equal_those_alone(model) -> None:
         mmdlm.answer(model, both, length=6),
         mmdlm.answer(model, "why", length=6),
     ]
+
+
+@pytest.mark.parametrize("kind", ["with", "without"])
+def test_logits_of_a_prompt_equal_those_of_the_reference(model, kind) -> None:
+    """With the mask of the generator, padding on the left is neither attended to nor scored."""
+    ids, mask = TENSORS["input_ids"], TENSORS["attention_mask"].bool()
+    assert not mask.all()
+    real = mask if kind == "with" else torch.ones_like(mask)
+    with torch.no_grad():
+        found = model.logits(ids, mask=real)
+    expected = TENSORS[f"logits_{kind}_bias"]
+    torch.testing.assert_close(found[real], expected[real], atol=2e-4, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*filled the canvas")
+def test_answers_equal_those_of_the_reference(model) -> None:
+    """The reference fills masks of the prompt too, but commits only as many as the answer has.
+
+    So two of its four masks in the prompt stay, and two in the answer. Here all twelve positions
+    are the canvas, and its four steps of two tokens are the first four of six.
+    """
+    given, expected = TENSORS["mmu.in"][0], TENSORS["mmu.out"][0]
+    text, count = given[given != 60], len(expected) - 8
+    assert torch.equal(expected[:8], text)
+    raw = [Message("raw", (Text(text),))]
+    found = mmdlm.answer(model, raw, length=count, strategies=[TopK(6)], details=True)
+    committed = [
+        token if step < 4 else 60 for token, step in zip(found.tokens, found.step, strict=True)
+    ]
+    assert committed == expected[8:].tolist()
+    assert found.forwards == 6
 
 
 def test_only_the_codes_under_the_mask_are_drawn_again(model) -> None:

@@ -17,6 +17,19 @@ def test_list_of_questions_about_one_image(model, images, encoded):
     assert found == [mmdlm.answer(model, q, image=images[0]) for q in QUESTIONS]
 
 
+def test_kept_features_are_not_encoded_again(model, images, encoded):
+    features = {}
+    asked = {"image": images[0], "features": features}
+    found = [mmdlm.answer(model, question, **asked) for question in QUESTIONS]
+    chosen = mmdlm.answer(model, QUESTIONS[1], choices=["yes", "no"], **asked)
+    assert encoded == [1]
+    assert len(features) == 1
+    assert found == mmdlm.answer(model, QUESTIONS, images[0])
+    assert chosen == mmdlm.answer(model, QUESTIONS[1], images[0], choices=["yes", "no"])
+    mmdlm.answer(model, QUESTIONS[0], images[1], features=features)
+    assert len(features) == 2
+
+
 def test_one_question_about_a_list_of_images(model, images):
     found = mmdlm.answer(model, QUESTIONS[0], images=images)
     assert found == [mmdlm.answer(model, QUESTIONS[0], image=one) for one in images]
