@@ -93,19 +93,20 @@ def _added(sums: np.ndarray) -> float:
     return float((some - none) / (whole - none)) if whole > none else 0.0
 
 
-def contrast(found: Items[Measured], model: str, budget: float, name: str) -> np.ndarray:
-    """[1 + rounds] difference of the means of two groups of ways, on long answers.
+def contrast(found: Items[Measured], model: str, task: str, budget: float, name: str) -> np.ndarray:
+    """[1 + rounds] difference of the means of two groups of ways.
 
     Args:
         found: all results; equal resamples are compared.
         model: name.
+        task: `LONG` or `SHORT`.
         budget: share.
         name: of `CONTRASTS`.
     """
     own = {
         one.way: one.words
         for one in found
-        if (one.model, one.task, one.budget) == (model, LONG, budget)
+        if (one.model, one.task, one.budget) == (model, task, budget)
     }
     first, second = (np.mean([own[way] for way in group], 0) for group in CONTRASTS[name])
     return first - second
@@ -138,11 +139,14 @@ def tables(found: Items[Measured], recovered: Items[Recovered]) -> list[Any]:
     title = "long answers: share of the image's information left after pruning, %"
     made.append(_table(title, ("model", "kept", *steps, "last minus first third"), rows))
     rows = {
-        (name, f"{budget:.0%}"): [shown(contrast(found, m, budget, name)) for m in models]
+        (name, task, f"{budget:.0%}"): [
+            shown(contrast(found, model, task, budget, name)) for model in models
+        ]
         for name in CONTRASTS
+        for task in (LONG, SHORT)
         for budget in budgets
     }
-    made.append(_table("long answers: differences in points", ("", "budget", *models), rows))
+    made.append(_table("differences in points", ("", "task", "budget", *models), rows))
     return made
 
 
@@ -179,10 +183,17 @@ def as_json(found: Items[Measured], recovered: Items[Recovered]) -> dict[str, An
             for one in recovered
         ],
         "differences": [
-            {"what": name, "model": m, "budget": b, "words": value(contrast(found, m, b, name))}
+            {
+                "what": name,
+                "model": model,
+                "task": task,
+                "budget": budget,
+                "words": value(contrast(found, model, task, budget, name)),
+            }
             for name in CONTRASTS
-            for m in names
-            for b in dict.fromkeys(one.budget for one in recovered)
+            for model in names
+            for task in (LONG, SHORT)
+            for budget in dict.fromkeys(one.budget for one in recovered)
         ],
     }
 

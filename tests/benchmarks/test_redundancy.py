@@ -116,7 +116,7 @@ def test_shares_and_differences_follow_from_counts():
         for name, each in (value | dict.fromkeys(SKIPPING, 0.9)).items()
     ]
     names = ("late or progressive minus early pruning", "skipped layers minus pruning")
-    differences = [contrast(measured, "a", 0.5, name) for name in names]
+    differences = [contrast(measured, "a", LONG, 0.5, name) for name in names]
     assert np.allclose(differences, [[0.4, 0.4], [0.4, 0.4]])
 
 
@@ -132,7 +132,7 @@ def test_the_command_trains_and_writes_table_json_and_plot(tmp_path, capsys):
     assert len(results["answers"]) == 3 * 2 * 8
     best = [one for one in results["answers"] if one["model"] == "bundled" and one["budget"] == 1]
     assert all(one["words"][0] > 0.9 for one in best)
-    assert len(results["differences"]) == 3 * 2
+    assert len(results["differences"]) == 3 * 2 * 2
     assert Image.open(tmp_path / "redundancy.png").size[0] > 1000
 
 
