@@ -36,6 +36,7 @@ INDENT = "  "
 DIGITS = tuple(
     f"{i:0{n}}" for n in (1, 2, 3) for i in range(10**n)
 )  # number tokens of common tokenizers
+LISTED = 10  # changed values that a warning names
 SPACES = (" ", "\n", "  ")  # allowed between a value and the following comma
 
 
@@ -154,7 +155,9 @@ def complete(
             answers[i] = one.answer(model, text, len(made.tokens))
             notes += changed
     if notes:
-        warnings.warn(f"values were changed to fit the schema: {'; '.join(notes)}", stacklevel=3)
+        listed, more = "; ".join(notes[:LISTED]), len(notes) - LISTED
+        listed += f"; and {more} more" if more > 0 else ""
+        warnings.warn(f"values were changed to fit the schema: {listed}", stacklevel=3)
     return [answers[i] for i in range(len(forms))]
 
 

@@ -175,6 +175,15 @@ def test_any_slot_ids_are_parsed_as_values_of_the_schema(model) -> None:
         assert valid(value, schema), (value, schema)
 
 
+def test_warning_names_ten_changed_values_and_counts_the_others(model) -> None:
+    item = {"type": "integer", "minimum": 10**12, "x-tokens": 2}
+    schema = {"properties": {"n": {"type": "array", "items": item, "minItems": 14, "maxItems": 14}}}
+    with pytest.warns(UserWarning, match=r"n\[9\] .*; and 4 more$") as found:
+        value = json.loads(mmdlm.infill(model, schema, prompt="x", strategies="one_step"))
+    assert value == {"n": [10**12] * 14}
+    assert "n[10]" not in str(found[0].message)
+
+
 def test_validator_rejects_invalid_values() -> None:
     person = {"name": "Ada", "age": 36, "height": 1.6, "alive": False, "job": "poet", "tags": []}
     person["home"] = {"town": None, "zip": 'a"b'}
