@@ -116,6 +116,7 @@ def resolve_settings(
     strategies: preset.Choice = None,
     *,
     needs_prompt: bool = True,
+    is_sized: bool = True,
 ) -> Settings:
     """Settings of a task: the caller's arguments, then the checkpoint's decoding.yaml.
 
@@ -128,6 +129,8 @@ def resolve_settings(
         length: canvas length in tokens; None: the checkpoint's default.
         strategies: strategies or preset name; None: the checkpoint's default.
         needs_prompt: raise if there is no instruction.
+        is_sized: `length` is that of the canvas, and warns of strategies that are too coarse for
+            it; False if a template decides.
     Raises:
         ValueError: there is no instruction, or the length is not positive.
     """
@@ -147,7 +150,7 @@ def resolve_settings(
     if strategies is None:  # the checkpoint's strategies need no check against the length
         found = _default_strategies(defaults.get("strategies") or [])
     else:
-        found = preset.effective(strategies, length)
+        found = preset.effective(strategies, length) if is_sized else preset.strategies(strategies)
     return Settings(prompt, length, [*found, *model.strategies])
 
 

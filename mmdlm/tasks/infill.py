@@ -112,7 +112,8 @@ def infill(
     rows = _rows(template, image, prompt)
     is_schema = _are_schemas(rows)
     single = None if isinstance(prompt, list) else prompt
-    settings = resolve_settings(model, "infill", single, length, strategies, needs_prompt=False)
+    given = {"needs_prompt": False, "is_sized": length is not None}
+    settings = resolve_settings(model, "infill", single, length, strategies, **given)
     default = (model.preset.get("infill") or {}).get("length")
     requests = [
         (

@@ -3,6 +3,7 @@ import torch
 
 import mmdlm
 import mmdlm.tasks.infill as module
+from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.tasks.generate import Filled
 from mmdlm.tasks.infill import parse
 
@@ -83,6 +84,15 @@ def test_white_space_of_text_and_slots_is_kept(speller, monkeypatch):
     texts = [model.processor.encode("def f(x):\n   "), "[MASK:3]"]
     example, _ = module._example(model, parse("def f(x):\n    [MASK:3]"), None, (), None, None)
     assert example.messages[0].parts[0].text.equal(texts[0])
+
+
+def test_coarse_strategies_are_named_only_where_the_length_is_given(model, recwarn):
+    model.preset = {}
+    text = "the circle is [MASK]" + " left of the square" * 10
+    mmdlm.infill(model, text, strategies=[Blocks(32)])
+    assert not [w for w in recwarn if "changes nothing" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"Blocks\(size=32\) changes nothing in an answer of 20"):
+        mmdlm.infill(model, "a [MASK]", length=20, strategies=[Blocks(32)])
 
 
 def test_slots_are_parsed():
