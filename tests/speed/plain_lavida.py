@@ -173,7 +173,7 @@ def normalised(view: Image.Image) -> Tensor:
 def merged(
     maps: Tensor, size: tuple[int, int], canvas: tuple[int, int], side: int, newline: Tensor
 ) -> Tensor:
-    """Overview and unpadded map [N D] of pooled views [V D y x], see vision.md: `spatial_unpad`."""
+    """Overview and unpadded map [N D] of pooled views [V D y x], merged as "spatial_unpad"."""
     columns, rows = canvas[0] // side, canvas[1] // side
     width, y, x = maps.shape[1:]
     overview = maps[0].flatten(1).T

@@ -209,11 +209,12 @@ class Server:
         key, begin = (system, shape, mode, seed, device, dtype), time.perf_counter()
         if self.kept[0] != key:
             self.kept = (None, None)
-            place = tempfile.TemporaryDirectory()
-            folder = write(what, Path(place.name), seed)
+            kept = tempfile.TemporaryDirectory()
+            folder = write(what, Path(kept.name), seed)
             model = mmdlm.load(folder, device=device, dtype=dtype)
-            self.kept = (key, (place, model.device, runner(system, model, folder, what, mode)))
-        return _run(*self.kept[1][:0:-1], time.perf_counter() - begin)
+            self.kept = (key, (kept, model.device, runner(system, model, folder, what, mode)))
+        _, place, run = self.kept[1]
+        return _run(run, place, time.perf_counter() - begin)
 
     def encode(self, shape: str, device: str, dtype: str, seed: int) -> dict[str, Any]:
         """One timed forward of an encoder."""
