@@ -78,7 +78,7 @@ def test_plain_image_embeddings_equal_those_of_the_model(size, tmp_path):
 
 
 def test_schedule_is_that_of_the_checkpoint():
-    # vision.md's example of 32 tokens in 16 steps at 0.33.
+    # LaViDa's counts for 32 tokens in 16 steps at a shift of 0.33.
     assert shift_counts(32, 16) == [6, 4, 4, 3, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1]
     assert shift_counts(16, 8) == shifted(16, 8, 0.33, "shift")
     assert STRATEGIES[1]["init_args"]["shift"] == 0.33

@@ -166,7 +166,7 @@ def test_the_checkpoint_decodes_as_its_evaluation_did(model: MultimodalDLM) -> N
         decoded = mmdlm.decode(model, laid_out(model, [0]), 32, found)
         assert decoded.nfe == 16
         counts = decoded.history.step[0].bincount().tolist()
-        # vision.md's example of 32 tokens in 16 steps at 0.33.
+        # LaViDa's counts for 32 tokens in 16 steps at a shift of 0.33.
         assert counts == [6, 4, 4, 3, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1]
 
 
