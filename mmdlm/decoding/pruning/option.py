@@ -88,10 +88,7 @@ def apply(model: MultimodalDLM, given: Prune) -> None:
 
 def _check_tower(model: MultimodalDLM, method: Pruner) -> None:
     """Raises ValueError unless tokens of images can be merged inside the tower."""
-    name, encoder, adapter = (
-        type(method).__name__,
-        *(parts["image"] for parts in (model.encoders, model.adapters)),
-    )
+    name, encoder, adapter = type(method).__name__, model.encoders["image"], model.adapters["image"]
     if not encoder.can_merge:
         raise ValueError(
             f"prune: {name} needs a vision transformer without class token, such as SigLIP; "

@@ -65,7 +65,8 @@ def picture(seed):
     return draw(random_scene(np.random.default_rng(seed), 2), 64)
 
 
-@pytest.mark.parametrize("method", methods())
+# The adapter of `tiny` needs a grid, which tome_tower does not leave (test_tome_tower.py).
+@pytest.mark.parametrize("method", [name for name in methods() if name != "tome_tower"])
 def test_every_method_prunes_alike_alone_and_in_a_batch(method):
     inside = {"rank": method, "layer": 2, "keep": 0.25}
     given = inside if method in RANKS else f"{method}@0.25"
