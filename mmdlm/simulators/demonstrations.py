@@ -81,16 +81,18 @@ def make(
 def scenes(simulator: Highway, seed: int) -> Iterator[Scene]:
     """Scenes of one episode.
 
-    A tenth of the steps begins a disturbance of one to four steps: another acceleration, in a third
-    of them also a lane change. So the scenes hold recoveries, as in `mmdlm.data.episodes.collect`.
-    Plans are always those of the undisturbed driver; those that end in a collision are left out.
+    For about half of the time the car is disturbed: for one to five seconds it keeps its speed or
+    an acceleration drawn at random, and in a fifth of the cases changes the lane first. So the
+    history does not tell what the rule-based driver does next: a model trained on its undisturbed
+    driving goes on with what it did before. Plans are always those of the undisturbed driver; those
+    that end in a collision are left out.
 
     Args:
         simulator: an open simulator with all cameras.
         seed: seed of the episode and of its disturbances.
     """
     rng = np.random.default_rng([seed, 7919])  # differs from the simulator's stream
-    obs, done, left, offset = simulator.reset(seed), False, 0, np.zeros(2)
+    obs, done, left, held, lane = simulator.reset(seed), False, 0, 0.0, 0
     step = int(rng.integers(EVERY))
     while not done:
         action = simulator.expert()
@@ -99,12 +101,12 @@ def scenes(simulator: Highway, seed: int) -> Iterator[Scene]:
             if not future.crashed:
                 images = tuple(obs[name] for name in CAMERAS)
                 yield Scene(images, simulator.history(), plan(simulator, future))
-        if left == 0 and rng.random() < 0.1:
-            left = int(rng.integers(1, 5))
-            lane = rng.choice([-1, 1]) if rng.random() < 1 / 3 else 0
-            offset = np.array([rng.normal(0, 2.5), lane])
-        executed = action if left == 0 else action + offset
-        left, step = max(left - 1, 0), step + 1
+        if left == 0 and rng.random() < 0.15:
+            left = int(rng.integers(2, 11))
+            held = float(rng.choice([0.0, rng.normal(0, 2.5)]))
+            lane = int(rng.choice([-1, 1])) if rng.random() < 0.2 else 0
+        executed = action if left == 0 else np.array([held, lane])
+        left, lane, step = max(left - 1, 0), 0, step + 1
         obs, _, _, done = simulator.step(np.clip(executed, simulator.low, simulator.high))
 
 
