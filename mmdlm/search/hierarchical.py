@@ -106,7 +106,9 @@ def hierarchical(
     interval: int = 3,
     branch: Branch | None = None,
     seeded: Callable[[int], Source] | None = None,
-    **given: object,
+    canvas: Tensor | None = None,
+    columns: slice | None = None,
+    alternatives: dict[str, Tensor | Sequence] | None = None,
 ) -> Trajectories:
     """The best of n decodes for about n + keep * steps steps instead of n * steps.
 
@@ -131,14 +133,17 @@ def hierarchical(
         interval: steps between two selections.
         branch: copies in place of the trajectories with middle scores; None for none.
         seeded: random stream of a seed; None: a generator of the seed, as in `best_of_n`.
-        given: `canvas` [1 G], `columns` and `alternatives` of one row each, see `mmdlm.decode`.
+        canvas: [1 G], see `mmdlm.decode`.
+        columns: see `mmdlm.decode`.
+        alternatives: see `mmdlm.decode`, of one row each.
     Raises:
         ValueError: n, keep or decay are out of range, or see `mmdlm.decode`.
     """
     if not 1 <= keep <= n or decay <= 1:
         raise ValueError(f"n {n}, keep {keep}, decay {decay}: expected 1 <= keep <= n, decay > 1")
     stream = seeded or (lambda seed: generators(model, prompt, seed))
-    session = Session(model, strategies, columns=given.pop("columns", None))
+    session = Session(model, strategies, columns=columns)
+    given = {"canvas": canvas, "alternatives": alternatives}
     keys = [session.add_rows(prompt, length, generator=stream(i), **given)[0] for i in range(n)]
     search = _Search(session, score, stream, {key: seed for seed, key in enumerate(keys)})
     start, stop = (int(share * steps) for share in window)

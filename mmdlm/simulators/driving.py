@@ -24,9 +24,17 @@ POLICY, RULES, CONSTANT = "policy", "rule-based", "constant speed"
 
 
 class Driver(Protocol):
-    """Chooses the next action of several cars at once."""
+    """Chooses the next action of several cars at once.
+
+    Attributes:
+        name: for tables.
+        looks: it needs observations.
+        plan_ms: wall time per plan so far in milliseconds; 0 without plans.
+    """
 
     name: str
+    looks: bool
+    plan_ms: float
 
     def start(self, cars: Items[Highway]) -> None:
         """Called once, after the resets."""
@@ -45,7 +53,7 @@ class Driver(Protocol):
 class Rules:
     """highway-env's rule-based driver, IDM and MOBIL, at every simulation step."""
 
-    name = RULES
+    name, looks, plan_ms = RULES, False, 0.0
 
     def start(self, cars: Items[Highway]) -> None:
         """Has the cars drive themselves."""
@@ -78,7 +86,7 @@ class Planner:
         follow: see `mmdlm.tasks.drive.Plan.action`.
     """
 
-    name = POLICY
+    name, looks = POLICY, True
 
     def __init__(
         self,
@@ -89,10 +97,15 @@ class Planner:
     ) -> None:
         self.model, self.seed, self.follow = model, seed, follow
         self.strategies = strategies
-        self.seconds: list[float] = []
-        """Wall time of each batch of plans."""
+        self.seconds = 0.0
+        """Wall time of all plans so far."""
         self.plans = 0
         """Plans so far."""
+
+    @property
+    def plan_ms(self) -> float:
+        """See `Driver`; that of a batch is divided by its size."""
+        return 1e3 * self.seconds / max(1, self.plans)
 
     def start(self, cars: Items[Highway]) -> None:
         """Nothing to prepare."""
@@ -113,7 +126,7 @@ class Planner:
             batch_size=len(scenes),
             seed=self.seed,
         )
-        self.seconds.append(time.perf_counter() - begin)
+        self.seconds += time.perf_counter() - begin
         self.plans += len(plans)
         return [
             (one.action(car.speed, self.follow), one.value["explanation"])
@@ -205,14 +218,13 @@ def run(
     seen = [car.reset(int(seed)) for car, seed in zip(cars, seeds, strict=True)]
     drives = [Drive(int(seed)) for seed in seeds]
     driver.start(cars)
-    looks = isinstance(driver, Planner)
     active = list(range(len(cars)))
     bar = tqdm(total=horizon, desc=driver.name, unit="step", disable=not progress, leave=False)
     while active:
         actions = driver.act([cars[i] for i in active], [seen[i] for i in active])
         going = []
         for i, (action, line) in zip(active, actions, strict=True):
-            seen[i], _, _, done = cars[i].step(action, observe=looks or i < filmed)
+            seen[i], _, _, done = cars[i].step(action, observe=driver.looks or i < filmed)
             drives[i].seconds += 1 / cars[i].fps
             if i < filmed:
                 drives[i].frames.append(_frame(driver.name, cars[i], seen[i], line))
@@ -224,8 +236,7 @@ def run(
     for one, car in zip(drives, cars, strict=True):
         one.collided, one.speed = car.crashed, car.mean_speed
         car.close()
-    ms = 1e3 * sum(driver.seconds) / driver.plans if looks else 0.0
-    return Result(driver.name, tuple(drives), ms)
+    return Result(driver.name, tuple(drives), driver.plan_ms)
 
 
 def _frame(name: str, car: Highway, obs: dict[str, Any], line: str) -> np.ndarray:

@@ -119,9 +119,7 @@ def infill(
         (
             template,
             settings.prompt if instruction is None else instruction,
-            tuple(Media("image", one) for one in (item if isinstance(item, tuple) else (item,)))
-            if image is not None
-            else (),
+            () if image is None else _media(item),
         )
         for template, item, instruction in rows
     ]
@@ -146,6 +144,12 @@ def _several(image: Any, images: list[Any] | None) -> Any:
     if all(isinstance(each, list | tuple) for each in images):
         return [tuple(each) for each in images]
     return tuple(images)
+
+
+def _media(item: Any) -> tuple[Media, ...]:
+    """An image, or a tuple of several, as media."""
+    items = item if isinstance(item, tuple) else (item,)
+    return tuple(Media("image", one) for one in items)
 
 
 def _are_schemas(rows: list[tuple]) -> bool:

@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmdlm.decoding.commits.random_top_k import RandomTopK
 from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.decode import decode
-from mmdlm.decoding.guidance.cfg import CFG
 from mmdlm.decoding.plans.blocks import Blocks
 from mmdlm.decoding.scores.gumbel import Gumbel
 from mmdlm.decoding.session import Session
@@ -94,31 +92,6 @@ def test_blocks_are_opened_again_for_their_masks(toy) -> None:
     assert not bool((found.tokens == MASK).any())
     # A copy does its masks again, and the block that was open from its first step on.
     assert STEPS <= len(found.alive) <= STEPS + 2 * (3 + 5)
-
-
-def test_images_are_searched_with_guidance_and_branches(toy) -> None:
-    canvas = torch.full((1, 10), MASK)
-    canvas[0, 0], canvas[0, -1] = 4, 5
-    found = hierarchical(
-        toy,
-        PROMPT,
-        10,
-        [CFG(2.0), RandomTopK(8)],
-        8,
-        lambda canvases: (canvases == 25).sum(1).double().tolist(),
-        n=6,
-        keep=2,
-        interval=1,
-        branch=Branch(survivors=1),
-        canvas=canvas,
-        columns=slice(20, 36),
-        alternatives={"text": PROMPT[:, :1]},
-    )
-    assert found.tokens[:, 0].tolist() == [4, 4]
-    assert found.tokens[:, -1].tolist() == [5, 5]
-    assert bool(((found.tokens[:, 1:-1] >= 20) & (found.tokens[:, 1:-1] < 36)).all())
-    assert len(found.alive) == 8
-    assert found.forwards < 6 * 8
 
 
 def test_settings_out_of_range_are_refused() -> None:

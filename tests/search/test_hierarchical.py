@@ -10,7 +10,7 @@ from mmdlm.decoding.commits.top_k import TopK
 from mmdlm.decoding.decode import decode
 from mmdlm.decoding.guidance.cfg import CFG
 from mmdlm.decoding.scores.gumbel import Gumbel
-from mmdlm.search.hierarchical import hierarchical, verifier
+from mmdlm.search.hierarchical import Branch, hierarchical, verifier
 
 MASK, STEPS, LENGTH = 2, 20, 20
 PROMPT = torch.tensor([[5, 6, 7]])
@@ -71,7 +71,8 @@ def test_settings_out_of_range_are_refused(toy) -> None:
         hierarchical(toy, PROMPT, LENGTH, CHOSEN, STEPS, count_of_nines, n=2, keep=3)
 
 
-def test_images_are_searched_with_guidance_and_given_ids(toy) -> None:
+@pytest.mark.parametrize("branch", [None, Branch(survivors=1)])
+def test_images_are_searched_with_guidance_and_given_ids(toy, branch: Branch | None) -> None:
     canvas = torch.full((1, 10), MASK)
     canvas[0, 0], canvas[0, -1] = 4, 5
     found = hierarchical(
@@ -84,6 +85,7 @@ def test_images_are_searched_with_guidance_and_given_ids(toy) -> None:
         n=6,
         keep=2,
         interval=1,
+        branch=branch,
         canvas=canvas,
         columns=slice(20, 36),
         alternatives={"text": PROMPT[:, :1]},
@@ -91,5 +93,5 @@ def test_images_are_searched_with_guidance_and_given_ids(toy) -> None:
     assert found.tokens[:, 0].tolist() == [4, 4]
     assert found.tokens[:, -1].tolist() == [5, 5]
     assert bool(((found.tokens[:, 1:-1] >= 20) & (found.tokens[:, 1:-1] < 36)).all())
-    assert found.alive[-1] == 2
+    assert (found.alive[-1], len(found.alive)) == (2, 8)
     assert found.forwards < 6 * 8
